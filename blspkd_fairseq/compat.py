@@ -1,0 +1,204 @@
+"""Work-arounds for fairseq, torch and torchaudio, each with its reason, and nowhere else.
+
+Importing this module imports none of them: `blspkd_fairseq.check` runs where they are missing or broken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blspkd_fairseq.requirements import FAIRSEQ_NAME, FAIRSEQ_VERSION
+
+INSTALL_FAIRSEQ = f"pip install {FAIRSEQ_NAME}=={FAIRSEQ_VERSION}"
+
+
+# --- torchaudio -----------------------------------------------------------------------------------
+
+
+def block_broken_torchaudio() -> None:
+    """Hides a torchaudio that cannot be imported; leaves a working or an absent one alone.
+
+    Every build of fairseq requires torchaudio, whose wheel links CUDA and so fails beside a CPU torch.
+    transformers imports it wherever it is *installed*, and then even its tokenizers fail with a misleading
+    message. With `None` in `sys.modules`, Python and transformers take it for not installed. Nothing here
+    needs torchaudio.
+    """
+    if "torchaudio" in sys.modules or importlib.util.find_spec("torchaudio") is None:
+        return
+    try:
+        importlib.import_module("torchaudio")
+    except Exception:  # OSError, RuntimeError, AttributeError, ...: depends on the pair of versions
+        sys.modules["torchaudio"] = None  # type: ignore[assignment]
+
+
+class _BlockTorchaudioBeforeTransformers(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: the look-up of transformers is the latest moment to deal with torchaudio."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> None:
+        if name == "transformers":
+            block_broken_torchaudio()
+
+
+def guard_transformers() -> None:
+    """Calls `block_broken_torchaudio` when transformers is first imported, by whomever.
+
+    Testing torchaudio costs an import of torch (1.5 s), which code that only reads manifests should not pay.
+    """
+    if "transformers" in sys.modules:
+        block_broken_torchaudio()
+    elif not any(isinstance(finder, _BlockTorchaudioBeforeTransformers) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BlockTorchaudioBeforeTransformers())
+
+
+# --- fairseq --------------------------------------------------------------------------------------
+
+
+class FairseqError(ImportError):
+    """fairseq is missing, cannot be imported, or was overwritten; the message says what to do."""
+
+
+class Problem(NamedTuple):
+    """What is wrong, and what the user can do about it."""
+
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.remedy}"
+
+
+class FairseqDistribution(NamedTuple):
+    """A distribution that provides `import fairseq`."""
+
+    name: str
+    version: str
+    folder: Path | None  # where it put its files; None: an editable install, which puts none
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+    @property
+    def is_pinned(self) -> bool:
+        return (self.name, self.version) == (FAIRSEQ_NAME, FAIRSEQ_VERSION)
+
+
+def fairseq_distributions() -> list[FairseqDistribution]:
+    """All installed distributions that provide `import fairseq`, whatever their names, sorted by name."""
+    names = set(importlib.metadata.packages_distributions().get("fairseq", []))
+    return [_describe(importlib.metadata.distribution(name)) for name in sorted(names)]
+
+
+def _describe(distribution: importlib.metadata.Distribution) -> FairseqDistribution:
+    name = str(distribution.metadata["Name"]).lower().replace("_", "-")
+    owns_files = any(file.parts[:1] == ("fairseq",) for file in distribution.files or ())
+    folder = Path(str(distribution.locate_file("fairseq"))).resolve() if owns_files else None
+    return FairseqDistribution(name, distribution.version, folder)
+
+
+def fairseq_problem() -> Problem | None:
+    """What keeps fairseq from being used here, or None. Imports fairseq."""
+    found = fairseq_distributions()
+    problem = _overwritten(found)
+    if problem is not None or "fairseq" in sys.modules:
+        return problem
+    if importlib.util.find_spec("fairseq") is None:
+        return Problem(
+            "fairseq is not installed", f"run `{INSTALL_FAIRSEQ}`, a build for Python 3.11 and 3.12"
+        )
+    try:
+        importlib.import_module("fairseq")
+    except Exception as error:
+        return _unimportable(found, error)
+    return None
+
+
+def _overwritten(found: list[FairseqDistribution]) -> Problem | None:
+    folders = [one.folder for one in found if one.folder is not None]
+    shared = [one for one in found if one.folder is not None and folders.count(one.folder) > 1]
+    if not shared:
+        return None
+    return Problem(
+        f"{' and '.join(map(str, shared))} have written into the same folder {shared[0].folder}, "
+        "so that one has overwritten the other",
+        f"run `pip uninstall -y {' '.join(one.name for one in shared)}` and then `{INSTALL_FAIRSEQ}`, "
+        "or give this project a virtual environment of its own (scripts/venv.sh)",
+    )
+
+
+def _unimportable(found: list[FairseqDistribution], error: Exception) -> Problem:
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "fairseq":
+        missing = error.name.split(".")[0]
+        return Problem(f"fairseq needs the Python package {missing}, which is missing", f"install {missing}")
+    who = " and ".join(map(str, found)) or "the fairseq on your Python path"
+    reason = (str(error).strip() or "no message").splitlines()[0]
+    uninstall = "".join(f"`pip uninstall -y {one.name}` and then " for one in found)
+    return Problem(
+        f"{who} cannot be imported by Python {sys.version_info.major}.{sys.version_info.minor} "
+        f"({type(error).__name__}: {reason})",
+        f"run {uninstall}`{INSTALL_FAIRSEQ}`",
+    )
+
+
+def fairseq_warning() -> Problem | None:
+    """What to say when another build than the tested one provides fairseq, or several do; else None."""
+    found = fairseq_distributions()
+    if len(found) == 1 and found[0].is_pinned:
+        return None
+    who = " and ".join(map(str, found)) or "a source folder on your Python path"
+    return Problem(
+        f"fairseq comes from {who}, and only {FAIRSEQ_NAME} {FAIRSEQ_VERSION} is tested",
+        f"if something fails, `{INSTALL_FAIRSEQ}` in a virtual environment of its own (scripts/venv.sh)",
+    )
+
+
+def require_fairseq() -> None:
+    """Raises unless fairseq can be used; cheap when it is imported already.
+
+    Raises:
+        FairseqError: one sentence that says what is wrong and what to do.
+    """
+    problem = fairseq_problem()
+    if problem is not None:
+        raise FairseqError(str(problem))
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def allow_safe_checkpoint_globals() -> None:
+    """Lets `torch.load(weights_only=True)` read what fairseq puts beside the weights of its checkpoints.
+
+    fairseq stores an argparse Namespace, and meters that may hold numpy scalars. The types are inert data.
+    """
+    import argparse
+
+    import numpy
+    import torch
+
+    scalar = importlib.import_module("numpy._core.multiarray").scalar
+
+    float_dtype = type(numpy.dtype("float64"))
+    torch.serialization.add_safe_globals([argparse.Namespace, scalar, numpy.dtype, float_dtype])
+
+
+# --- generation ------------------------------------------------------------------------------------
+
+
+def default_results_jsonl(subset: str) -> str:
+    """``generate-SUBSET.jsonl`` in the folder of fairseq-generate's --results-path; "" when it has none.
+
+    fairseq tells a task everything about generation but where the results go, so this reads the command line.
+    """
+    import argparse
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--results-path", default="")
+    folder = parser.parse_known_args()[0].results_path
+    return str(Path(folder) / f"generate-{subset}.jsonl") if folder else ""

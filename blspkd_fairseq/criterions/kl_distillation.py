@@ -1,0 +1,246 @@
+"""Criterion ``kl_distillation``: a weighted sum of BLSP-KD's losses, BLSP's cross-entropy and a warm-up.
+
+Each term is a mean over the tokens of an utterance, and the update a mean over utterances. fairseq adds up gradients
+over batches and processes and divides by the summed ``sample_size``; with a mean per utterance and ``sample_size`` =
+utterances the update is the same however a batch is split. The logged figures are means over all tokens.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+from torch import Tensor
+
+from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_kl_div_with_agreement
+from blspkd_fairseq.modules.speech_llm import Distillation, SpeechLlmOutput
+
+
+@dataclass
+class KlDistillationConfig(FairseqDataclass):
+    """Options of ``--criterion kl_distillation``. A weight of 0 switches a term off."""
+
+    response_kl_weight: float = field(
+        default=1.0, metadata={"help": "KL at the positions that predict the response (BLSP-KD)"}
+    )
+    input_kl_weight: float = field(
+        default=1.0, metadata={"help": "KL between speech position i and transcript position i (BLSP-KD)"}
+    )
+    quantity_weight: float = field(default=1.0, metadata={"help": "|sum(alpha) / n - 1| (BLSP-KD)"})
+    response_ce_weight: float = field(
+        default=0.0, metadata={"help": "cross-entropy of the response (BLSP); needs no teacher"}
+    )
+    token_ce_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "warm-up: cross-entropy of each speech embedding against the LLM's token embeddings, label the "
+            "transcript's token; alone (all other weights but --quantity-weight 0) it needs no run of the LLM"
+        },
+    )
+    token_vocabulary: str = field(
+        default="all",
+        metadata={"help": "words that --token-ce-weight discerns: all, or train (those of the training transcripts)"},
+    )
+    kd_temperature: float = field(default=1.0, metadata={"help": "divides the logits of the KL terms (published: 2)"})
+    scale_by_squared_temperature: bool = field(
+        default=False, metadata={"help": "multiply the KL terms by the squared temperature (published: no)"}
+    )
+    reverse_kl: bool = field(default=False, metadata={"help": "KL(student || teacher) in place of KL(teacher || student)"})
+    log_all_terms: bool = field(
+        default=False, metadata={"help": "in validation, measure terms of weight 0, too, where the data allow it"}
+    )
+    chunk_size: int = field(default=128, metadata={"help": "positions that go through the LLM's head at once"})
+
+
+@register_criterion("kl_distillation", dataclass=KlDistillationConfig)
+class KlDistillationCriterion(FairseqCriterion):
+    """See the module. Without a term that has "response" in its name, manifests need no responses."""
+
+    def __init__(self, cfg: KlDistillationConfig, task: Any) -> None:
+        super().__init__(task)
+        self.cfg = cfg
+        self.weights = {
+            "response_kl": cfg.response_kl_weight,
+            "input_kl": cfg.input_kl_weight,
+            "quantity": cfg.quantity_weight,
+            "response_ce": cfg.response_ce_weight,
+            "token_ce": cfg.token_ce_weight,
+        }
+        _check(cfg, self.weights)
+        self._vocabulary: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def build_criterion(cls, cfg: KlDistillationConfig, task: Any) -> "KlDistillationCriterion":
+        return cls(cfg, task)
+
+    @property
+    def needs_responses(self) -> bool:
+        """Whether the manifest must have ``tgt_text``."""
+        return self.weights["response_kl"] != 0 or self.weights["response_ce"] != 0
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+    def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict[str, float]]:
+        """Returns the summed loss of the batch's utterances, their number, and sums to log."""
+        terms = self._terms(model, sample)
+        positions = {name.split("_")[0] for name in terms if name.endswith(("_kl", "response_ce"))}
+        teacher = any(name.endswith("_kl") for name in terms)
+        output = model(**sample["net_input"], positions=positions, teacher=teacher)
+        text = sample["net_input"]["text"]
+        self._check_alpha(output, sample)
+
+        losses: dict[str, Tensor] = {}  # of each utterance, [B]
+        sums: dict[str, Tensor] = {}  # to log
+        for name in ("input", "response"):
+            compared = getattr(output, name)
+            if compared is None:
+                continue
+            if f"{name}_kl" in terms:
+                losses[f"{name}_kl"] = self._kl(name, compared, model, sample, sums)
+            if f"{name}_ce" in terms:
+                ce = linear_cross_entropy(compared.student, compared.targets, *model.speech_llm.head, self.cfg.chunk_size)
+                losses[f"{name}_ce"] = self._mean_per_utterance(f"{name}_ce", ce, compared.rows, sample, sums)
+        if "token_ce" in terms:
+            losses["token_ce"] = self._token_ce(output, text, model, sample, sums)
+        if output.adapter.alpha_sum is not None:
+            losses["quantity"] = (output.adapter.alpha_sum / text["transcript_lengths"] - 1).abs()
+            sums["quantity_sum"] = losses["quantity"].sum()
+            counted = output.adapter.alpha_sum.detach().round().clamp(min=1)
+            sums["count_errors"] = (counted - text["transcript_lengths"]).abs().sum()
+
+        zero = output.adapter.embeddings.sum() * 0.0
+        loss = zero + sum(self.weights[name] * values.sum() for name, values in losses.items() if self.weights[name])
+        return loss, sample["nsentences"], self._log(loss, sums, sample)
+
+    # ---- terms -------------------------------------------------------------------------------------------------
+
+    def _terms(self, model: Any, sample: dict[str, Any]) -> set[str]:
+        """What to compute for this batch."""
+        terms = {name for name, weight in self.weights.items() if weight}
+        if self.cfg.log_all_terms and not model.training:
+            terms |= {"input_kl", "token_ce", "quantity"}
+            if bool((sample["net_input"]["text"]["response_lengths"] > 0).all()):
+                terms |= {"response_kl", "response_ce"}
+        return terms
+
+    def _kl(
+        self, name: str, compared: Distillation, model: Any, sample: dict[str, Any], sums: dict[str, Tensor]
+    ) -> Tensor:
+        cfg = self.cfg
+        weight, bias = model.speech_llm.head
+        assert compared.teacher is not None
+        kl, agrees = linear_kl_div_with_agreement(
+            compared.student, compared.teacher, weight, bias, cfg.kd_temperature, cfg.reverse_kl, cfg.chunk_size
+        )
+        sums[f"{name}_agree"] = agrees.sum()
+        if cfg.scale_by_squared_temperature:
+            kl = kl * cfg.kd_temperature**2
+        return self._mean_per_utterance(f"{name}_kl", kl, compared.rows, sample, sums)
+
+    def _token_ce(
+        self,
+        output: SpeechLlmOutput,
+        text: dict[str, Tensor],
+        model: Any,
+        sample: dict[str, Any],
+        sums: dict[str, Tensor],
+    ) -> Tensor:
+        transcript = text["transcript"]
+        valid = torch.arange(transcript.shape[1], device=transcript.device) < text["transcript_lengths"].unsqueeze(1)
+        table, labels = self._token_table(model, transcript[valid])
+        hidden = output.adapter.embeddings[valid]
+        ce = linear_cross_entropy(hidden, labels, table.to(hidden.dtype), chunk_size=self.cfg.chunk_size)
+        return self._mean_per_utterance("token_ce", ce, valid.nonzero()[:, 0], sample, sums)
+
+    def _token_table(self, model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings ``[V', D]`` of the words to discern, and the place of each id among them."""
+        if self._vocabulary is None:
+            size = model.speech_llm.llm.get_input_embeddings().num_embeddings
+            words = torch.arange(size) if self.cfg.token_vocabulary == "all" else self.task.training_words()
+            words = words.to(ids.device)
+            self._vocabulary = words, model.speech_llm.embed(words).float()
+        words, table = self._vocabulary
+        places = torch.searchsorted(words, ids).clamp(max=len(words) - 1)
+        # Validation may hold words that training does not; they count as the nearest one, which is always an error.
+        return table, places
+
+    @staticmethod
+    def _mean_per_utterance(
+        name: str, values: Tensor, rows: Tensor, sample: dict[str, Any], sums: dict[str, Tensor]
+    ) -> Tensor:
+        """``[B]`` means of per-token values ``[N]``; utterance ``rows[i]`` owns ``values[i]``."""
+        sums[f"{name}_sum"] = values.detach().sum()
+        sums[f"{name}_tokens"] = torch.tensor(float(len(values)), device=values.device)
+        totals = values.new_zeros(sample["nsentences"]).index_add(0, rows, values)
+        counts = torch.bincount(rows, minlength=sample["nsentences"])
+        return totals / counts.clamp(min=1)
+
+    @staticmethod
+    def _check_alpha(output: SpeechLlmOutput, sample: dict[str, Any]) -> None:
+        alpha_sum = output.adapter.alpha_sum
+        if alpha_sum is None or bool((alpha_sum > 0).all()):
+            return
+        index = int((alpha_sum > 0).int().argmin())
+        raise ValueError(
+            f"the CIF weights of utterance {sample['rows'][index]['id']!r} sum to {float(alpha_sum[index])}: the adapter "
+            "has collapsed or holds NaN; lower the learning rate, or use a wider dtype than fp16"
+        )
+
+    # ---- logging -----------------------------------------------------------------------------------------------
+
+    def _log(self, loss: Tensor, sums: dict[str, Tensor], sample: dict[str, Any]) -> dict[str, float]:
+        """Python floats: a tensor or numpy scalar in a meter cannot be loaded again with ``weights_only``."""
+        names = ["loss", *sums]
+        values = torch.stack([loss.detach().double(), *(value.detach().double() for value in sums.values())]).tolist()
+        log = dict.fromkeys(_SUMS, 0.0) | dict(zip(names, values, strict=True))
+        log["ntokens"] = sample["ntokens"]
+        log["nsentences"] = log["sample_size"] = sample["nsentences"]
+        log["transcript_tokens"] = float(sample["net_input"]["text"]["transcript_lengths"].sum())
+        return log
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Logs means over all tokens (KL, cross-entropy, agreement) and utterances (loss, quantity)."""
+
+        def total(name: str) -> float:
+            return float(sum(log.get(name, 0) for log in logging_outputs))
+
+        utterances = total("sample_size")
+        if utterances:
+            metrics.log_scalar("loss", total("loss") / utterances, utterances, round=4)
+        for name in ("response_kl", "input_kl", "response_ce", "token_ce"):
+            tokens = total(f"{name}_tokens")
+            if tokens:
+                metrics.log_scalar(name, total(f"{name}_sum") / tokens, tokens, round=4)
+        for name in ("response", "input"):
+            tokens = total(f"{name}_kl_tokens")
+            if tokens:
+                metrics.log_scalar(f"{name}_agreement", total(f"{name}_agree") / tokens, tokens, round=4)
+        if utterances and any("quantity_sum" in log for log in logging_outputs):
+            metrics.log_scalar("quantity", total("quantity_sum") / utterances, utterances, round=4)
+            tokens = max(1.0, total("transcript_tokens"))
+            metrics.log_scalar("token_count_error", total("count_errors") / tokens, tokens, round=4)
+
+
+_SUMS = [
+    *(f"{name}_{kind}" for name in ("response_kl", "input_kl", "response_ce", "token_ce") for kind in ("sum", "tokens")),
+    "response_agree",
+    "input_agree",
+    "quantity_sum",
+    "count_errors",
+]
+
+
+def _check(cfg: KlDistillationConfig, weights: dict[str, float]) -> None:
+    if not any(weights.values()):
+        raise ValueError("all weights of kl_distillation are 0: give one of --*-weight a value")
+    if min(weights.values()) < 0:
+        raise ValueError(f"the weights of kl_distillation must not be negative, got {weights}")
+    if cfg.kd_temperature <= 0:
+        raise ValueError(f"--kd-temperature must be positive, got {cfg.kd_temperature}")
+    if cfg.token_vocabulary not in ("all", "train"):
+        raise ValueError(f"unknown --token-vocabulary {cfg.token_vocabulary!r}: choose from all, train")

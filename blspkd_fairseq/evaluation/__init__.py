@@ -1,0 +1,1 @@
+"""Metrics: no model is imported here."""

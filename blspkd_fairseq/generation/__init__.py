@@ -1,0 +1,1 @@
+"""Decoding: what :class:`blspkd_fairseq.BlspKd` and fairseq's command-line tools drive."""

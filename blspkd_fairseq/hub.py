@@ -1,0 +1,208 @@
+"""Trained models in Python, without fairseq: :class:`BlspKd`."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from blspkd_fairseq import compat
+from blspkd_fairseq.data.audio import load_audio, prepare_waveform
+from blspkd_fairseq.data.chat import ChatFormat
+from blspkd_fairseq.data.prompts import resolve_prompt
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
+from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
+from blspkd_fairseq.modules.cformer import AdapterOutput
+from blspkd_fairseq.modules.speech_llm import SpeechLLM
+from blspkd_fairseq.modules.trained_state import load_trained_state_dict, trained_state_dict
+from blspkd_fairseq.modules.whisper_encoder import FRAMES_PER_SECOND
+
+Audio = str | Path | tuple[Any, int]
+"""A path (or ``shard.zip:offset:length``), or samples [S] (numpy, torch or list) with their rate in Hz."""
+
+_CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+
+class AlignedToken(NamedTuple):
+    """One speech embedding. Attributes: the time it covers in seconds, and the LLM token nearest to it."""
+
+    start: float
+    end: float
+    token: str
+
+
+class BlspKd:
+    """A trained model that answers speech::
+
+        model = BlspKd.from_pretrained("checkpoints/checkpoint_best.pt")
+        model.generate("question.wav")                      # the LLM answers what was said
+        model.transcribe(["a.flac", "b.flac"])
+        model.generate((samples, 44_100), instruction="Summarise this in one sentence: {speech}")
+
+    Attributes:
+        model: the torch module. chat: the chat format of its LLM. config: its options.
+    """
+
+    def __init__(self, model: SpeechLLM, chat: ChatFormat, config: SpeechLlmConfig) -> None:
+        self.model = model.eval()
+        self.chat = chat
+        self.config = config
+
+    # ---- loading and saving ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, checkpoint_or_dir: str | os.PathLike[str], device: str | torch.device | None = None, **overrides: Any
+    ) -> "BlspKd":
+        """Loads a trained model.
+
+        Args:
+            checkpoint_or_dir: a checkpoint of fairseq-train, a folder with ``checkpoint_best.pt`` or
+                ``checkpoint_last.pt``, or a folder of :meth:`save_pretrained`.
+            device: default: the GPU if there is one.
+            overrides: options in place of the checkpoint's, such as ``llm="/models/qwen"`` or ``llm_dtype="float32"``.
+
+        Raises:
+            ValueError: nothing to load there, an unknown option, or other base models than in training.
+        """
+        options, state = _read(Path(checkpoint_or_dir))
+        names = {field.name for field in dataclasses.fields(SpeechLlmConfig)}
+        unknown = sorted(set(overrides) - names)
+        if unknown:
+            raise ValueError(f"unknown options {', '.join(unknown)}: choose from {', '.join(sorted(names))}")
+        config = SpeechLlmConfig(**{k: v for k, v in {**options, **overrides}.items() if k in names})
+        model, chat = build_speech_llm(config)
+        load_trained_state_dict(model, state)
+        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), chat, config)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` (what was trained: a few MB) for :meth:`from_pretrained`."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.cpu().contiguous() for name, tensor in trained_state_dict(self.model).items()}
+        partial = target / f"{_WEIGHTS}.partial"
+        save_file(state, partial)
+        os.replace(partial, target / _WEIGHTS)
+        text = json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
+        (target / _CONFIG).write_text(text, encoding="utf-8")
+
+    # ---- answers -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        audio: Audio | Sequence[Audio],
+        instruction: str = "chat",
+        batch_size: int = 16,
+        **generation: Any,
+    ) -> Any:
+        """Answers speech.
+
+        Args:
+            audio: one utterance of up to 30 s, or a list of them.
+            instruction: text with a ``{speech}`` slot (else the speech follows it), or the name of a prompt; by
+                default the speech itself is what the user says.
+            batch_size: utterances at a time; it does not change the answers.
+            generation: fields of :class:`DecodingOptions` such as ``beam=4, max_new_tokens=64``.
+
+        Returns:
+            A string, or a list of strings for a list; with ``n_best`` > 1, a list of strings for each utterance.
+
+        Raises:
+            AudioError: audio that cannot be used; PromptError: an unknown prompt.
+        """
+        prompt = resolve_prompt(instruction)
+        options = DecodingOptions(**generation)
+        answers: list[Any] = []
+        single = _is_single(audio)
+        for batch in _batches([audio] if single else audio, batch_size):
+            groups = answer_speech(self.model, self.chat, *self._collate(batch), [prompt] * len(batch), options)
+            answers += [[h.text for h in group] if options.n_best > 1 else group[0].text for group in groups]
+        return answers[0] if single else answers
+
+    def transcribe(self, audio: Audio | Sequence[Audio], **generation: Any) -> Any:
+        """:meth:`generate` with the prompt ``transcribe``."""
+        return self.generate(audio, "transcribe", **generation)
+
+    def translate(self, audio: Audio | Sequence[Audio], target: str = "German", **generation: Any) -> Any:
+        """:meth:`generate` with the prompt ``translate``; ``target`` is a language's name or code."""
+        return self.generate(audio, resolve_prompt("translate", tgt_lang=target), **generation)
+
+    # ---- alignment ---------------------------------------------------------------------------------------------
+
+    def align(self, audio: Audio | Sequence[Audio]) -> Any:
+        """Where CIF cuts the speech: a list of :class:`AlignedToken` (a list of lists for a list of utterances)."""
+        single = _is_single(audio)
+        aligned = []
+        for one in [audio] if single else audio:
+            adapted = self.adapt(one)
+            if adapted.boundaries is None:
+                raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
+            ends = (adapted.boundaries[0] / FRAMES_PER_SECOND).tolist()
+            tokens = [self.chat.tokenizer.decode([i]) for i in self.nearest_tokens(adapted.embeddings[0])]
+            aligned.append([AlignedToken(*row) for row in zip([0.0, *ends[:-1]], ends, tokens, strict=True)])
+        return aligned[0] if single else aligned
+
+    @torch.no_grad()
+    def adapt(self, audio: Audio) -> AdapterOutput:
+        """The adapter's output for one utterance: embeddings, CIF weights, boundaries."""
+        return self.model.adapt(*self._collate([audio]))
+
+    @torch.no_grad()
+    def nearest_tokens(self, embeddings: Tensor) -> list[int]:
+        """For embeddings ``[U, D]`` the ids whose input embeddings have the largest inner product with them."""
+        table = self.model.llm.get_input_embeddings()
+        words = torch.arange(table.num_embeddings, device=embeddings.device)
+        ids: list[int] = (embeddings.float() @ table(words).float().t()).argmax(1).tolist()
+        return ids
+
+    def _collate(self, batch: Sequence[Audio]) -> tuple[Tensor, Tensor]:
+        waveforms = [torch.from_numpy(_samples(audio)) for audio in batch]
+        device = next(self.model.adapter.parameters()).device
+        lengths = torch.tensor([len(waveform) for waveform in waveforms], device=device)
+        return torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(device), lengths
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """Options and trained weights of a checkpoint or folder."""
+    if path.is_dir():
+        if (path / _WEIGHTS).exists() and (path / _CONFIG).exists():
+            return json.loads((path / _CONFIG).read_text(encoding="utf-8")), load_file(path / _WEIGHTS)
+        found = [path / name for name in _CHECKPOINTS if (path / name).exists()]
+        if not found:
+            raise ValueError(f"{path} holds neither {_CONFIG} and {_WEIGHTS} nor {' or '.join(_CHECKPOINTS)}")
+        path = found[0]
+    if not path.exists():
+        raise ValueError(f"no checkpoint at {path}")
+    compat.allow_safe_checkpoint_globals()
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint["cfg"]["model"], checkpoint["model"]
+    except Exception as error:
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint of this project, or is damaged: {reason}") from error
+
+
+def _is_single(audio: Any) -> bool:
+    if isinstance(audio, (str, os.PathLike)):
+        return True
+    return isinstance(audio, tuple) and len(audio) == 2 and isinstance(audio[1], (int, float, np.integer))
+
+
+def _samples(audio: Audio) -> np.ndarray:
+    if isinstance(audio, (str, os.PathLike)):
+        return load_audio(audio)
+    if not _is_single(audio):
+        raise ValueError("give a path, or samples with their rate: (array, 16000)")
+    return prepare_waveform(audio[0], int(audio[1]))
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), max(1, size)):
+        yield items[start : start + size]

@@ -1,0 +1,57 @@
+"""The fairseq model ``blsp_kd``: a :class:`SpeechLLM` whose checkpoints hold only what was trained."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models import BaseFairseqModel, register_model
+from torch import Tensor
+
+from blspkd_fairseq.data.chat import ChatFormat
+from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
+from blspkd_fairseq.modules.speech_llm import SpeechLLM, SpeechLlmOutput
+from blspkd_fairseq.modules.trained_state import load_trained_state_dict, trained_state_dict
+
+
+@dataclass
+class BlspKdModelConfig(SpeechLlmConfig, FairseqDataclass):
+    """Options of ``--arch blsp_kd``."""
+
+
+@register_model("blsp_kd", dataclass=BlspKdModelConfig)
+class BlspKdModel(BaseFairseqModel):
+    """Speech encoder -> adapter -> LLM; see :class:`~blspkd_fairseq.modules.speech_llm.SpeechLLM`."""
+
+    def __init__(self, speech_llm: SpeechLLM, chat: ChatFormat) -> None:
+        super().__init__()
+        self.speech_llm = speech_llm
+        self.chat = chat
+
+    @classmethod
+    def build_model(cls, cfg: BlspKdModelConfig, task: Any) -> "BlspKdModel":
+        return cls(*build_speech_llm(cfg))
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor,
+        text: Mapping[str, Tensor],
+        positions: Collection[str] = ("input", "response"),
+        teacher: bool = True,
+    ) -> SpeechLlmOutput:
+        """See :meth:`SpeechLLM.forward`."""
+        return self.speech_llm(src_tokens, src_lengths, text, positions, teacher)
+
+    def max_positions(self) -> int:
+        """Samples that fit the speech encoder."""
+        return self.speech_llm.speech_encoder.max_samples
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Trained parameters only: every way in which fairseq saves, averages or copies weights comes through here."""
+        return trained_state_dict(self.speech_llm)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, model_cfg: Any = None, args: Any = None
+    ) -> None:
+        load_trained_state_dict(self.speech_llm, state_dict)

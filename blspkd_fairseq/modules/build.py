@@ -1,0 +1,184 @@
+"""Options of the model, and the model built from them and from pretrained parts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from blspkd_fairseq.data.chat import ChatFormat
+from blspkd_fairseq.modules.cformer import CFormer
+from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
+from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM
+from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class SpeechLlmConfig:
+    """Options of the model. Defaults are those of BLSP-KD's published code where it has them."""
+
+    speech_encoder: str = _option("", "Whisper model: a Hugging Face name such as openai/whisper-small, or a directory")
+    llm: str = _option("", "causal chat LLM: a Hugging Face name such as Qwen/Qwen2.5-7B-Instruct, or a directory")
+    llm_dtype: str = _option("bfloat16", "precision of the frozen LLM: float32, bfloat16 or float16")
+    speech_encoder_dtype: str = _option("float32", "precision of the speech encoder; float32 if it is trained")
+    trust_remote_code: bool = _option(False, "run code that comes with the LLM's files (only from who you trust)")
+    system_prompt: str = _option("", "system message of the chat; default: what the LLM's chat template has")
+    chat_template: str = _option("", "file with a Jinja chat template in place of the tokenizer's own")
+    adapter: str = _option("cformer", "adapter between speech encoder and LLM: cformer")
+    adapter_pre_layers: int = _option(4, "transformer layers before CIF")
+    adapter_post_layers: int = _option(4, "transformer layers after CIF")
+    adapter_heads: int = _option(8, "attention heads of the adapter; must divide the speech encoder's width")
+    adapter_ffn_dim: int = _option(0, "feed-forward width of the adapter (0: 4 x the speech encoder's width)")
+    adapter_dropout: float = _option(0.1, "dropout of the adapter")
+    lora_scope: str = _option("speech", "where LoRA acts in the LLM: speech (Partial LoRA), all (positions) or none")
+    lora_rank: int = _option(16, "rank of LoRA")
+    lora_alpha: float = _option(16.0, "LoRA's delta is scaled by alpha / rank")
+    lora_dropout: float = _option(0.05, "dropout of LoRA's input")
+    lora_target_modules: str = _option("", "comma-separated names of linear layers (default: all of the decoder's)")
+    unfreeze_speech_encoder: bool = _option(False, "train the speech encoder, too")
+    gradient_checkpointing: bool = _option(False, "recompute the LLM's activations in backward: less memory, slower")
+    pad_to_30s: bool = _option(False, "give the encoder 30 s of input as published, not only the batch's speech")
+    no_shared_prefix: bool = _option(False, "recompute the common prefix of the prompts in every row (same numbers)")
+
+
+def _build_cformer(config: SpeechLlmConfig, input_dim: int, output_dim: int, output_scale: float) -> nn.Module:
+    return CFormer(
+        input_dim,
+        output_dim,
+        output_scale,
+        pre_layers=config.adapter_pre_layers,
+        post_layers=config.adapter_post_layers,
+        heads=config.adapter_heads,
+        ffn_dim=config.adapter_ffn_dim or None,
+        dropout=config.adapter_dropout,
+    )
+
+
+ADAPTERS: dict[str, Callable[[SpeechLlmConfig, int, int, float], nn.Module]] = {"cformer": _build_cformer}
+
+
+def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
+    """Loads the pretrained parts and joins them.
+
+    Returns:
+        The model, whose adapter and LoRA are freshly initialised, and the chat format of its LLM.
+
+    Raises:
+        ValueError: an option that is unknown, or a model that cannot be loaded; it names the option.
+    """
+    _check(config)
+    chat = load_chat_format(config)
+    llm = _load_llm(config)
+    if len(chat.tokenizer) > llm.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"the tokenizer of {config.llm} has {len(chat.tokenizer)} words but the LLM embeds only "
+            f"{llm.get_input_embeddings().num_embeddings}: the files of two models are mixed in one directory"
+        )
+    # What Hugging Face ships as defaults (sampling, repetition penalty) would change results without anyone asking.
+    llm.generation_config = GenerationConfig(eos_token_id=chat.eos_ids, pad_token_id=chat.eos_ids[0])
+    scale = _embedding_scale(llm)
+    if config.lora_scope != "none":
+        targets = [name.strip() for name in config.lora_target_modules.split(",") if name.strip()]
+        add_partial_lora(llm, config.lora_rank, config.lora_alpha, config.lora_dropout, targets or None)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(llm)
+
+    encoder = _load_speech_encoder(config)
+    adapter = ADAPTERS[config.adapter](config, encoder.output_dim, llm.config.hidden_size, scale)
+    model = SpeechLLM(
+        encoder, adapter, llm, config.lora_scope, config.unfreeze_speech_encoder, not config.no_shared_prefix
+    )
+    return model, chat
+
+
+def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:
+    """The chat format of the LLM that the options name, without loading the LLM."""
+    template = None
+    if config.chat_template:
+        try:
+            with open(config.chat_template, encoding="utf-8") as file:
+                template = file.read()
+        except OSError as error:
+            raise ValueError(f"--chat-template {config.chat_template} cannot be read: {error.strerror}") from error
+    tokenizer = _from_pretrained(
+        AutoTokenizer, config.llm, "llm", "tokenizer", trust_remote_code=config.trust_remote_code
+    )
+    return ChatFormat(tokenizer, system=config.system_prompt or None, chat_template=template)
+
+
+def _load_llm(config: SpeechLlmConfig) -> PreTrainedModel:
+    llm = _from_pretrained(
+        AutoModelForCausalLM,
+        config.llm,
+        "llm",
+        "LLM",
+        dtype=DTYPES[config.llm_dtype],
+        trust_remote_code=config.trust_remote_code,
+    )
+    _check_plain_head(llm, config.llm)
+    return llm
+
+
+def _load_speech_encoder(config: SpeechLlmConfig) -> SpeechEncoder:
+    dtype = torch.float32 if config.unfreeze_speech_encoder else DTYPES[config.speech_encoder_dtype]
+    return _from_pretrained(
+        SpeechEncoder, config.speech_encoder, "speech-encoder", "speech encoder", dtype=dtype, pad_to_30s=config.pad_to_30s
+    )
+
+
+def _from_pretrained(cls: Any, name: str, option: str, what: str, **options: Any) -> Any:
+    try:
+        return cls.from_pretrained(name, **options)
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"cannot load the {what} {name!r}: give --{option} (or, for a checkpoint that names it, --model-overrides "
+            f"\"{{'{option.replace('-', '_')}': 'DIRECTORY'}}\") a local directory or the name of a Hugging Face model "
+            f"that this machine can reach. {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+
+
+def _check(config: SpeechLlmConfig) -> None:
+    for option in ("speech_encoder", "llm"):
+        if not getattr(config, option):
+            raise ValueError(f"--{option.replace('_', '-')} is missing: a Hugging Face name or a local directory")
+    choices = {
+        "adapter": tuple(ADAPTERS),
+        "lora_scope": LORA_SCOPES,
+        "llm_dtype": tuple(DTYPES),
+        "speech_encoder_dtype": tuple(DTYPES),
+    }
+    for option, allowed in choices.items():
+        value = getattr(config, option)
+        if value not in allowed:
+            raise ValueError(f"unknown --{option.replace('_', '-')} {value!r}: choose from {', '.join(allowed)}")
+
+
+def _embedding_scale(llm: PreTrainedModel) -> float:
+    """Standard deviation of the token embeddings as the decoder receives them (some LLMs scale them)."""
+    table = llm.get_input_embeddings()
+    ids = torch.linspace(0, table.num_embeddings - 1, min(table.num_embeddings, 4096)).long()
+    with torch.no_grad():
+        return float(table(ids).float().std())
+
+
+def _check_plain_head(llm: PreTrainedModel, name: str) -> None:
+    """The losses apply the output head themselves, so it must be a linear layer and nothing else."""
+    head = llm.get_output_embeddings()
+    ids = torch.tensor([[0, 1]])
+    with torch.no_grad():
+        hidden = llm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        same = head is not None and torch.allclose(llm(input_ids=ids).logits, head(hidden), rtol=1e-2, atol=1e-2)
+    if not same:
+        config = AutoConfig.from_pretrained(name)
+        raise ValueError(
+            f"the logits of {name} ({config.model_type}) are not a linear function of its last hidden states (scaled or "
+            "soft-capped logits?), which distillation through the output head needs: choose another LLM"
+        )

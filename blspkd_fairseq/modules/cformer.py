@@ -1,0 +1,105 @@
+"""CFormer, the adapter of BLSP-KD: transformer layers, CIF, transformer layers (arXiv 2405.19041, sec. 3.2)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from blspkd_fairseq.modules.cif import continuous_integrate_and_fire
+
+
+class AdapterOutput(NamedTuple):
+    """What every adapter returns.
+
+    Attributes:
+        embeddings: ``[B, U, D]`` in the LLM's embedding space, zeros behind ``lengths``.
+        lengths: ``[B]`` embeddings of each utterance.
+        alpha: ``[B, T]`` CIF weight of each frame before rescaling, or None (an adapter without CIF).
+        alpha_sum: ``[B]`` their sum, which should be the number of tokens, or None.
+        boundaries: ``[B, U]`` frame at which each token ends, or None.
+    """
+
+    embeddings: Tensor
+    lengths: Tensor
+    alpha: Tensor | None = None
+    alpha_sum: Tensor | None = None
+    boundaries: Tensor | None = None
+
+
+class CFormer(nn.Module):
+    """Turns encoder frames into one embedding per token of the LLM's tokenizer.
+
+    As published, alpha is the sigmoid of the last channel after the first layers and the other channels are
+    integrated. Ours: layers are pre-norm with padding masked, a LayerNorm stands before CIF, and the output is
+    normalised and scaled to the LLM's token embeddings; the published unused vocabulary head is left out.
+
+    Args:
+        input_dim: D of the frames.
+        output_dim: D of the LLM's embeddings.
+        output_scale: standard deviation of the LLM's token embeddings.
+        pre_layers, post_layers: transformer layers before and after CIF; 0 before it means one linear layer.
+        heads: attention heads.
+        ffn_dim: width of the feed-forward blocks, 4 x input_dim by default.
+        dropout: of the transformer layers.
+        tokens_per_frame: speech rate that alpha starts from, 4 tokens a second at 50 frames a second by default.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        output_scale: float,
+        pre_layers: int = 4,
+        post_layers: int = 4,
+        heads: int = 8,
+        ffn_dim: int | None = None,
+        dropout: float = 0.1,
+        tokens_per_frame: float = 0.08,
+    ) -> None:
+        super().__init__()
+        if input_dim % heads:
+            raise ValueError(f"the adapter's heads ({heads}) must divide the speech encoder's width ({input_dim})")
+
+        def layers(count: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                nn.TransformerEncoderLayer(
+                    input_dim, heads, ffn_dim or 4 * input_dim, dropout, "gelu", batch_first=True, norm_first=True
+                )
+                for _ in range(count)
+            )
+
+        self.input_norm = nn.LayerNorm(input_dim)
+        self.pre = layers(pre_layers) if pre_layers else nn.ModuleList([nn.Linear(input_dim, input_dim)])
+        self.pre_norm = nn.LayerNorm(input_dim)
+        self.rate = nn.Parameter(torch.logit(torch.tensor(tokens_per_frame)))
+        self.expand = nn.Linear(input_dim - 1, input_dim)
+        self.post = layers(post_layers)
+        self.post_norm = nn.LayerNorm(input_dim)
+        self.project = nn.Linear(input_dim, output_dim)
+        self.output_norm = nn.LayerNorm(output_dim)
+        self.output_scale = output_scale
+
+    def forward(
+        self, features: Tensor, padding_mask: Tensor, target_lengths: Tensor | None = None
+    ) -> AdapterOutput:
+        """Adapts a batch.
+
+        Args:
+            features: ``[B, T, D]``.
+            padding_mask: ``[B, T]`` bool, True on padding.
+            target_lengths: ``[B]`` tokens of each utterance (training); by default alpha decides.
+        """
+        hidden = self.input_norm(features)
+        for layer in self.pre:
+            hidden = layer(hidden) if isinstance(layer, nn.Linear) else layer(hidden, src_key_padding_mask=padding_mask)
+        hidden = self.pre_norm(hidden)
+        alpha = torch.sigmoid(hidden[..., -1].float() + self.rate).masked_fill(padding_mask, 0.0)
+        cif = continuous_integrate_and_fire(hidden[..., :-1], alpha, padding_mask, target_lengths)
+
+        tokens = self.expand(cif.embeddings)
+        token_padding = torch.arange(tokens.shape[1], device=tokens.device) >= cif.lengths.unsqueeze(1)
+        for layer in self.post:
+            tokens = layer(tokens, src_key_padding_mask=token_padding)
+        embeddings = self.output_norm(self.project(self.post_norm(tokens))) * self.output_scale
+        embeddings = embeddings.masked_fill(token_padding.unsqueeze(2), 0.0)
+        return AdapterOutput(embeddings, cif.lengths, alpha, cif.alpha_sum, cif.boundaries)

@@ -1,0 +1,185 @@
+"""Losses that end in the LLM's output head, without the [positions, vocabulary] matrix of all positions.
+
+A vocabulary has 50,000 to 250,000 words, so the logits of a batch are by far its largest tensors. The positions go
+through the head in chunks; the gradient with respect to the hidden states is computed in the same pass while a chunk's
+probabilities are at hand, and only that ``[N, D]`` gradient is kept for backward. The head is frozen in distillation,
+so it needs none. The idea is that of Liger and Cut Cross-Entropy; the work equals the plain formula's.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DEFAULT_CHUNK_SIZE = 128
+
+# (first position, student logits [C, V]) -> (loss [C], gradient w.r.t. the logits [C, V]); may overwrite the logits.
+ChunkLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+class KlDivergence(NamedTuple):
+    """Attributes: ``kl`` [N] as of :func:`linear_kl_div`; ``agrees`` [N] bool, student and teacher name the same word."""
+
+    kl: Tensor
+    agrees: Tensor
+
+
+def linear_kl_div(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    reverse: bool = False,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> Tensor:
+    """KL divergence between teacher and student words, from their hidden states (BLSP-KD, arXiv 2405.19041, sec. 3.1).
+
+    Args:
+        student_hidden: ``[N, D]`` hidden states before the head; receives the gradient.
+        teacher_hidden: ``[N, D]``; never receives one.
+        head_weight: ``[V, D]`` frozen output embedding, shared by both.
+        head_bias: ``[V]``; an entry of -inf takes its word out.
+        temperature: divides the logits. There is no T^2 factor on the result (as in the published code).
+        reverse: KL(student || teacher) in place of KL(teacher || student).
+        chunk_size: positions that go through the head at once; peak memory is about 3 x chunk_size x V x 4 bytes.
+
+    Returns:
+        ``[N]`` nats, fp32 (fp64 for fp64 input): the sum over the vocabulary at each position.
+
+    Raises:
+        ValueError: shapes that do not fit, a temperature that is not positive, or a head that wants a gradient.
+    """
+    return linear_kl_div_with_agreement(
+        student_hidden, teacher_hidden, head_weight, head_bias, temperature, reverse, chunk_size
+    ).kl
+
+
+def linear_kl_div_with_agreement(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    reverse: bool = False,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> KlDivergence:
+    """:func:`linear_kl_div`, and whether both agree on the most likely word, from the same pass through the head."""
+    if temperature <= 0:
+        raise ValueError(f"the temperature must be positive, got {temperature}")
+    if teacher_hidden.shape != student_hidden.shape:
+        raise ValueError(
+            f"student and teacher must have one shape, got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
+        )
+    teacher_hidden = teacher_hidden.detach()
+    agrees = torch.empty(student_hidden.shape[0], dtype=torch.bool, device=student_hidden.device)
+
+    def chunk_loss(start: int, student: Tensor) -> tuple[Tensor, Tensor]:
+        teacher = _logits(teacher_hidden[start : start + len(student)], head_weight, head_bias)
+        agrees[start : start + len(student)] = student.argmax(1) == teacher.argmax(1)
+        divergence = _reverse_kl if reverse else _forward_kl
+        kl, gradient = divergence(_log_softmax_(student, temperature), _log_softmax_(teacher, temperature))
+        return kl, gradient.div_(temperature)
+
+    kl = _chunked_head_loss(student_hidden, head_weight, head_bias, chunk_size, chunk_loss)
+    return KlDivergence(kl, agrees)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    targets: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> Tensor:
+    """Cross-entropy of the words ``targets`` [N] from hidden states ``[N, D]``: ``[N]`` nats.
+
+    Same arguments, dtypes and errors as :func:`linear_kl_div`.
+    """
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must be [{hidden.shape[0]}], got {tuple(targets.shape)}")
+
+    def chunk_loss(start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        target = targets[start : start + len(logits)].unsqueeze(1)
+        log_q = _log_softmax_(logits, 1.0)
+        loss = -log_q.gather(1, target).squeeze(1)
+        gradient = log_q.exp_()
+        gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+        return loss, gradient
+
+    return _chunked_head_loss(hidden, head_weight, head_bias, chunk_size, chunk_loss)
+
+
+def _forward_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) and its gradient q - p with respect to the logits of q. Overwrites both arguments."""
+    p = log_p.exp()
+    kl = _expectation(p, log_p.sub_(log_q))
+    return kl, log_q.exp_().sub_(p)
+
+
+def _reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p) and its gradient q (log q/p - KL) with respect to the logits of q. Overwrites both arguments."""
+    q = log_q.exp()
+    log_ratio = log_q.sub_(log_p).masked_fill_(q == 0, 0.0)
+    kl = _expectation(q, log_ratio.clone())
+    return kl, log_ratio.sub_(kl.unsqueeze(1)).mul_(q)
+
+
+def _expectation(probability: Tensor, value: Tensor) -> Tensor:
+    """Row sums of probability x value, where a word of probability 0 counts nothing even if its value is infinite."""
+    return value.mul_(probability).masked_fill_(probability == 0, 0.0).sum(1)
+
+
+def _log_softmax_(logits: Tensor, temperature: float) -> Tensor:
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return logits.sub_(logits.logsumexp(1, keepdim=True))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``[C, V]`` in fp32 at least: the matrix product runs in the head's dtype, all that follows does not."""
+    logits = (hidden.to(weight.dtype) @ weight.t()).to(_loss_dtype(hidden))
+    return logits if bias is None else logits.add_(bias)
+
+
+def _loss_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _chunked_head_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int, chunk_loss: ChunkLoss
+) -> Tensor:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden states must be [N, D] and the head [V, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"the head's bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("the output head gets no gradient here: freeze it (requires_grad_(False)) or detach it")
+    return _ChunkedHeadLoss.apply(hidden, weight, bias, chunk_size, chunk_loss)
+
+
+class _ChunkedHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int, chunk_loss: ChunkLoss
+    ) -> Tensor:
+        losses = torch.empty(hidden.shape[0], dtype=_loss_dtype(hidden), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0], chunk_size):
+            rows = slice(start, min(start + chunk_size, hidden.shape[0]))
+            losses[rows], d_logits = chunk_loss(start, _logits(hidden[rows], weight, bias))
+            if gradient is not None:
+                gradient[rows] = d_logits.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * d_losses.unsqueeze(1)).to(gradient.dtype), None, None, None, None

@@ -1,0 +1,26 @@
+"""Recognises a frozen model by a sample of its weights."""
+
+import torch
+from torch import Tensor, nn
+
+_TENSORS, _ELEMENTS = 16, 16
+
+
+def fingerprint(module: nn.Module) -> Tensor:
+    """A sample of the frozen weights: up to 256 numbers, fp32 on the CPU, whatever dtype the weights are in.
+
+    Floats and no hash, so that EMA, averaging and half precision carry it through unharmed.
+    """
+    matrices = [p for name, p in module.named_parameters() if "lora_" not in name and p.dim() > 1]
+    chosen = torch.linspace(0, len(matrices) - 1, min(_TENSORS, len(matrices))).long().tolist()
+    samples = []
+    for index in chosen:
+        flat = matrices[index].detach().reshape(-1)
+        places = torch.linspace(0, flat.numel() - 1, _ELEMENTS, dtype=torch.float64).long()
+        samples.append(flat[places.to(flat.device)].float().cpu())
+    return torch.cat(samples) if samples else torch.zeros(0)
+
+
+def same_fingerprint(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding: bf16 keeps 8 bits of a weight."""
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=2.0**-6, atol=1e-6)

@@ -1,0 +1,147 @@
+"""Partial LoRA: low-rank updates that act on speech positions only (BLSP-KD sec. 3.3; InternLM-XComposer2).
+
+The LLM reading text stays the LLM bit for bit, so the same weights serve as teacher (no mask) and student (a mask of
+the speech positions). Which positions are speech is set for the forward calls inside a ``with`` block::
+
+    add_partial_lora(llm, rank=16)
+    with speech_positions(llm, mask):          # mask [B, L] bool
+        student = llm(inputs_embeds=embeds)    # [B, L, D]
+    teacher = llm(input_ids)                   # the base LLM
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Final
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+class AllPositions:
+    """Type of :data:`ALL_POSITIONS`."""
+
+
+ALL_POSITIONS: Final = AllPositions()
+"""In place of a mask: every position, cached decoding steps included, which is ordinary LoRA (for the ablation)."""
+
+PositionMask = Tensor | AllPositions | None
+
+
+class _MaskState:
+    """The mask in force, shared by all layers of one LLM. No module: it must not appear in state dicts."""
+
+    def __init__(self) -> None:
+        self.mask: PositionMask = None
+
+
+class PartialLoraLinear(LoraLinear):
+    """peft's LoRA layer, its delta multiplied by the speech mask. Without a mask it is the frozen layer alone."""
+
+    mask_state: _MaskState
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # x: B x L x D
+        mask = self.mask_state.mask
+        if mask is None or self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if isinstance(mask, AllPositions):
+            return super().forward(x, *args, **kwargs)
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"the speech mask is {tuple(mask.shape)} but the layer's input has positions {tuple(x.shape[:-1])}: "
+                "set the mask of exactly this forward call (None for cached decoding steps, which see text only)"
+            )
+        result = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            down, up = self.lora_A[name], self.lora_B[name]
+            delta = up(down(self.lora_dropout[name](x.to(down.weight.dtype)))) * self.scaling[name]
+            # torch.where, not a product: at text positions the result is the base layer's own, whatever delta holds.
+            result = torch.where(mask.unsqueeze(-1), result + delta.to(result.dtype), result)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError("Partial LoRA acts on speech positions only and cannot be merged into the LLM's weights")
+
+
+def add_partial_lora(
+    llm: PreTrainedModel,
+    rank: int = 16,
+    alpha: float = 16.0,
+    dropout: float = 0.05,
+    target_modules: Sequence[str] | None = None,
+) -> PreTrainedModel:
+    """Freezes ``llm`` and adds Partial LoRA to it in place, switched off until :func:`speech_positions`.
+
+    Args:
+        llm: any causal LLM of transformers.
+        rank, alpha, dropout: of LoRA (arXiv 2106.09685); the delta is scaled by alpha / rank. Defaults of blsp-emo.
+        target_modules: names of linear layers such as ``["q_proj", "v_proj"]``; by default every linear layer of the
+            decoder, fused or split, but not the output head.
+
+    Returns:
+        The same object. Its LoRA parameters are in fp32 and the only ones that require a gradient.
+
+    Raises:
+        ValueError: a rank below 1, no layer of the given names, or an LLM that has LoRA already.
+    """
+    if rank < 1:
+        raise ValueError(f"the LoRA rank must be at least 1, got {rank}")
+    if getattr(llm, "partial_lora_state", None) is not None:
+        raise ValueError("this LLM has Partial LoRA already")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft accepts floats
+        lora_dropout=dropout,
+        target_modules=list(target_modules) if target_modules else "all-linear",
+        bias="none",
+    )
+    config._register_custom_module({nn.Linear: PartialLoraLinear, Conv1D: PartialLoraLinear})
+    llm.requires_grad_(False)
+    inject_adapter_in_model(config, llm)
+
+    state = _MaskState()
+    llm.partial_lora_state = state  # type: ignore[assignment]
+    for module in llm.modules():
+        if isinstance(module, PartialLoraLinear):
+            module.mask_state = state
+            module.lora_A.float()
+            module.lora_B.float()
+    return llm
+
+
+def speech_positions(llm: nn.Module, mask: PositionMask) -> AbstractContextManager[None]:
+    """Switches Partial LoRA on at the positions where ``mask`` [B, L] is true, for the forward calls inside the block.
+
+    ``None`` switches it off and :data:`ALL_POSITIONS` on everywhere. The mask must have the shape of every forward call
+    inside the block; a layer raises a ``ValueError`` otherwise. Blocks nest; the outer mask returns at the end.
+    """
+    state = getattr(llm, "partial_lora_state", None)
+    if state is None:
+        if mask is None:
+            return nullcontext()
+        raise ValueError("this LLM has no Partial LoRA: call add_partial_lora first")
+    return _masked(state, mask.bool() if isinstance(mask, Tensor) else mask)
+
+
+@contextmanager
+def _masked(state: _MaskState, mask: PositionMask) -> Iterator[None]:
+    outer, state.mask = state.mask, mask
+    try:
+        yield
+    finally:
+        state.mask = outer
+
+
+def enable_gradient_checkpointing(llm: PreTrainedModel) -> None:
+    """Turns on gradient checkpointing so that the mask of a forward call is also that of its recomputation.
+
+    The recomputation runs during backward, when the block of :func:`speech_positions` has long ended.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    state = getattr(llm, "partial_lora_state", None)
+    if state is not None:
+        options["context_fn"] = lambda: (nullcontext(), _masked(state, state.mask))
+    llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -1,0 +1,259 @@
+"""The speech-to-LLM model: speech encoder -> adapter -> LLM, as a student beside its own teacher.
+
+text:   [ prefix | before | transcript tokens | after | response ]
+speech: [ prefix | before | speech embeddings | after | response ]
+
+The teacher is the LLM reading the first sequence, the student the same weights reading the second. ``prefix`` is what
+all rows of the batch begin with; its keys and values are computed once and reused by both.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from blspkd_fairseq.modules.cformer import AdapterOutput
+from blspkd_fairseq.modules.fingerprint import fingerprint
+from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, speech_positions
+from blspkd_fairseq.modules.sequence import Segment, Sequence, concatenate, predicts
+from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
+
+LORA_SCOPES = ("speech", "all", "none")
+_SPEECH, _RESPONSE = 1, 3  # indices into [before, speech or transcript, after, response]
+_CACHED_PREFIXES = 16
+
+
+class Distillation(NamedTuple):
+    """Hidden states of student and teacher at the positions that are compared, and whose they are.
+
+    Attributes:
+        student: ``[N, D]`` before the output head.
+        teacher: ``[N, D]`` of the LLM reading the transcript, or None when not asked for.
+        rows: ``[N]`` utterance of each position.
+        targets: ``[N]`` the token that follows each position.
+    """
+
+    student: Tensor
+    teacher: Tensor | None
+    rows: Tensor
+    targets: Tensor
+
+
+class SpeechLlmOutput(NamedTuple):
+    """Attributes: the adapter's output, and what was asked for at the input and at the response positions."""
+
+    adapter: AdapterOutput
+    input: Distillation | None
+    response: Distillation | None
+
+
+class SpeechLLM(nn.Module):
+    """Speech encoder, adapter and LLM in one module, of which only some parameters are trained.
+
+    Args:
+        speech_encoder: waveforms to frames.
+        adapter: frames to LLM embeddings, such as :class:`~blspkd_fairseq.modules.cformer.CFormer`.
+        llm: a causal LLM, frozen but for its (Partial) LoRA.
+        lora_scope: where the LLM's LoRA acts: on "speech" positions, on "all", or "none" (the LLM has none).
+        train_speech_encoder: unfreeze the speech encoder.
+        share_prefix: compute the keys and values of the common prefix once. Off, the same numbers take longer.
+    """
+
+    def __init__(
+        self,
+        speech_encoder: SpeechEncoder,
+        adapter: nn.Module,
+        llm: PreTrainedModel,
+        lora_scope: str = "none",
+        train_speech_encoder: bool = False,
+        share_prefix: bool = True,
+    ) -> None:
+        super().__init__()
+        if lora_scope not in LORA_SCOPES:
+            raise ValueError(f"unknown LoRA scope {lora_scope!r}: choose from {', '.join(LORA_SCOPES)}")
+        self.speech_encoder = speech_encoder
+        self.adapter = adapter
+        self.llm = llm
+        self.lora_scope = lora_scope
+        self.train_speech_encoder = train_speech_encoder
+        self.share_prefix = share_prefix
+        self.speech_encoder.requires_grad_(train_speech_encoder)
+        # Whisper's position table is a fixed sinusoid in its own training, too.
+        self.speech_encoder.encoder.embed_positions.requires_grad_(False)
+        for name, parameter in llm.named_parameters():
+            parameter.requires_grad_("lora_" in name and lora_scope != "none")
+        self.trained_names = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
+        self.fingerprints = {"llm": fingerprint(llm)}
+        if not train_speech_encoder:
+            self.fingerprints["speech_encoder"] = fingerprint(speech_encoder)
+        self._prefixes: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self.train(self.training)
+
+    # ---- modes -------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> "SpeechLLM":
+        """Frozen parts stay in eval mode: the teacher must have no dropout, nor the student's frozen layers."""
+        super().train(mode)
+        if not self.train_speech_encoder:
+            self.speech_encoder.eval()
+        self.llm.eval()
+        for name, module in self.llm.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
+            elif getattr(module, "gradient_checkpointing", False):
+                # transformers checkpoints layers in training mode only; the flag is set on the layer itself and not
+                # on what it holds, so that its dropout stays off.
+                module.training = mode
+        return self
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[V, D]`` and bias ``[V]`` of the LLM's output head, which gets no gradient."""
+        layer = self.llm.get_output_embeddings()
+        bias = getattr(layer, "bias", None)
+        return layer.weight.detach(), None if bias is None else bias.detach()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The LLM's input embeddings of token ids, without gradient."""
+        with torch.no_grad():
+            return self.llm.get_input_embeddings()(ids)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SpeechLLM":
+        """A copy that shares the frozen weights: an exponential moving average needs no second LLM."""
+        for parameter in self.parameters():
+            if not parameter.requires_grad:
+                memo[id(parameter)] = parameter
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    # ---- speech ------------------------------------------------------------------------------------------------
+
+    def adapt(self, waveforms: Tensor, lengths: Tensor, target_lengths: Tensor | None = None) -> AdapterOutput:
+        """Speech embeddings of waveforms ``[B, S]`` (fp32, 16 kHz) of ``lengths`` [B] samples."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_speech_encoder):
+            features, padding_mask = self.speech_encoder(waveforms, lengths)
+        return self.adapter(features.to(self.adapter_dtype), padding_mask, target_lengths)
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        return next(self.adapter.parameters()).dtype
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor,
+        text: Mapping[str, Tensor],
+        positions: Collection[str] = ("input", "response"),
+        teacher: bool = True,
+    ) -> SpeechLlmOutput:
+        """Runs student and teacher.
+
+        Args:
+            src_tokens: ``[B, S]`` waveforms, fp32 at 16 kHz (fairseq's name for a model's source).
+            src_lengths: ``[B]`` samples.
+            text: ids of the sequences' text: ``prefix`` [P]; ``before``, ``transcript``, ``after``, ``response`` as
+                right-padded ``[B, N]`` with ``<name>_lengths`` [B].
+            positions: which to return: "input" (the speech positions; needs an adapter that gives one embedding per
+                transcript token) and "response" (those that predict the response). Empty: the LLM does not run.
+            teacher: run the teacher, too.
+        """
+        adapter = self.adapt(src_tokens, src_lengths, text["transcript_lengths"])
+        if not positions:
+            return SpeechLlmOutput(adapter, None, None)
+        speech = Segment(adapter.embeddings.to(self.llm.dtype), adapter.lengths)
+        transcript = self._segment(text, "transcript")
+        student = self._hidden(text, speech, positions, is_speech=True)
+        with torch.no_grad():
+            expected = self._hidden(text, transcript, positions, is_speech=False) if teacher else None
+
+        def compare(name: str, index: int) -> Distillation | None:
+            if name not in positions:
+                return None
+            keep = _select(student[0].segment, index)
+            target_ids = text["transcript" if index == _SPEECH else "response"]
+            return Distillation(
+                student[1][keep],
+                None if expected is None else expected[1][_select(expected[0].segment, index)],
+                keep.nonzero()[:, 0],
+                target_ids[_valid(target_ids, text["transcript_lengths" if index == _SPEECH else "response_lengths"])],
+            )
+
+        return SpeechLlmOutput(adapter, compare("input", _SPEECH), compare("response", _RESPONSE))
+
+    def _hidden(
+        self, text: Mapping[str, Tensor], speech: Segment, positions: Collection[str], is_speech: bool
+    ) -> tuple[Sequence, Tensor]:
+        """The sequence around ``speech``, and the LLM's hidden states ``[B, L, D]`` over it."""
+        segments = [self._segment(text, "before"), speech]
+        if "response" in positions:
+            segments += [self._segment(text, "after"), self._segment(text, "response")]
+        prefix = text["prefix"]
+        cache = None
+        if self._can_share_prefix(prefix):
+            cache = self._prefix_cache(prefix, batch=len(speech.lengths))
+        elif len(prefix):
+            rows = self.embed(prefix).expand(len(speech.lengths), -1, -1)
+            embeds, lengths = segments[0]
+            segments[0] = Segment(torch.cat([rows, embeds], 1), lengths + len(prefix))
+        sequence = concatenate(segments)
+        with speech_positions(self.llm, self.lora_mask(sequence) if is_speech else None):
+            output = self.llm.get_decoder()(
+                inputs_embeds=sequence.embeds, past_key_values=cache, use_cache=cache is not None
+            )
+        return sequence, output.last_hidden_state
+
+    def lora_mask(self, sequence: Sequence) -> PositionMask:
+        """Where the student's LoRA acts."""
+        if self.lora_scope == "none":
+            return None
+        return ALL_POSITIONS if self.lora_scope == "all" else sequence.segment == _SPEECH
+
+    def _segment(self, text: Mapping[str, Tensor], name: str) -> Segment:
+        return Segment(self.embed(text[name]), text[f"{name}_lengths"])
+
+    # ---- prefix ------------------------------------------------------------------------------------------------
+
+    def _can_share_prefix(self, prefix: Tensor) -> bool:
+        # LoRA on all positions changes the student's prefix; checkpointed layers refuse a cache.
+        checkpointing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.llm.modules())
+        return self.share_prefix and len(prefix) > 0 and self.lora_scope != "all" and not checkpointing
+
+    def _prefix_cache(self, prefix: Tensor, batch: int) -> DynamicCache:
+        """A fresh cache that holds the prefix for every row."""
+        key = tuple(prefix.tolist())
+        if key not in self._prefixes:
+            self._prefixes[key] = self._prefix_states(prefix)
+            while len(self._prefixes) > _CACHED_PREFIXES:
+                self._prefixes.popitem(last=False)
+        cache = DynamicCache(config=self.llm.config)
+        for index, (keys, values) in enumerate(self._prefixes[key]):
+            cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
+        return cache
+
+    @torch.no_grad()
+    def _prefix_states(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values ``[1, H, P, d]`` of each layer."""
+        with speech_positions(self.llm, None):
+            output = self.llm.get_decoder()(inputs_embeds=self.embed(prefix)[None], use_cache=True)
+        return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
+        self._prefixes.clear()  # moved to another device or dtype
+        return super()._apply(fn, recurse)
+
+
+def _select(segment: Tensor, index: int) -> Tensor:
+    """Input positions are the speech positions themselves, response positions those that predict the response."""
+    return segment == index if index == _SPEECH else predicts(segment, index)
+
+
+def _valid(ids: Tensor, lengths: Tensor) -> Tensor:
+    return torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)

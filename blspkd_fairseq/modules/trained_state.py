@@ -1,0 +1,57 @@
+"""Checkpoints of a model most of which is frozen: what was trained, and by which frozen models."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from blspkd_fairseq.modules.fingerprint import same_fingerprint
+from blspkd_fairseq.modules.speech_llm import SpeechLLM
+
+_FINGERPRINT = "frozen."
+
+
+def trained_state_dict(model: SpeechLLM) -> dict[str, Tensor]:
+    """The trained parameters by name, and a fingerprint of each frozen model (a few hundred numbers)."""
+    parameters = dict(model.named_parameters())
+    state = {name: parameters[name].detach() for name in sorted(model.trained_names)}
+    for name, values in model.fingerprints.items():
+        state[_FINGERPRINT + name] = values.clone()
+    return state
+
+
+def load_trained_state_dict(model: SpeechLLM, state: Mapping[str, Tensor]) -> None:
+    """Restores what :func:`trained_state_dict` returned.
+
+    Raises:
+        ValueError: other frozen models than in training, or parameters that are missing, unknown or of other shapes
+            (the options of the model differ). Nothing has been loaded then.
+    """
+    for name, now in model.fingerprints.items():
+        then = state.get(_FINGERPRINT + name)
+        if then is not None and not same_fingerprint(then.cpu(), now):
+            what, option = name.replace("_", " "), name.replace("_", "-")
+            raise ValueError(
+                f"this checkpoint was trained with another {what} than the one loaded now, whose weights differ: "
+                f"give --{option} the model that the checkpoint was trained with"
+            )
+    weights = {name: value for name, value in state.items() if not name.startswith(_FINGERPRINT)}
+    parameters = {name: p for name, p in model.named_parameters() if name in model.trained_names}
+    problems = [
+        *(f"{name} is missing from it" for name in parameters if name not in weights),
+        *(f"{name} is unknown to the model" for name in weights if name not in parameters),
+        *(
+            f"{name} is {list(weights[name].shape)} and not {list(p.shape)}"
+            for name, p in parameters.items()
+            if name in weights and weights[name].shape != p.shape
+        ),
+    ]
+    if problems:
+        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise ValueError(
+            "the checkpoint does not fit the model's options (adapter, LoRA, unfrozen speech encoder) or its base "
+            f"models: {shown}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])

@@ -1,0 +1,267 @@
+"""The fairseq task ``blsp_kd``: manifests in, answers out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+from fairseq.tasks import FairseqTask, register_task
+from omegaconf import MISSING
+from torch import Tensor
+
+from blspkd_fairseq import compat
+from blspkd_fairseq.data.audio import load_audio
+from blspkd_fairseq.data.chat import ChatFormat
+from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset
+from blspkd_fairseq.data.manifest import Manifest
+from blspkd_fairseq.data.prompts import resolve_prompt
+from blspkd_fairseq.evaluation.metrics import BleuCounts, bleu_counts, bleu_score, word_errors
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
+from blspkd_fairseq.generation.fairseq_generator import LlmDictionary, LlmGenerator
+
+_BLEU_ORDER = 4
+
+
+@dataclass
+class BlspKdConfig(FairseqDataclass):
+    """Options of ``--task blsp_kd``."""
+
+    data: str = field(
+        default=MISSING,
+        metadata={"help": "folder with train.tsv, valid.tsv, ...; a:b:c takes train.tsv of one folder each epoch"},
+    )
+    audio_root: str = field(default="", metadata={"help": "folder of relative audio paths (default: the manifest's)"})
+    prompt: str = field(
+        default="continue",
+        metadata={"help": "instruction for rows without a prompt: a name (continue, repeat, ...) or a text with {speech}"},
+    )
+    max_audio_seconds: float = field(default=30.0, metadata={"help": "longest utterance; Whisper hears 30 s at most"})
+    skip_bad_audio: bool = field(
+        default=False,
+        metadata={"help": "leave out training rows whose audio is too long, missing or unreadable, and say so"},
+    )
+    eval_wer: bool = field(default=False, metadata={"help": "validation: WER of repeating the transcript (wer, wer_raw)"})
+    eval_wer_prompt: str = field(default="repeat", metadata={"help": "instruction for --eval-wer"})
+    eval_bleu: bool = field(default=False, metadata={"help": "validation: BLEU of the answer against tgt_text"})
+    eval_bleu_prompt: str = field(default="", metadata={"help": "instruction for --eval-bleu (default: each row's own)"})
+    eval_max_tokens: int = field(default=128, metadata={"help": "longest answer in validation, in tokens"})
+    results_jsonl: str = field(
+        default="",
+        metadata={"help": "file for fairseq-generate's answers with the manifest's ids, as lines of JSON "
+                  "(default: generate-SUBSET.jsonl in --results-path)"},
+    )
+
+
+@register_task("blsp_kd", dataclass=BlspKdConfig)
+class BlspKdTask(FairseqTask):
+    """Distils a text LLM into its own reading of speech; see the README."""
+
+    cfg: BlspKdConfig
+
+    def __init__(self, cfg: BlspKdConfig, **_: Any) -> None:
+        super().__init__(cfg)
+        self.dictionary = LlmDictionary()
+        self._needed_texts: tuple[str, ...] = ()
+        self._loaded_split = ""
+
+    @classmethod
+    def setup_task(cls, cfg: BlspKdConfig, **_: Any) -> "BlspKdTask":
+        return cls(cfg)
+
+    # ---- model, criterion --------------------------------------------------------------------------------------
+
+    @property
+    def chat(self) -> ChatFormat:
+        """Chat format of the LLM; comes with the model."""
+        return self.dictionary._chat
+
+    @property
+    def source_dictionary(self) -> None:
+        """Speech has none."""
+        return None
+
+    @property
+    def target_dictionary(self) -> LlmDictionary:
+        return self.dictionary
+
+    def max_positions(self) -> None:
+        """The model says how many samples fit."""
+        return None
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        model = super().build_model(cfg, from_checkpoint)
+        self.dictionary.chat = model.chat
+        return model
+
+    def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        criterion = super().build_criterion(cfg, from_checkpoint)
+        self._needed_texts = ("src_text", "tgt_text") if getattr(criterion, "needs_responses", False) else ("src_text",)
+        return criterion
+
+    # ---- data --------------------------------------------------------------------------------------------------
+
+    def load_dataset(self, split: str, combine: bool = False, task_cfg: Any = None, epoch: int = 1, **_: Any) -> None:
+        """Reads ``<data>/<split>.tsv``.
+
+        Raises:
+            ManifestError: the manifest is missing or wrong; it names the row and the remedy.
+        """
+        paths = utils.split_paths(self.cfg.data)
+        is_train = split.startswith("train")
+        folder = Path(paths[(epoch - 1) % len(paths)] if is_train else paths[0])
+        manifest = Manifest.load(
+            folder / f"{split}.tsv", ("id", "audio", "n_frames", *self._needed_texts), self._needed_texts
+        )
+        self.datasets[split] = SpeechTextDataset(
+            manifest,
+            self.chat,
+            prompt=self.cfg.prompt,
+            audio_root=Path(self.cfg.audio_root) if self.cfg.audio_root else None,
+            max_seconds=self.cfg.max_audio_seconds,
+            shuffle=is_train,
+            skip_bad_audio=self.cfg.skip_bad_audio and is_train,
+        )
+        self._loaded_split = split
+
+    def training_words(self) -> Tensor:
+        """Sorted ids of all tokens that occur in the training transcripts."""
+        words: set[int] = set()
+        train: SpeechTextDataset = self.datasets["train"]
+        for index in range(len(train)):
+            words.update(self.chat.encode_text(train.manifest[index]["src_text"]))
+        return torch.tensor(sorted(words), dtype=torch.long)
+
+    # ---- validation --------------------------------------------------------------------------------------------
+
+    def valid_step(self, sample: dict[str, Any], model: Any, criterion: Any) -> tuple[Any, int, dict[str, Any]]:
+        if not sample or not sample["nsentences"]:
+            return torch.zeros(()), 0, {}
+        loss, sample_size, log = super().valid_step(sample, model, criterion)
+        if self.cfg.eval_wer:
+            log |= self._wer_sums(sample, model)
+        if self.cfg.eval_bleu:
+            log |= self._bleu_sums(sample, model)
+        return loss, sample_size, log
+
+    def _answers(self, sample: dict[str, Any], model: Any, prompt: str) -> list[str]:
+        """Greedy answers to a batch under ``prompt``, or under its own prompts."""
+        prompts = sample["prompts"]
+        if prompt:
+            prompts = [resolve_prompt(prompt, r.get("src_lang", ""), r.get("tgt_lang", "")) for r in sample["rows"]]
+        inputs = sample["net_input"]
+        options = DecodingOptions(max_new_tokens=self.cfg.eval_max_tokens)
+        groups = answer_speech(
+            model.speech_llm, self.chat, inputs["src_tokens"], inputs["src_lengths"], prompts, options
+        )
+        return [group[0].text for group in groups]
+
+    def _wer_sums(self, sample: dict[str, Any], model: Any) -> dict[str, float]:
+        sums = dict.fromkeys(("_wer_errors", "_wer_words", "_wer_raw_errors", "_wer_raw_words"), 0.0)
+        answers = self._answers(sample, model, self.cfg.eval_wer_prompt)
+        for row, answer in zip(sample["rows"], answers, strict=True):
+            for name, normalize in (("wer", True), ("wer_raw", False)):
+                count = word_errors(answer, row["src_text"], row.get("src_lang", ""), normalize)
+                sums[f"_{name}_errors"] += count.errors
+                sums[f"_{name}_words"] += count.words
+        return sums
+
+    def _bleu_sums(self, sample: dict[str, Any], model: Any) -> dict[str, float]:
+        references = [row["tgt_text"] for row in sample["rows"]]
+        answers = self._answers(sample, model, self.cfg.eval_bleu_prompt)
+        counts = bleu_counts(answers, references, sample["rows"][0].get("tgt_lang", ""))
+        sums = {"_bleu_hyp": float(counts.hypothesis_length), "_bleu_ref": float(counts.reference_length)}
+        for n in range(_BLEU_ORDER):
+            sums |= {f"_bleu_correct_{n}": float(counts.correct[n]), f"_bleu_total_{n}": float(counts.total[n])}
+        return sums
+
+    def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
+        super().reduce_metrics(logging_outputs, criterion)
+        for key in {key for log in logging_outputs for key in log if key.startswith(("_wer", "_bleu"))}:
+            metrics.log_scalar(key, float(sum(log.get(key, 0) for log in logging_outputs)))
+        if any("_wer_words" in log for log in logging_outputs):
+            metrics.log_derived("wer", lambda meters: _rate(meters, "_wer_errors", "_wer_words"))
+            metrics.log_derived("wer_raw", lambda meters: _rate(meters, "_wer_raw_errors", "_wer_raw_words"))
+        if any("_bleu_ref" in log for log in logging_outputs):
+            metrics.log_derived("bleu", _bleu_of_meters)
+
+    # ---- generation --------------------------------------------------------------------------------------------
+
+    def build_generator(self, models: Any, args: Any, *_: Any, **__: Any) -> LlmGenerator:
+        """Maps fairseq's generation options to the LLM's decoding.
+
+        Raises:
+            ValueError: an option that has no counterpart there.
+        """
+        path = self.cfg.results_jsonl or compat.default_results_jsonl(self._loaded_split)
+        dataset = self.datasets.get(self._loaded_split)
+        return LlmGenerator(
+            self.chat,
+            decoding_options(args),
+            resolve_prompt(self.cfg.prompt),
+            Path(path) if path and dataset is not None else None,
+            len(dataset) if dataset is not None else 0,
+        )
+
+    def get_interactive_tokens_and_lengths(
+        self, lines: list[str], encode_fn: Callable[[str], str]
+    ) -> tuple[list[Tensor], list[int]]:
+        """Reads the audio files that the lines name."""
+        root = Path(self.cfg.audio_root) if self.cfg.audio_root else None
+        limit = self.cfg.max_audio_seconds
+        waveforms = [torch.from_numpy(load_audio(line.strip(), root, max_seconds=limit)) for line in lines]
+        return waveforms, [len(waveform) for waveform in waveforms]
+
+    def build_dataset_for_inference(
+        self, src_tokens: list[Tensor], src_lengths: list[int], **_: Any
+    ) -> SpeechDataset:
+        return SpeechDataset(src_tokens, src_lengths)
+
+
+def decoding_options(args: Any) -> DecodingOptions:
+    """fairseq's generation options as the LLM's; see :meth:`BlspKdTask.build_generator`."""
+    unsupported = {
+        "--max-len-a": args.max_len_a != 0,
+        "--prefix-size": args.prefix_size > 0,
+        "--score-reference": args.score_reference,
+        "--match-source-len": args.match_source_len,
+        "--diverse-beam-groups": args.diverse_beam_groups > 0,
+        "--constraints": bool(args.constraints),
+        "--lm-path": bool(args.lm_path),
+        "--print-alignment": bool(args.print_alignment),
+        "--replace-unk": bool(args.replace_unk),
+        "--temperature without --sampling": args.temperature != 1.0 and not args.sampling,
+    }
+    refused = [name for name, given in unsupported.items() if given]
+    if refused:
+        raise ValueError(f"{', '.join(refused)}: not supported by task blsp_kd, whose answers the LLM itself decodes")
+    return DecodingOptions(
+        beam=args.beam,
+        n_best=args.nbest,
+        sampling=args.sampling,
+        temperature=args.temperature,
+        top_k=max(0, args.sampling_topk),
+        top_p=args.sampling_topp if args.sampling_topp > 0 else 1.0,
+        max_new_tokens=args.max_len_b,
+        min_new_tokens=min(args.min_len, args.max_len_b),
+        length_penalty=0.0 if args.unnormalized else args.lenpen,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+    )
+
+
+def _rate(meters: Any, errors: str, words: str) -> float:
+    """Errors in percent of the words."""
+    return round(100.0 * meters[errors].sum / max(1.0, meters[words].sum), 2)
+
+
+def _bleu_of_meters(meters: Any) -> float:
+    counts = BleuCounts(
+        [int(meters[f"_bleu_correct_{n}"].sum) for n in range(_BLEU_ORDER)],
+        [int(meters[f"_bleu_total_{n}"].sum) for n in range(_BLEU_ORDER)],
+        int(meters["_bleu_hyp"].sum),
+        int(meters["_bleu_ref"].sum),
+    )
+    return round(bleu_score(counts), 2)

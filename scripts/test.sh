@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Everything that must hold before a commit: style, types, tests. Installs what that needs first.
+#
+#   bash scripts/test.sh [--skip-models] [arguments of pytest]
+#
+# --skip-models  neither fetch the small real models nor run the tests that need them
+# BLSPKD_VENV    the virtual environment (default: .venv beside setup.py)
+# BLSPKD_CACHE   where those models are kept (default: ~/.cache/blspkd_fairseq)
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Absolute before the change of folder, since the caller's paths are relative to where the caller is.
+BLSPKD_VENV=$(realpath -m "${BLSPKD_VENV:-$root/.venv}")
+BLSPKD_CACHE=$(realpath -m "${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}")
+export BLSPKD_VENV BLSPKD_CACHE
+cd "$root"
+
+models=yes
+pytest_args=()
+for arg in "$@"; do
+    if [[ $arg == --skip-models ]]; then
+        models=no
+        pytest_args+=(-m "not real")
+    else
+        pytest_args+=("$arg")
+    fi
+done
+
+bash scripts/venv.sh dev,quickstart
+py=$BLSPKD_VENV/bin/python
+
+"$py" -m ruff check .
+"$py" -m ruff format --check .
+"$py" -m mypy blspkd_fairseq
+if [[ $models == yes && -f examples/quickstart/fetch_models.py ]]; then
+    "$py" examples/quickstart/fetch_models.py --cache "$BLSPKD_CACHE"
+fi
+"$py" -m pytest -q ${pytest_args[@]+"${pytest_args[@]}"}

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# Creates or updates the project's own virtual environment, without root and without git.
+#
+#   bash scripts/venv.sh [EXTRAS]      EXTRAS: comma-separated, from quickstart,bench,dev; default none
+#
+# BLSPKD_VENV  where (default: .venv beside setup.py)
+# PYTHON       the Python 3.11 or 3.12 to use (default: the first one found)
+#
+# A CPU build of torch is installed unless `nvidia-smi` works; a torch that is there already is kept.
+# Does nothing, within a second, when all is in place.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${BLSPKD_VENV:-$root/.venv}
+extras=${1:-}
+torch=2.13.0
+cpu_wheels=https://download.pytorch.org/whl/cpu
+
+mkdir -p "$venv"
+venv=$(cd "$venv" && pwd)
+py=$venv/bin/python
+log=$venv/install.log
+stamp=$venv/installed-${extras:-none}
+
+fail() {
+    echo "venv.sh: $*" >&2
+    exit 1
+}
+
+# Whether $1 runs (a pyenv shim may exist and not run), is 3.11 or 3.12 and can make environments (Debian splits that off).
+is_usable() {
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1
+}
+
+find_python() {
+    local name candidate
+    if [[ -n ${PYTHON:-} ]]; then
+        is_usable "$PYTHON" || fail "PYTHON=$PYTHON is no Python 3.11 or 3.12 that can create virtual environments"
+        echo "$PYTHON"
+        return
+    fi
+    for name in python3.11 python3.12 python3; do
+        while read -r candidate; do
+            if is_usable "$candidate"; then
+                echo "$candidate"
+                return
+            fi
+        done < <(type -ap "$name"; ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/"$name" 2>/dev/null)
+    done
+    fail "no Python 3.11 or 3.12 with the venv module was found: install one (Debian, Ubuntu: python3.11 and" \
+        "python3.11-venv) or set PYTHON to its path"
+}
+
+# step LABEL COMMAND...: one line with the seconds it took; what the command printed is shown when it fails.
+step() {
+    local label=$1 start=$SECONDS
+    shift
+    printf 'venv: %s ...' "$label"
+    if ! "$@" >"$log" 2>&1; then
+        printf ' failed after %d s\n' $((SECONDS - start))
+        grep -v '^WARNING' "$log" | tail -n 25 >&2
+        fail "$label failed; the full output is in $log"
+    fi
+    printf ' %d s\n' $((SECONDS - start))
+}
+
+pip_install() {
+    "$py" -m pip install --disable-pip-version-check --no-input "$@"
+}
+
+install_torch() {
+    if nvidia-smi >/dev/null 2>&1; then
+        pip_install "torch==$torch"
+        return
+    fi
+    # The local version "+cpu" never names a CUDA build. First from where the user's pip looks anyway.
+    if pip_install "torch==$torch+cpu" >"$log.torch" 2>&1; then
+        return
+    fi
+    cat "$log.torch"
+    grep -q "No matching distribution found for torch" "$log.torch" || return 1
+    pip_install "torch==$torch+cpu" --extra-index-url "$cpu_wheels" && return
+    echo "No CPU build of torch $torch for this Python was found. You may install one of torch 2.6 or later into"
+    echo "$venv by yourself: it is kept when you run this again."
+    return 1
+}
+
+# By hash, since the publisher of this build is not known by name; see blspkd_fairseq/requirements.py.
+install_fairseq() {
+    cat >"$venv/fairseq.txt" <<'HASHES'
+ve-fairseq==0.12.3 \
+    --hash=sha256:5e84da7a92db08aae7f9cc3d155d4574d915fe1959dc1e041d514b6ef7bc000a \
+    --hash=sha256:9ba18767af12978b4700ac7d9914e6abfe365a50ce17faa6a79e8f07f4129be5
+HASHES
+    pip_install --no-deps --require-hashes -r "$venv/fairseq.txt"
+}
+
+install_project() {
+    "$py" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$venv/constraints.txt" ||
+        return 1
+    pip_install -c "$venv/constraints.txt" -e "$root${extras:+[$extras]}"
+}
+
+refuse_other_fairseq() {
+    local other
+    other=$(PYTHONPATH=$root "$py" -c 'from blspkd_fairseq import compat
+print(*(str(one) for one in compat.fairseq_distributions() if not one.is_pinned), sep=", ")')
+    [[ -z $other ]] || fail "$venv already has $other, which this would overwrite: set BLSPKD_VENV to another folder"
+}
+
+# Identifies a finished installation: what was asked for, for which checkout, by which Python.
+fingerprint() {
+    echo "$root $venv $extras $("$py" -V 2>&1)"
+    cat "$root/setup.py" "$root/blspkd_fairseq/requirements.py" "${BASH_SOURCE[0]}"
+}
+
+exec 9>"$venv/lock"
+flock 9 # a second caller waits, then finds the work done
+
+if [[ -f $stamp && $(fingerprint | sha256sum) == $(cat "$stamp") ]]; then
+    exit 0
+fi
+if [[ -f $venv/bin/activate ]] && ! grep -qF "$venv" "$venv/bin/activate"; then
+    fail "$venv was made in another place and its commands still point there: delete it and run this again"
+fi
+
+if ! "$py" -m pip --version >/dev/null 2>&1; then
+    python=$(find_python)
+    step "virtual environment with $("$python" -V) in $venv" "$python" -m venv "$venv"
+fi
+is_usable "$py" || fail "$venv holds $("$py" -V), and 3.11 or 3.12 is needed: delete it or set BLSPKD_VENV"
+refuse_other_fairseq
+if ! "$py" -c 'import torch' >/dev/null 2>&1; then
+    step "torch $torch" install_torch
+fi
+step "fairseq" install_fairseq
+step "blspkd-fairseq${extras:+ with $extras}" install_project
+if [[ ,$extras, == *,bench,* ]]; then
+    # Alone: its chunked losses need no triton, which is large; a CUDA build of torch has brought it.
+    step "liger-kernel" pip_install --no-deps "liger-kernel==0.8.5"
+fi
+fingerprint | sha256sum >"$stamp" # last: an interrupted run starts over

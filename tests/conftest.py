@@ -1,0 +1,35 @@
+"""Settings for all tests: this checkout, offline, the same random numbers and few threads."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before torch and transformers are imported, and inherited by the commands that tests start. This checkout
+# comes first, whichever one is installed. One thread: the models are too tiny to gain from a second one.
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import blspkd_fairseq  # noqa: E402, F401  (hides a broken torchaudio before any test imports transformers)
+
+
+@pytest.fixture(autouse=True)
+def repeatable(request: pytest.FixtureRequest) -> None:
+    """Seeds every generator; tests on the real models get all cores."""
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    is_real = request.node.get_closest_marker("real") is not None
+    torch.set_num_threads(os.cpu_count() or 1 if is_real else 1)

@@ -1,0 +1,216 @@
+"""Student and teacher in one model: same sequence, same positions, and the levers that must not change a number."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
+
+from blspkd_fairseq.modules.cformer import AdapterOutput, CFormer
+from blspkd_fairseq.modules.distillation_loss import linear_kl_div
+from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
+from blspkd_fairseq.modules.sequence import Segment, concatenate, predicts
+from blspkd_fairseq.modules.speech_llm import SpeechLLM
+from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
+
+WIDTH, HIDDEN, VOCABULARY = 16, 32, 60
+
+
+def text_batch() -> dict[str, Tensor]:
+    lengths = {"before": [2, 0, 1], "transcript": [3, 5, 1], "after": [2, 2, 2], "response": [4, 1, 2]}
+    generator = torch.Generator().manual_seed(0)
+    text = {"prefix": torch.tensor([7, 8, 9])}
+    for name, rows in lengths.items():
+        text[name] = torch.randint(1, VOCABULARY, (3, max(rows)), generator=generator)
+        text[f"{name}_lengths"] = torch.tensor(rows)
+    return text
+
+
+def speech_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, 16_000, generator=generator), torch.tensor([16_000, 9_000, 12_345])
+
+
+@pytest.fixture
+def build() -> Callable[..., SpeechLLM]:
+    def build(lora_scope: str = "speech", adapter: nn.Module | None = None, **options: Any) -> SpeechLLM:
+        torch.manual_seed(0)
+        whisper = WhisperModel(
+            WhisperConfig(
+                d_model=WIDTH, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32,
+                decoder_attention_heads=2, vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            )
+        )  # fmt: skip
+        llm = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, pad_token_id=0,
+                attention_dropout=0.5,
+            )
+        )  # fmt: skip
+        if lora_scope != "none":
+            add_partial_lora(llm, rank=4, dropout=0.0)
+            for name, parameter in llm.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.3)
+        adapter = adapter or CFormer(WIDTH, HIDDEN, 0.3, pre_layers=1, post_layers=1, heads=2, dropout=0.0)
+        return SpeechLLM(SpeechEncoder(whisper.encoder), adapter, llm, lora_scope, **options)
+
+    return build
+
+
+class TranscriptInPlaceOfSpeech(nn.Module):
+    """An adapter that cheats: it returns the transcript's own embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.embeddings = torch.zeros(0)
+
+    def forward(self, features: Tensor, padding_mask: Tensor, target_lengths: Tensor) -> AdapterOutput:
+        return AdapterOutput(self.embeddings + self.weight, target_lengths)
+
+
+def kl(model: SpeechLLM, compared: Any) -> Tensor:
+    return linear_kl_div(compared.student, compared.teacher, model.head[0])
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_the_transcripts_own_embeddings_give_no_divergence(build: Callable[..., SpeechLLM], share_prefix: bool) -> None:
+    adapter = TranscriptInPlaceOfSpeech()
+    model = build("none", adapter, share_prefix=share_prefix).train()
+    text = text_batch()
+    adapter.embeddings = model.embed(text["transcript"])
+    out = model(*speech_batch(), text)
+    for compared, count in ((out.input, 9), (out.response, 7)):
+        assert len(compared.student) == count
+        assert kl(model, compared).abs().max() < 1e-5
+    # ... and another sentence's do
+    adapter.embeddings = adapter.embeddings.roll(1, 0)
+    out = model(*speech_batch(), text)
+    assert kl(model, out.input).max() > 0.01 and kl(model, out.response).max() > 0.01
+
+
+def test_hidden_states_equal_those_of_each_utterance_written_out(build: Callable[..., SpeechLLM]) -> None:
+    """The batched, shared-prefix, shifted selection against plain indexing of one sequence."""
+    model = build("none").eval()
+    text = text_batch()
+    with torch.no_grad():
+        out = model(*speech_batch(), text)
+        for b in range(3):
+            part = {n: text[n][b, : text[f"{n}_lengths"][b]] for n in ("before", "transcript", "after", "response")}
+            ids = torch.cat([text["prefix"], *part.values()])[None]
+            hidden = model.llm.get_decoder()(input_ids=ids).last_hidden_state[0]
+            start = len(text["prefix"]) + len(part["before"])
+            n, r = len(part["transcript"]), len(part["response"])
+            torch.testing.assert_close(out.input.teacher[out.input.rows == b], hidden[start : start + n])
+            # the position before the first response token is in, the last token is out
+            torch.testing.assert_close(out.response.teacher[out.response.rows == b], hidden[-r - 1 : -1])
+            assert torch.equal(out.response.targets[out.response.rows == b], part["response"])
+            assert torch.equal(out.input.targets[out.input.rows == b], part["transcript"])
+
+
+def losses_and_gradients(model: SpeechLLM, rows: slice = slice(None)) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    text = {name: value if name == "prefix" else value[rows] for name, value in text_batch().items()}
+    waveforms, lengths = speech_batch()
+    model.zero_grad()
+    out = model(waveforms[rows], lengths[rows], text)
+    input_kl, response_kl = kl(model, out.input), kl(model, out.response)
+    (input_kl.sum() + response_kl.sum() + out.adapter.alpha_sum.sum()).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return input_kl.detach(), response_kl.detach(), gradients
+
+
+def assert_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+    for a, b in zip(one[:2], other[:2], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert one[2].keys() == other[2].keys()
+    for name, gradient in one[2].items():
+        torch.testing.assert_close(gradient, other[2][name], atol=2e-3, rtol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("train_speech_encoder", [False, True])
+def test_sharing_the_prefix_changes_nothing(build: Callable[..., SpeechLLM], train_speech_encoder: bool) -> None:
+    expected = losses_and_gradients(
+        build(share_prefix=False, train_speech_encoder=train_speech_encoder).train()
+    )
+    model = build(share_prefix=True, train_speech_encoder=train_speech_encoder).train()
+    assert_same(losses_and_gradients(model), expected)
+    assert_same(losses_and_gradients(model), expected)  # the second time from memory
+    assert any("speech_encoder" in name for name in expected[2]) == train_speech_encoder
+
+
+def test_gradient_checkpointing_changes_nothing(build: Callable[..., SpeechLLM]) -> None:
+    expected = losses_and_gradients(build().train())
+    model = build()
+    enable_gradient_checkpointing(model.llm)
+    assert_same(losses_and_gradients(model.train()), expected)
+
+
+def test_losses_do_not_depend_on_the_batch(build: Callable[..., SpeechLLM]) -> None:
+    model = build().train()
+    together = losses_and_gradients(model)
+    alone = [losses_and_gradients(model, slice(b, b + 1)) for b in range(3)]
+    summed = {name: sum(gradients[name] for _, _, gradients in alone) for name in together[2]}
+    assert_same((torch.cat([a[0] for a in alone]), torch.cat([a[1] for a in alone]), summed), together)
+
+
+def test_the_teacher_is_the_base_llm_while_lora_moves_the_student(build: Callable[..., SpeechLLM]) -> None:
+    text = text_batch()
+    base = build("none").eval()(*speech_batch(), text)
+    for scope in ("speech", "all"):
+        out = build(scope).eval()(*speech_batch(), text)
+        torch.testing.assert_close(out.response.teacher, base.response.teacher)
+        torch.testing.assert_close(out.input.teacher, base.input.teacher)
+        assert (out.response.student - base.response.student).abs().max() > 1e-3
+
+
+def test_only_the_chosen_parts_are_trained_and_frozen_parts_have_no_dropout(build: Callable[..., SpeechLLM]) -> None:
+    names = {
+        (scope, unfreeze): {n.split(".")[0] for n in build(scope, train_speech_encoder=unfreeze).trained_names}
+        for scope in ("speech", "none")
+        for unfreeze in (False, True)
+    }
+    assert names == {
+        ("speech", False): {"adapter", "llm"},
+        ("none", False): {"adapter"},
+        ("speech", True): {"adapter", "llm", "speech_encoder"},
+        ("none", True): {"adapter", "speech_encoder"},
+    }
+    model = build().train()
+    assert all("lora_" in n for n in model.trained_names if n.startswith("llm."))
+    # attention_dropout of this LLM is .5: in training mode two runs would differ
+    text, speech = text_batch(), speech_batch()
+    assert torch.equal(model(*speech, text).response.student, model(*speech, text).response.student)
+
+
+def test_without_response_terms_the_llm_stops_at_the_speech(build: Callable[..., SpeechLLM]) -> None:
+    model = build().eval()
+    text = text_batch()
+    full = model(*speech_batch(), text)
+    seen = []
+    hook = model.llm.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    short = model(*speech_batch(), {**text, "response": text["response"][:, :0], "response_lengths": torch.zeros(3)}, ["input"])
+    assert short.response is None and seen == [5, 5]  # before + transcript of the longest row
+    torch.testing.assert_close(short.input.student, full.input.student)
+    assert model(*speech_batch(), text, []).input is None and len(seen) == 2  # the warm-up runs no LLM
+    hook.remove()
+
+
+def test_concatenation_on_either_side() -> None:
+    segments = [
+        Segment(torch.tensor([[[1.0], [2.0]], [[3.0], [99.0]]]), torch.tensor([2, 1])),
+        Segment(torch.tensor([[[99.0]], [[4.0]]]), torch.tensor([0, 1])),
+        Segment(torch.tensor([[[5.0], [6.0]], [[99.0], [99.0]]]), torch.tensor([2, 0])),
+    ]
+    right = concatenate(segments)
+    assert right.embeds.squeeze(2).tolist() == [[1, 2, 5, 6], [3, 4, 0, 0]]
+    assert right.segment.tolist() == [[0, 0, 2, 2], [0, 1, -1, -1]]
+    left = concatenate(segments, pad_left=True)
+    assert left.embeds.squeeze(2).tolist() == [[1, 2, 5, 6], [0, 0, 3, 4]]
+    assert left.segment.tolist() == [[0, 0, 2, 2], [-1, -1, 0, 1]]
+    assert predicts(right.segment, 2).tolist() == [[False, True, True, False], [False] * 4]
