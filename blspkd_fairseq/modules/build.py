@@ -76,14 +76,7 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
     """
     _check(config)
     chat = load_chat_format(config)
-    llm = _load_llm(config)
-    if len(chat.tokenizer) > llm.get_input_embeddings().num_embeddings:
-        raise ValueError(
-            f"the tokenizer of {config.llm} has {len(chat.tokenizer)} words but the LLM embeds only "
-            f"{llm.get_input_embeddings().num_embeddings}: the files of two models are mixed in one directory"
-        )
-    # What Hugging Face ships as defaults (sampling, repetition penalty) would change results without anyone asking.
-    llm.generation_config = GenerationConfig(eos_token_id=chat.eos_ids, pad_token_id=chat.eos_ids[0])
+    llm = load_llm(config, chat)
     scale = _embedding_scale(llm)
     if config.lora_scope != "none":
         targets = [name.strip() for name in config.lora_target_modules.split(",") if name.strip()]
@@ -114,7 +107,12 @@ def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:
     return ChatFormat(tokenizer, system=config.system_prompt or None, chat_template=template)
 
 
-def _load_llm(config: SpeechLlmConfig) -> PreTrainedModel:
+def load_llm(config: SpeechLlmConfig, chat: ChatFormat) -> PreTrainedModel:
+    """The LLM that the options name, with a generation configuration that decodes as it is told and no other way.
+
+    Raises:
+        ValueError: it cannot be loaded, has a smaller vocabulary than its tokenizer, or an output head that is not linear.
+    """
     llm = _from_pretrained(
         AutoModelForCausalLM,
         config.llm,
@@ -123,6 +121,13 @@ def _load_llm(config: SpeechLlmConfig) -> PreTrainedModel:
         dtype=DTYPES[config.llm_dtype],
         trust_remote_code=config.trust_remote_code,
     )
+    if len(chat.tokenizer) > llm.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"the tokenizer of {config.llm} has {len(chat.tokenizer)} words but the LLM embeds only "
+            f"{llm.get_input_embeddings().num_embeddings}: the files of two models are mixed in one directory"
+        )
+    # What Hugging Face ships as defaults (sampling, repetition penalty) would change results without anyone asking.
+    llm.generation_config = GenerationConfig(eos_token_id=chat.eos_ids, pad_token_id=chat.eos_ids[0])
     _check_plain_head(llm, config.llm)
     return llm
 

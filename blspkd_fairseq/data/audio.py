@@ -1,0 +1,309 @@
+"""Audio files as mono float32 waveforms at 16 kHz, and what can be wrong with them.
+
+Decoding is libsndfile's (WAV, FLAC, MP3, OGG, ...) and resampling is soxr's. libsndfile hides that a file was cut
+off: here, FLAC, MP3 and WAV are compared with the length in their header, and every format with the manifest's.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLE_RATE = 16_000
+MAX_SECONDS = 30.0
+
+_ZIP_ENTRY = re.compile(r"(.+):(\d+):(\d+)", re.DOTALL)
+_BLOCK_FRAMES = 1 << 18
+_UNKNOWN_FRAMES = 1 << 62  # libsndfile reports more than this for a stream of unknown length
+_WAV_PLACEHOLDER = 0x7FFFF000  # programs that write WAV into a pipe give sizes from here on, or 0
+
+
+class AudioError(ValueError):
+    """Audio that cannot be used; the message names the file and what to do."""
+
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+def load_audio(
+    spec: str | Path,
+    root: Path | None = None,
+    declared_samples: int | None = None,
+    max_seconds: float | None = MAX_SECONDS,
+) -> np.ndarray:
+    """Reads one utterance, whatever its rate, channels and format.
+
+    Args:
+        spec: a file, or ``archive.zip:offset:length``, the bytes of a stored member (see :func:`find_zip_entry`).
+        root: folder of relative paths; then no path may lead out of it.
+        declared_samples: length at 16 kHz according to the manifest; audio that is clearly shorter was cut off.
+        max_seconds: longest utterance; None: any.
+
+    Returns:
+        ``[samples]`` float32, mono, 16 kHz.
+
+    Raises:
+        AudioError: missing, outside of ``root``, empty, unreadable, truncated, too long, or with NaN or Inf samples.
+    """
+    name = str(spec)
+    try:
+        with _open(name, root) as file:
+            samples, rate = _decode(file, name, max_seconds)
+    except (OSError, ValueError) as error:
+        if isinstance(error, AudioError):
+            raise
+        raise AudioError(f"{name} cannot be read: {error}") from error
+    waveform = _to_mono_16k(samples, rate, name, max_seconds)
+    if declared_samples is not None:
+        _check_length(len(waveform), declared_samples, SAMPLE_RATE, name, "the manifest declares")
+    return waveform
+
+
+def prepare_waveform(
+    samples: Any, rate: int, name: str = "audio", max_seconds: float | None = MAX_SECONDS
+) -> np.ndarray:
+    """Converts samples in memory as :func:`load_audio` does a file.
+
+    Args:
+        samples: numpy array, torch tensor or list: ``[samples]``, or two-dimensional with the channels on the shorter
+            axis. Integers of 8 to 32 bits are scaled to [-1, 1).
+        rate: samples per second.
+        name: what messages call it.
+        max_seconds: longest utterance; None: any.
+
+    Returns:
+        ``[samples]`` float32, mono, 16 kHz.
+
+    Raises:
+        AudioError: of another shape or type, empty, too long, or with NaN or Inf samples.
+    """
+    if not (rate > 0 and math.isfinite(rate)):
+        raise AudioError(f"{name} has the sample rate {rate}: give its number of samples per second")
+    array = _scaled(_as_array(samples), name)
+    if array.ndim not in (1, 2):
+        raise AudioError(f"{name} has the shape {list(array.shape)}: give [samples] or [samples, channels]")
+    if array.ndim == 2 and array.shape[0] < array.shape[1]:
+        array = array.T
+    return _to_mono_16k(array, rate, name, max_seconds)
+
+
+def find_zip_entry(zip_path: str | Path, member: str) -> str:
+    """The ``archive.zip:offset:length`` that names a member's bytes.
+
+    Offsets come from the member's own header in the archive: the directory at the end does not know its length.
+
+    Raises:
+        AudioError: no archive, no such member, or one that is compressed or encrypted.
+    """
+    try:
+        with zipfile.ZipFile(zip_path) as archive, open(zip_path, "rb") as file:
+            info = archive.getinfo(member)
+            file.seek(info.header_offset)
+            header = file.read(30)
+    except KeyError as error:
+        raise AudioError(f"{zip_path} has no member {member}") from error
+    except (OSError, zipfile.BadZipFile) as error:
+        raise AudioError(f"{zip_path} cannot be read as a zip archive: {error}") from error
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise AudioError(f"{zip_path} holds {member} compressed or encrypted: make the archive with `zip -0`")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    return f"{zip_path}:{info.header_offset + 30 + name_length + extra_length}:{info.file_size}"
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _open(spec: str, root: Path | None) -> BinaryIO:
+    """The bytes of a file or of a member of an archive, seekable."""
+    path = _confined(spec, root)
+    entry = None if path.is_file() else _ZIP_ENTRY.fullmatch(spec)
+    if entry is not None:
+        path = _confined(entry[1], root)
+    if not path.is_file():
+        hint = "" if root is None else f" in the audio root {root}"
+        raise AudioError(f"{spec} does not exist{hint}: check the path")
+    if entry is not None:
+        return io.BytesIO(_read_zip_entry(path, int(entry[2]), int(entry[3]), spec))
+    if path.stat().st_size == 0:
+        raise AudioError(f"{spec} is an empty file: remove its row or restore the file")
+    return open(path, "rb")
+
+
+def _confined(path: str, root: Path | None) -> Path:
+    if root is None:
+        return Path(path)
+    folder = root.resolve()
+    resolved = (folder / path).resolve()
+    if not resolved.is_relative_to(folder):
+        raise AudioError(f"{path} is outside of the audio root {root}: choose a root that holds all audio")
+    return resolved
+
+
+def _read_zip_entry(path: Path, offset: int, length: int, spec: str) -> bytes:
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise AudioError(f"{spec} names a part of a file that is no zip archive")
+        if length == 0 or offset + length > path.stat().st_size:
+            raise AudioError(f"{spec} is empty or reaches beyond the end of the archive: write the manifest anew")
+        file.seek(offset)
+        return file.read(length)
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+class _Stream(soundfile.SoundFile):
+    """A file that soundfile reads from begin to end without seeking, which fails in FLAC of unknown length."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _decode(file: BinaryIO, name: str, max_seconds: float | None) -> tuple[np.ndarray, int]:
+    """All samples ``[frames, channels]`` float32, and their rate."""
+    file = _check_wav(file, name)
+    has_length = _mp3_has_length(file)
+    try:
+        with _Stream(file) as sound:
+            is_mp3, rate = sound.format == "MP3", sound.samplerate
+            declared = sound.frames if sound.frames < _UNKNOWN_FRAMES and (has_length or not is_mp3) else None
+            if declared is not None:
+                _check_seconds(declared / rate, name, max_seconds)
+            samples = _read_frames(sound, max_seconds)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(
+            f"{name} cannot be decoded, so it is truncated, damaged or no audio: {error.error_string or error}"
+        ) from error
+    if declared is not None:
+        _check_length(len(samples), declared, rate, name, "its header declares", exact=not is_mp3)
+    elif is_mp3 and file.tell() + 2048 < file.seek(0, io.SEEK_END):
+        # libsndfile guessed the length from the first frame, too short, and stopped there.
+        raise AudioError(f"{name} is an MP3 of variable bit rate that does not say its length: convert it to FLAC")
+    return samples, rate
+
+
+def _read_frames(sound: soundfile.SoundFile, max_seconds: float | None) -> np.ndarray:
+    """All frames, or a little more than ``max_seconds`` of them, so that a stream without end is not read on."""
+    limit = math.inf if max_seconds is None else max_seconds * sound.samplerate
+    blocks = [np.empty((0, sound.channels), np.float32)]
+    count = 0
+    while count <= limit:
+        wanted = min(_BLOCK_FRAMES, sound.frames - count)
+        blocks.append(sound.read(wanted, dtype="float32", always_2d=True))
+        count += len(blocks[-1])
+        if len(blocks[-1]) < _BLOCK_FRAMES:
+            break
+    return np.concatenate(blocks)
+
+
+def _check_wav(file: BinaryIO, name: str) -> BinaryIO:
+    """Compares the size in a WAV header with the file; returns the file to decode.
+
+    A header that was written before its size was known gets one that libsndfile takes for "up to the end".
+    """
+    riff = file.read(12)
+    size = file.seek(0, io.SEEK_END)
+    begin, declared = _wav_data(file, size) if riff[:4] == b"RIFF" and riff[8:] == b"WAVE" else (0, 0)
+    file.seek(0)
+    if begin == 0 or declared >= _WAV_PLACEHOLDER:
+        return file
+    riff_size = int.from_bytes(riff[4:8], "little")
+    if declared == 0 and (riff_size == 0 or riff_size >= _WAV_PLACEHOLDER):
+        content = bytearray(file.read())
+        content[begin - 4 : begin] = b"\xff\xff\xff\xff"
+        return io.BytesIO(content)
+    if declared > size - begin:
+        raise AudioError(
+            f"{name} holds {size - begin} of the {declared} bytes of samples that its header declares: "
+            "it is truncated, remove its row or restore the file"
+        )
+    return file
+
+
+def _wav_data(file: BinaryIO, size: int) -> tuple[int, int]:
+    """First byte of the samples of a WAV file and how many the header declares; (0, 0) if there are none."""
+    position = 12
+    while position + 8 <= size:
+        file.seek(position)
+        kind, length = struct.unpack("<4sI", file.read(8))
+        position += 8
+        if kind == b"data":
+            return position, length
+        position += length + length % 2
+    return 0, 0
+
+
+def _mp3_has_length(file: BinaryIO) -> bool:
+    """Whether an MP3 begins with a Xing, Info or VBRI header; libsndfile only guesses the length of others."""
+    file.seek(0)
+    tag = file.read(10)
+    skipped = 0
+    if tag[:3] == b"ID3" and len(tag) == 10:
+        a, b, c, d = tag[6:]
+        skipped = 10 + (a << 21 | b << 14 | c << 7 | d)
+    file.seek(skipped)
+    first_frame = file.read(256)
+    file.seek(0)
+    return any(mark in first_frame for mark in (b"Xing", b"Info", b"VBRI"))
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+def _to_mono_16k(samples: np.ndarray, rate: float, name: str, max_seconds: float | None) -> np.ndarray:
+    """``[frames]`` or ``[frames, channels]`` to ``[samples]`` float32 at 16 kHz."""
+    if samples.size == 0:
+        raise AudioError(f"{name} holds no samples: remove its row or restore the file")
+    _check_seconds(len(samples) / rate, name, max_seconds)
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes Inf, which the next line reports
+        mono = np.asarray(samples if samples.ndim == 1 else samples.mean(axis=1), np.float32)
+    if not np.isfinite(mono).all():
+        raise AudioError(f"{name} holds samples that are NaN or infinite: write the file anew")
+    if rate != SAMPLE_RATE:
+        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    if len(mono) == 0:
+        raise AudioError(f"{name} is too short to hold one sample at 16 kHz: remove its row")
+    return np.ascontiguousarray(mono)
+
+
+def _as_array(samples: Any) -> np.ndarray:
+    if hasattr(samples, "detach"):  # a torch tensor; numpy has no bfloat16
+        samples = samples.detach().cpu()
+        samples = (samples.float() if samples.is_floating_point() else samples).numpy()
+    return np.asarray(samples)
+
+
+def _scaled(array: np.ndarray, name: str) -> np.ndarray:
+    """Integers to [-1, 1)."""
+    if array.dtype.kind == "f":
+        return array
+    if array.dtype.kind not in "iu" or array.dtype.itemsize > 4:
+        # 64-bit integers are a list of Python numbers or a cast: their full scale is anybody's guess.
+        raise AudioError(f"{name} has samples of type {array.dtype}: give floats in [-1, 1] or int16")
+    half = 2.0 ** (8 * array.dtype.itemsize - 1)
+    middle = half if array.dtype.kind == "u" else 0.0
+    return (array - middle) / half
+
+
+def _check_seconds(seconds: float, name: str, max_seconds: float | None) -> None:
+    if max_seconds is not None and seconds > max_seconds:
+        raise AudioError(f"{name} is {seconds:.2f} s long; the limit is {max_seconds:g} s: cut it into segments")
+
+
+def _check_length(found: int, declared: int, rate: int, name: str, who: str, exact: bool = False) -> None:
+    """Audio is as long as declared; MP3 and resampled lengths may differ a little."""
+    tolerance = 0.0 if exact else max(0.1 * rate, 0.02 * declared)
+    if declared - found > tolerance:
+        raise AudioError(
+            f"{name} holds {found / rate:.2f} s of the {declared / rate:.2f} s that {who}: "
+            "it is truncated, remove its row or restore the file"
+        )

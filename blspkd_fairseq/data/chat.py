@@ -1,0 +1,281 @@
+"""Token ids of a chat: the LLM's own template around the speech, and texts that can never act as control tokens."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from blspkd_fairseq.data.prompts import SPEECH_SLOT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Private-use characters around a number stand for what the template must not see, or must leave where it is.
+_HIDDEN = re.compile("\U000f0000(\\d+)\U000f0001")
+_MARKER_CHARACTER = "[\U000f0000\U000f0001]"
+_BYTE_PIECE = "<0x[0-9A-F]{2}>"
+_NOTHING = "(?!)"
+
+
+class ChatError(ValueError):
+    """A tokenizer or a chat template that cannot be used; the message says what to do."""
+
+
+class ChatFormat:
+    """How one LLM wants its conversations to be written.
+
+    Control tokens are the special tokens, and the added ones that look like markup (``<think>``). They come from the
+    chat template alone: a transcript, a response, an instruction that spells one gives the ids of ordinary text.
+
+    Texts are encoded on their own, so the number of tokens of a transcript does not depend on what surrounds it.
+    With byte-level BPE, ``decode(encode_text(text)) == text`` for every text. With SentencePiece, a space at the
+    beginning may be lost, and so may be what the model's normaliser changes (T5: runs of spaces, compatibility
+    characters); without byte fallback, so are characters that are not in the vocabulary.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        system: system message; None: the template's default, if it has one.
+        chat_template: Jinja text in place of the tokenizer's own.
+
+    Attributes:
+        tokenizer: as given.
+        control_ids: ids that :meth:`encode_text` never gives and :meth:`decode` skips.
+        end_of_turn_id: the token by which the template closes an answer.
+        eos_ids: tokens at which generation stops: ``end_of_turn_id`` first.
+
+    Raises:
+        ChatError: there is no chat template, it has no place for a user or a system message, or nothing ends a turn.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, system: str | None = None, chat_template: str | None = None
+    ) -> None:
+        if not (chat_template or tokenizer.chat_template):
+            raise ChatError(
+                f"the tokenizer of {_name(tokenizer)} has no chat template: use the instruction-tuned (chat) version "
+                "of this LLM, or give the text of a template"
+            )
+        self.tokenizer = tokenizer
+        self.system = system
+        self.chat_template = chat_template
+        control = _control_tokens(tokenizer)
+        self.control_ids = frozenset(control)
+        # Longer names first, so that one name inside of another does not hide it.
+        names = sorted(map(re.escape, control.values()), key=len, reverse=True)
+        self._control_names = re.compile("|".join([*names, _MARKER_CHARACTER]))
+        byte_piece = _BYTE_PIECE if "<0x0A>" in tokenizer.get_vocab() else _NOTHING
+        self._byte_piece = re.compile(byte_piece)
+        self._reserved_names = re.compile("|".join([*names, byte_piece]))
+        self._adds_space = self._encode_as_is("a")[:1] != self._encode_inside("a", self._encode_as_is)[:1]
+        self.end_of_turn_id = self._find_end_of_turn()
+        eos_ids = [self.end_of_turn_id, tokenizer.eos_token_id]
+        self.eos_ids = [token for token in dict.fromkeys(eos_ids) if token is not None]
+        # An unknown character is no control token, unless the tokenizer uses one token for both.
+        self._unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self.eos_ids else None
+        self._warned = False
+        self._cached_prompt_ids = lru_cache(maxsize=1024)(self._prompt_ids)
+        self._template_controls = self._controls(*self._prompt_ids(SPEECH_SLOT))
+
+    def __reduce__(self) -> tuple[type[ChatFormat], tuple[Any, ...]]:
+        """A spawned worker builds it again: a cache of a method cannot be pickled."""
+        return ChatFormat, (self.tokenizer, self.system, self.chat_template)
+
+    # --- texts ------------------------------------------------------------------------------------
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text, none of them a control id; the tokenizer's own unless the text spells a control token.
+
+        Raises:
+            ChatError: the tokenizer makes a control token of this text in every way.
+        """
+        ids = self._encode_as_is(text)
+        if self.control_ids.isdisjoint(ids) and not self._byte_piece.search(text):
+            return ids
+        ids = self._spell(text)
+        controls = self.control_ids.intersection(ids)
+        if self._unknown_id in controls:
+            self._warn_unknown(text)
+        if controls - {self._unknown_id}:
+            raise ChatError(
+                f"the tokenizer of {_name(self.tokenizer)} turns the text {text[:80]!r} into the control tokens "
+                f"{self.tokenizer.convert_ids_to_tokens(sorted(controls))}: remove them from the text"
+            )
+        return ids
+
+    def response_ids(self, text: str, finished: bool = True) -> list[int]:
+        """Ids of an answer, and of its end of turn unless it was cut off."""
+        return self.encode_text(text) + ([self.end_of_turn_id] if finished else [])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; control ids are skipped."""
+        plain = [token for token in map(int, ids) if token not in self.control_ids]
+        return str(self.tokenizer.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _encode_as_is(self, text: str) -> list[int]:
+        """What the tokenizer gives by itself, control tokens included."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False))
+
+    def _spell(self, text: str) -> list[int]:
+        """Ids without the tokenizer's added tokens.
+
+        `split_special_tokens` of a fast tokenizer splits special tokens but not other added ones, so its steps are
+        taken one by one. The model knows some control tokens as ordinary pieces too: their names are cut in two.
+        """
+        if not self.tokenizer.is_fast:
+            return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        backend = self.tokenizer.backend_tokenizer
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        words = [text]
+        if backend.pre_tokenizer is not None:
+            words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        pieces = (piece for word in words for piece in self._cut_names(word))
+        return [token.id for piece in pieces for token in backend.model.tokenize(piece)]
+
+    def _cut_names(self, word: str) -> list[str]:
+        """Cuts a word after the first character of every control token that it spells."""
+        pieces = []
+        while match := self._reserved_names.search(word):
+            cut = match.start() + 1
+            pieces.append(word[:cut])
+            word = word[cut:]
+        return [piece for piece in (*pieces, word) if piece]
+
+    def _encode_inside(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Ids of a text that does not begin the conversation.
+
+        SentencePiece puts a space before whatever it is given; after a line break, it does not.
+        """
+        line_break, ids = encode("\n"), encode("\n" + text)
+        return ids[len(line_break) :] if ids[: len(line_break)] == line_break else encode(text)
+
+    def _warn_unknown(self, text: str) -> None:
+        if not self._warned:
+            logger.warning(
+                f"the vocabulary of {_name(self.tokenizer)} has no token for a character in {text[:80]!r}: "
+                f"such characters become {self.tokenizer.unk_token} (said once)"
+            )
+        self._warned = True
+
+    # --- the template -----------------------------------------------------------------------------
+
+    def prompt_ids(self, prompt: str) -> tuple[list[int], list[int]]:
+        """Ids before and after the speech, of a conversation in which the user has said one thing.
+
+        Args:
+            prompt: what the user says, with one ``{speech}`` where the speech is heard.
+
+        Raises:
+            ChatError: there is not exactly one slot, or the template fails, loses it, or refuses the system message.
+        """
+        before, after = self._cached_prompt_ids(prompt)
+        return list(before), list(after)
+
+    def _prompt_ids(self, prompt: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if prompt.count(SPEECH_SLOT) != 1:
+            raise ChatError(f"the prompt {prompt!r} must have exactly one slot {SPEECH_SLOT}")
+        hidden = _Hidden(self._control_names)
+        left, right = map(hidden.hide_names, prompt.split(SPEECH_SLOT))
+        slot = hidden.hide(SPEECH_SLOT)
+        messages = [{"role": "user", "content": f"{left}{slot}{right}"}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": hidden.hide_names(self.system)})
+        rendered = self._render(messages, add_generation_prompt=True)
+        if self.system is not None and messages[0]["content"].strip() not in rendered:
+            raise ChatError(f"the chat template of {_name(self.tokenizer)} ignores the system message: leave it out")
+        if rendered.count(slot) != 1:
+            raise ChatError(f"the chat template of {_name(self.tokenizer)} does not show what the user says once")
+        before, after = rendered.split(slot)
+        if self._adds_space:
+            before = before.removesuffix(" ")  # the transcript brings its own
+        ids = self._encode_template(before, hidden), self._encode_template(after, hidden, is_inside=True)
+        if prompt != SPEECH_SLOT and self._controls(*ids) != self._template_controls:
+            raise ChatError(f"the prompt {prompt!r} changes the control tokens of the chat: remove them from it")
+        return ids
+
+    def _encode_template(self, text: str, hidden: _Hidden, is_inside: bool = False) -> tuple[int, ...]:
+        """Ids of template text, in which hidden names stand for themselves."""
+        ids: list[int] = []
+        for part, is_hidden in hidden.parts(text):
+            encode = self._spell if is_hidden else self._encode_as_is
+            ids += self._encode_inside(part, encode) if is_inside and self._adds_space else encode(part)
+            is_inside = True
+        return tuple(ids)
+
+    def _controls(self, before: Sequence[int], after: Sequence[int]) -> list[int]:
+        return [token for token in (*before, *after) if token in self.control_ids and token != self._unknown_id]
+
+    def _find_end_of_turn(self) -> int:
+        hidden = _Hidden(self._control_names)
+        answer = hidden.hide("")
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        closing = self._render(messages, add_generation_prompt=False).partition(answer)[2]
+        controls = [token for token in self._encode_inside(closing, self._encode_as_is) if token in self.control_ids]
+        end: int | None = controls[0] if controls else self.tokenizer.eos_token_id
+        if end is None:
+            raise ChatError(
+                f"neither the chat template of {_name(self.tokenizer)} nor its tokenizer has a token that ends a "
+                "turn: set the tokenizer's eos_token"
+            )
+        return end
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self.chat_template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    enable_thinking=False,
+                )
+            )
+        except Exception as error:  # Jinja's own, and whatever a template raises
+            roles = " and ".join(message["role"] for message in messages)
+            raise ChatError(
+                f"the chat template of {_name(self.tokenizer)} fails on messages of {roles}: {error}"
+            ) from error
+
+
+class _Hidden:
+    """Texts that are replaced by markers while a template is rendered."""
+
+    def __init__(self, names: re.Pattern[str]) -> None:
+        self.names = names
+        self.texts: list[str] = []
+
+    def hide(self, text: str) -> str:
+        self.texts.append(text)
+        return f"\U000f0000{len(self.texts) - 1}\U000f0001"
+
+    def hide_names(self, text: str) -> str:
+        """Hides every control token that a text spells."""
+        return self.names.sub(lambda match: self.hide(match[0]), text)
+
+    def parts(self, rendered: str) -> list[tuple[str, bool]]:
+        """The pieces of a rendered text that are not empty, and whether they were hidden."""
+        pieces = _HIDDEN.split(rendered)  # text, number, text, number, ..., text
+        parts = [(self.texts[int(piece)], True) if i % 2 else (piece, False) for i, piece in enumerate(pieces)]
+        return [part for part in parts if part[0]]
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Id and name of every control token."""
+    added = tokenizer.added_tokens_decoder
+    control = {token: str(one.content) for token, one in added.items() if one.special or _is_markup(str(one.content))}
+    return control | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def _is_markup(content: str) -> bool:
+    """Whether an added token that is not special looks like ``<think>`` or ``[INST]``, not like a word or spaces."""
+    text = content.replace("▁", " ").strip()
+    return len(text) > 2 and not text[0].isalnum() and not text[-1].isalnum()
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or "the LLM"

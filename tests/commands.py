@@ -1,0 +1,79 @@
+"""Runs fairseq's commands on tiny models, in this process (an import of fairseq takes seconds)."""
+
+import contextlib
+import io
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import blspkd_fairseq
+
+PACKAGE = Path(blspkd_fairseq.__file__).parent
+TRAIN_OPTIONS = (
+    "--arch blsp_kd --criterion kl_distillation --llm-dtype float32 --adapter-pre-layers 1 --adapter-post-layers 1 "
+    "--adapter-heads 2 --adapter-dropout 0 --lora-rank 4 --lora-dropout 0 --optimizer adam --lr 1e-3 --clip-norm 1.0 "
+    "--batch-size 4 --log-format simple --log-interval 1 --seed 1 --num-workers 0 --no-progress-bar"
+).split()
+
+
+def arguments(command: str, data: Path, *options: Any) -> list[str]:
+    """The command line of ``fairseq-<command>``."""
+    base = ["--user-dir", str(PACKAGE), "--task", "blsp_kd", "--cpu"]
+    first = [] if command == "hydra-train" else [str(data)]
+    return [*first, *base, *map(str, options)]
+
+
+def fairseq(command: str, data: Path, *options: Any, stdin: str = "") -> str:
+    """Runs ``fairseq-<command> DATA --task blsp_kd OPTIONS`` and returns what it printed and logged."""
+    blspkd_fairseq.register()
+    import fairseq_cli.generate
+    import fairseq_cli.interactive
+    import fairseq_cli.train
+    import fairseq_cli.validate
+
+    argv = [f"fairseq-{command}", *arguments(command, data, *options)]
+    output = io.StringIO()
+    handler = logging.StreamHandler(output)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    level = root.level
+    root.setLevel(logging.INFO)
+    try:
+        with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(output):
+            with mock.patch.object(sys, "stdin", io.StringIO(stdin)):
+                getattr(fairseq_cli, command).cli_main()
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    return output.getvalue()
+
+
+def train(data: Path, save_dir: Path, llm: Path, whisper: Path, *options: Any) -> str:
+    """``fairseq-train`` with tiny settings."""
+    return fairseq(
+        "train", data, "--llm", llm, "--speech-encoder", whisper, "--save-dir", save_dir, *TRAIN_OPTIONS, *options
+    )
+
+
+def start(command: str, data: Path, *options: Any) -> "subprocess.Popen[str]":
+    """The real command in a process of its own."""
+    executable = str(Path(sys.executable).with_name(f"fairseq-{command}"))
+    return subprocess.Popen(
+        [executable, *arguments(command, data, *options)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def load(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint, read as anyone may read a file from others."""
+    from blspkd_fairseq import compat
+
+    compat.allow_safe_checkpoint_globals()
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)

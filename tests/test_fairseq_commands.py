@@ -1,0 +1,314 @@
+"""fairseq's own commands, end to end on tiny random models."""
+
+import json
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import TRAIN_OPTIONS, fairseq, load, start, train
+from tiny import SENTENCES, read_jsonl, save_llm, save_whisper, write_speech, write_split
+
+UPDATES = ("--max-update", 4, "--validate-interval", 1, "--disable-validation")
+
+
+class World:
+    """Models and data that the tests of this file share."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.llm = save_llm(root / "llm")
+        self.whisper = save_whisper(root / "whisper")
+        self.data = root / "data"
+        write_split(self.data, "train", 8)
+        write_split(self.data, "valid", 5)
+        write_split(self.data, "test", 5)
+
+    def train(self, save_dir: Path, *options: Any, data: Path | None = None) -> str:
+        return train(data or self.data, save_dir, self.llm, self.whisper, *options)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def trained(world: World) -> Path:
+    world.train(world.root / "trained", *UPDATES)
+    return world.root / "trained" / "checkpoint_last.pt"
+
+
+def weights(save_dir: Path, name: str = "checkpoint_last.pt") -> dict[str, torch.Tensor]:
+    return load(save_dir / name)["model"]
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 2e-6) -> None:
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, other[name], atol=tolerance, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_hold_the_trained_parameters_only_and_name_the_frozen_models(world: World, trained: Path) -> None:
+    checkpoint = load(trained)
+    names = checkpoint["model"].keys()
+    assert any(n.startswith("adapter.") for n in names) and any("lora_A" in n for n in names)
+    assert not any("lora_" not in n for n in names if n.startswith("llm."))
+    assert {n for n in names if n.startswith("frozen.")} == {"frozen.llm", "frozen.speech_encoder"}
+    assert checkpoint["cfg"]["model"]["llm"] == str(world.llm)
+    assert checkpoint["cfg"]["model"]["speech_encoder"] == str(world.whisper)
+
+
+def test_validation_logs_every_part(world: World, tmp_path: Path) -> None:
+    log = world.train(
+        tmp_path, "--max-update", 2, "--eval-wer", "--eval-bleu", "--eval-max-tokens", 8, "--log-all-terms",
+        "--best-checkpoint-metric", "wer", "--patience", 3, "--tensorboard-logdir", tmp_path / "tb",
+    )  # fmt: skip
+    line = next(line for line in log.splitlines() if "valid on 'valid' subset" in line)
+    for name in (
+        "loss", "response_kl", "input_kl", "response_ce", "token_ce", "response_agreement", "input_agreement",
+        "quantity", "token_count_error", "wer", "wer_raw", "bleu", "best_wer",
+    ):  # fmt: skip
+        assert re.search(rf"\b{name} [-\d.]+", line), (name, line)
+    assert list((tmp_path / "tb").rglob("events*"))
+    assert load(tmp_path / "checkpoint_best.pt")["extra_state"]["best"] > 0
+
+
+def test_one_update_is_the_same_however_the_batch_is_split(world: World, tmp_path: Path) -> None:
+    """1 process x batch 4 = --update-freq 2 x batch 2 = 2 gloo processes x batch 2."""
+    data = tmp_path / "data"
+    write_split(data, "train", 4)
+    one_update = ("--max-update", 1, "--disable-validation", "--token-ce-weight", 1, "--response-ce-weight", 1)
+    world.train(tmp_path / "whole", *one_update, data=data)
+    world.train(tmp_path / "accumulated", *one_update, "--batch-size", 2, "--update-freq", 2, data=data)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [
+        start(
+            "train", data, "--llm", world.llm, "--speech-encoder", world.whisper, "--save-dir", tmp_path / "two",
+            *TRAIN_OPTIONS, *one_update, "--batch-size", 2, "--distributed-world-size", 2, "--distributed-rank", rank,
+            "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-no-spawn",
+            "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp",
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for worker in workers:
+        output, _ = worker.communicate(timeout=300)
+        assert worker.returncode == 0, output[-3000:]
+    whole = weights(tmp_path / "whole")
+    assert_same_weights(weights(tmp_path / "accumulated"), whole)
+    assert_same_weights(weights(tmp_path / "two"), whole)
+
+
+def test_resuming_in_mid_epoch_equals_an_uninterrupted_run(world: World, tmp_path: Path) -> None:
+    options = ("--batch-size", 2, "--disable-validation", "--save-interval-updates", 3)
+    world.train(tmp_path / "through", *options, "--max-update", 7)
+    world.train(tmp_path / "resumed", *options, "--max-update", 3)
+    world.train(tmp_path / "resumed", *options, "--max-update", 7)
+    assert_same_weights(weights(tmp_path / "resumed"), weights(tmp_path / "through"), tolerance=0)
+
+
+def test_warm_up_then_distillation(world: World, tmp_path: Path) -> None:
+    """The warm-up needs no responses and no run of the LLM; its checkpoint starts the distillation."""
+    data = tmp_path / "data"
+    write_split(data, "train", 8, drop=["tgt_text"])
+    log = world.train(
+        tmp_path / "warm", *UPDATES, "--response-kl-weight", 0, "--input-kl-weight", 0, "--token-ce-weight", 1,
+        "--token-vocabulary", "train", data=data,
+    )  # fmt: skip
+    assert "token_ce=" in log and "response_kl=" not in log
+    warm = tmp_path / "warm" / "checkpoint_last.pt"
+    for option in (["--restore-file", warm, "--reset-optimizer", "--reset-dataloader", "--reset-meters"], ["--finetune-from-model", warm]):
+        save_dir = tmp_path / option[0].strip("-")
+        log = world.train(save_dir, "--max-update", 5, "--disable-validation", "--lr", 0, *option)
+        assert "response_kl=" in log
+        assert_same_weights(weights(save_dir), weights(tmp_path / "warm"), tolerance=0)  # lr 0: nothing but the start
+
+
+def test_moving_average_checkpoint_retention_and_averaging(world: World, tmp_path: Path) -> None:
+    import average_checkpoints
+
+    world.train(
+        tmp_path, "--max-epoch", 4, "--disable-validation", "--store-ema", "--ema-fp32", "--ema-decay", 0.5,
+        "--keep-last-epochs", 2,
+    )  # fmt: skip
+    assert sorted(p.name for p in tmp_path.glob("checkpoint[0-9].pt")) == ["checkpoint3.pt", "checkpoint4.pt"]
+    checkpoint = load(tmp_path / "checkpoint4.pt")
+    ema, last = checkpoint["extra_state"]["ema"], checkpoint["model"]
+    assert ema.keys() == last.keys()
+    moved = [n for n in last if n.startswith("adapter") and not torch.equal(ema[n], last[n])]
+    assert moved and torch.allclose(ema["frozen.llm"], last["frozen.llm"])
+
+    average_checkpoints.main(
+        ["--inputs", str(tmp_path), "--num-epoch-checkpoints", "2", "--output", str(tmp_path / "avg.pt")]
+    )
+    one, two, mean = (weights(tmp_path, name) for name in ("checkpoint3.pt", "checkpoint4.pt", "avg.pt"))
+    for name in mean:
+        torch.testing.assert_close(mean[name], (one[name].float() + two[name].float()) / 2)
+    output = fairseq("generate", world.data, "--gen-subset", "test", "--path", tmp_path / "avg.pt", "--max-len-b", 4)
+    assert len(re.findall(r"^D-", output, re.M)) == 5
+
+
+def test_gradient_checkpointing_lora_everywhere_and_an_unfrozen_encoder_train(world: World, tmp_path: Path) -> None:
+    world.train(
+        tmp_path, *UPDATES, "--gradient-checkpointing", "--lora-scope", "all", "--unfreeze-speech-encoder",
+        "--reverse-kl", "--kd-temperature", 2, "--scale-by-squared-temperature", "--pad-to-30s",
+    )  # fmt: skip
+    names = weights(tmp_path).keys()
+    assert any(n.startswith("speech_encoder.encoder.layers") for n in names) and "frozen.speech_encoder" not in names
+
+
+def test_max_tokens_counts_samples(world: World, tmp_path: Path) -> None:
+    log = world.train(tmp_path, "--max-epoch", 1, "--disable-validation", "--max-tokens", 40_000, "--batch-size", 100)
+    assert len(re.findall(r"train_inner", log)) >= 2  # 8 utterances of .6 to 1.4 s do not fit one batch of 2.5 s
+
+
+def test_epoch_slices(world: World, tmp_path: Path) -> None:
+    """a:b takes train.tsv of one folder each epoch."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    write_split(one, "train", 3)
+    write_split(two, "train", 6)
+    log = train(
+        Path(f"{one}:{two}"), tmp_path / "save", world.llm, world.whisper, "--max-epoch", 2, "--disable-validation",
+        "--batch-size", 1,
+    )  # fmt: skip
+    assert len(re.findall(r"train_inner", log)) == 3 + 6
+
+
+# ---- generation ----------------------------------------------------------------------------------------------------
+
+
+def hypotheses(output: str) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for index, text in re.findall(r"^D-(\d+)\t[-\d.einf]+\t(.*)$", output, re.M):
+        found.setdefault(int(index), []).append(text)
+    return found
+
+
+@pytest.mark.parametrize("batching", [("--batch-size", 1), ("--batch-size", 4), ("--max-tokens", 60_000)])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 8, 17])
+def test_every_row_gives_one_hypothesis(world: World, trained: Path, tmp_path: Path, count: int, batching: Any) -> None:
+    write_split(tmp_path / "data", "test", count)
+    output = fairseq(
+        "generate", tmp_path / "data", "--gen-subset", "test", "--path", trained, "--beam", 1, "--max-len-b", 3,
+        "--scoring", "sacrebleu", "--results-jsonl", tmp_path / "out.jsonl", *batching,
+    )  # fmt: skip
+    assert sorted(hypotheses(output)) == list(range(count))
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert sorted(row["id"] for row in rows) == sorted(f"test-{i}" for i in range(count))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--beam", 1), ("--beam", 3, "--lenpen", 0.5, "--nbest", 2), ("--beam", 2, "--no-repeat-ngram-size", 2)],
+    ids=["greedy", "beam", "ngram"],
+)
+def test_batched_generation_equals_one_by_one(world: World, trained: Path, tmp_path: Path, options: Any) -> None:
+    outputs = [
+        fairseq(
+            "generate", world.data, "--gen-subset", "test", "--path", trained, "--max-len-b", 12, "--batch-size", size,
+            *options,
+        )
+        for size in (1, 2, 5)
+    ]  # fmt: skip
+    first = hypotheses(outputs[0])
+    assert len(first) == 5 and len(set(map(tuple, first.values()))) > 1
+    assert hypotheses(outputs[1]) == first and hypotheses(outputs[2]) == first
+
+
+def test_results_are_text_with_scores_and_manifest_ids(world: World, trained: Path, tmp_path: Path) -> None:
+    fairseq(
+        "generate", world.data, "--gen-subset", "test", "--path", trained, "--beam", 2, "--nbest", 2, "--max-len-b", 6,
+        "--results-path", tmp_path, "--prompt", "repeat",
+    )  # fmt: skip
+    rows = {row["id"]: row for row in read_jsonl(tmp_path / "generate-test.jsonl")}
+    assert rows.keys() == {f"test-{i}" for i in range(5)}
+    assert rows["test-1"]["transcript"] == SENTENCES[1] and rows["test-1"]["reference"] == SENTENCES[2]
+    assert len(rows["test-1"]["n_best"]) == 2
+    assert all(row["score"] < 0 and "{speech}" in row["prompt"] for row in rows.values())
+    text = (tmp_path / "generate-test.txt").read_text(encoding="utf-8")
+    assert re.search(rf"^T-1\t{re.escape(SENTENCES[2])}$", text, re.M)
+    assert len(re.findall(r"^H-", text, re.M)) == len(re.findall(r"^P-", text, re.M)) == 10
+
+
+def test_sampling_is_reproducible_by_seed(world: World, trained: Path) -> None:
+    def sample(seed: int) -> dict[int, list[str]]:
+        return hypotheses(
+            fairseq(
+                "generate", world.data, "--gen-subset", "test", "--path", trained, "--sampling", "--sampling-topp", 0.9,
+                "--temperature", 1.3, "--beam", 3, "--nbest", 3, "--max-len-b", 8, "--seed", seed,
+            )
+        )  # fmt: skip
+
+    one = sample(1)
+    assert [len(group) for group in one.values()] == [3] * 5
+    assert sample(1) == one != sample(2)
+
+
+def test_interactive_reads_paths_from_stdin(world: World, trained: Path, tmp_path: Path) -> None:
+    for i in range(3):
+        write_speech(tmp_path / f"{i}.wav", 0.5 + 0.2 * i, seed=i, rate=22_050)
+    lines = "".join(f"{tmp_path}/{i}.wav\n" for i in range(3))
+    output = fairseq(
+        "interactive", world.data, "--path", trained, "--beam", 1, "--max-len-b", 5, "--buffer-size", 2, "--batch-size",
+        2, "--prompt", "repeat", stdin=lines,
+    )  # fmt: skip
+    assert sorted(hypotheses(output)) == [0, 1, 2]
+
+
+def test_validate_command(world: World, trained: Path) -> None:
+    output = fairseq("validate", world.data, "--path", trained, "--valid-subset", "valid", "--batch-size", 3)
+    assert re.search(r"valid on 'valid' subset.*response_kl", output) or "response_kl" in output
+
+
+@pytest.mark.parametrize(
+    "options", [("--max-len-a", 1), ("--prefix-size", 2), ("--temperature", 2), ("--match-source-len",)]
+)
+def test_generation_options_without_a_counterpart_are_refused(world: World, trained: Path, options: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(options[0])):
+        fairseq("generate", world.data, "--gen-subset", "test", "--path", trained, *options)
+
+
+# ---- the real commands ---------------------------------------------------------------------------------------------
+
+
+def test_commands_in_their_own_processes(world: World, tmp_path: Path) -> None:
+    """As typed: fairseq-train, fairseq-generate and fairseq-hydra-train, with nothing imported before."""
+    common = ["--llm", world.llm, "--speech-encoder", world.whisper, "--save-dir", tmp_path / "save"]
+    hydra = [
+        f"task.data={world.data}", "+task._name=blsp_kd", "+model._name=blsp_kd", f"+model.llm={world.llm}",
+        f"+model.speech_encoder={world.whisper}", "+model.llm_dtype=float32", "+model.adapter_heads=2",
+        "+criterion._name=kl_distillation", "optimizer._name=adam", "+optimizer.lr=[1e-3]",
+        f"common.user_dir={Path(__file__).parents[1] / 'blspkd_fairseq'}", "common.cpu=true",
+        "dataset.batch_size=4", "optimization.max_update=2", "optimization.lr=[1e-3]",
+        f"checkpoint.save_dir={tmp_path / 'hydra'}", f"hydra.run.dir={tmp_path / 'hydra-run'}",
+        "dataset.disable_validation=true", "dataset.num_workers=0",
+    ]  # fmt: skip
+    import subprocess
+    import sys
+
+    executable = Path(sys.executable).with_name("fairseq-hydra-train")
+    other = subprocess.Popen(
+        [executable, *hydra], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path,
+        env=os.environ | {"HYDRA_FULL_ERROR": "1"},
+    )  # fmt: skip
+    train_process = start("train", world.data, *common, *TRAIN_OPTIONS, *UPDATES)
+    output, _ = train_process.communicate(timeout=300)
+    assert train_process.returncode == 0, output[-3000:]
+    generate = start(
+        "generate", world.data, "--gen-subset", "test", "--path", tmp_path / "save" / "checkpoint_last.pt",
+        "--max-len-b", 4, "--results-path", tmp_path / "results",
+    )  # fmt: skip
+    output, _ = generate.communicate(timeout=300)
+    assert generate.returncode == 0, output[-3000:]
+    assert len(read_jsonl(tmp_path / "results" / "generate-test.jsonl")) == 5
+    output, _ = other.communicate(timeout=300)
+    assert other.returncode == 0, output[-3000:]
+    assert json.dumps(load(tmp_path / "hydra" / "checkpoint_last.pt")["cfg"]["model"]["llm"]) == json.dumps(str(world.llm))
