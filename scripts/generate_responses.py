@@ -12,15 +12,18 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, load_chat_format, load_llm
+
+if TYPE_CHECKING:  # at run time, this package comes before transformers and keeps a broken torchaudio from it
+    from transformers import PreTrainedModel
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,7 +123,7 @@ def batches(items: list[int], size: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def continue_batch(
-    llm: PreTrainedModel, chat: ChatFormat, prompts: list[list[int]], max_new_tokens: int
+    llm: "PreTrainedModel", chat: ChatFormat, prompts: list[list[int]], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
     """Greedy answers to token ids, each with whether the length limit cut it."""
     width = max(map(len, prompts))

@@ -47,6 +47,8 @@ def fairseq(command: str, data: Path, *options: Any, stdin: str = "") -> str:
         with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(output):
             with mock.patch.object(sys, "stdin", io.StringIO(stdin)):
                 getattr(fairseq_cli, command).cli_main()
+    except SystemExit as end:
+        assert end.code == 0
     finally:
         root.removeHandler(handler)
         root.setLevel(level)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Before torch and transformers are imported, and inherited by the commands that tests start. This checkout
 # comes first, whichever one is installed. One thread: the models are too tiny to gain from a second one.
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

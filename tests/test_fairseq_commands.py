@@ -46,6 +46,11 @@ def weights(save_dir: Path, name: str = "checkpoint_last.pt") -> dict[str, torch
     return load(save_dir / name)["model"]
 
 
+def updates(log: str) -> list[str]:
+    """Lines of single updates in the log."""
+    return re.findall(r"^epoch \d+: +\d+ / \d+ loss=", log, re.M)
+
+
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 2e-6) -> None:
     assert one.keys() == other.keys()
     for name, weight in one.items():
@@ -73,7 +78,7 @@ def test_validation_logs_every_part(world: World, tmp_path: Path) -> None:
     line = next(line for line in log.splitlines() if "valid on 'valid' subset" in line)
     for name in (
         "loss", "response_kl", "input_kl", "response_ce", "token_ce", "response_agreement", "input_agreement",
-        "quantity", "token_count_error", "wer", "wer_raw", "bleu", "best_wer",
+        "quantity", "token_count_error", "wer", "wer_raw", "bleu",
     ):  # fmt: skip
         assert re.search(rf"\b{name} [-\d.]+", line), (name, line)
     assert list((tmp_path / "tb").rglob("events*"))
@@ -84,7 +89,11 @@ def test_one_update_is_the_same_however_the_batch_is_split(world: World, tmp_pat
     """1 process x batch 4 = --update-freq 2 x batch 2 = 2 gloo processes x batch 2."""
     data = tmp_path / "data"
     write_split(data, "train", 4)
-    one_update = ("--max-update", 1, "--disable-validation", "--token-ce-weight", 1, "--response-ce-weight", 1)
+    # Adam would blow up the rounding of gradients that are zero but for rounding.
+    one_update = (
+        "--max-update", 1, "--disable-validation", "--token-ce-weight", 1, "--response-ce-weight", 1,
+        "--optimizer", "sgd", "--lr", 1,
+    )  # fmt: skip
     world.train(tmp_path / "whole", *one_update, data=data)
     world.train(tmp_path / "accumulated", *one_update, "--batch-size", 2, "--update-freq", 2, data=data)
     with socket.socket() as probe:
@@ -167,7 +176,7 @@ def test_gradient_checkpointing_lora_everywhere_and_an_unfrozen_encoder_train(wo
 
 def test_max_tokens_counts_samples(world: World, tmp_path: Path) -> None:
     log = world.train(tmp_path, "--max-epoch", 1, "--disable-validation", "--max-tokens", 40_000, "--batch-size", 100)
-    assert len(re.findall(r"train_inner", log)) >= 2  # 8 utterances of .6 to 1.4 s do not fit one batch of 2.5 s
+    assert len(updates(log)) >= 2  # 8 utterances of .6 to 1.4 s do not fit one batch of 2.5 s
 
 
 def test_epoch_slices(world: World, tmp_path: Path) -> None:
@@ -179,7 +188,7 @@ def test_epoch_slices(world: World, tmp_path: Path) -> None:
         Path(f"{one}:{two}"), tmp_path / "save", world.llm, world.whisper, "--max-epoch", 2, "--disable-validation",
         "--batch-size", 1,
     )  # fmt: skip
-    assert len(re.findall(r"train_inner", log)) == 3 + 6
+    assert len(updates(log)) == 3 + 6
 
 
 # ---- generation ----------------------------------------------------------------------------------------------------

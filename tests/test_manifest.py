@@ -69,12 +69,12 @@ def test_blocks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b
 
 
 def test_files_of_other_programs(tmp_path: Path) -> None:
-    """A byte order mark, CRLF, no last line end, columns in another order, unknown ones."""
-    path = written(tmp_path, b"\xef\xbb\xbfn_frames\tid\tmood\taudio\r\n7\ta\t\tx.wav\r\n8\tb\tgood\t\r")
-    manifest = Manifest.load(path)
-    assert manifest[0] == {"n_frames": "7", "id": "a", "mood": "", "audio": "x.wav"}
-    assert manifest[1]["audio"] == ""
-    assert manifest.n_frames.tolist() == [7, 8]
+    """A byte order mark, CRLF in all lines but one, no last line end, columns in another order, unknown ones."""
+    lines = (b"\xef\xbb\xbfid\taudio\tmood\tn_frames\r", b"a\tx.wav\t\t7\r", b"b\t\tgood\t8", b"c\ty.wav\t\t90\r")
+    manifest = Manifest.load(written(tmp_path, b"\n".join(lines)))
+    assert manifest[0] == {"id": "a", "audio": "x.wav", "mood": "", "n_frames": "7"}
+    assert [row["n_frames"] for row in manifest] == ["7", "8", "90"]
+    assert manifest.n_frames.tolist() == [7, 8, 90]
 
 
 def test_only_a_crlf_file_loses_its_carriage_returns(tmp_path: Path) -> None:
@@ -123,6 +123,7 @@ HEADER = "id\taudio\tn_frames\tsrc_text\n"
         (HEADER + "a\tx\t1\thi\nb\tx\t1\thi\na\tx\t1\thi\n", "lines 2 and 4 have the same id 'a'"),
         (HEADER + "a\tx\t1\thi\nb\tx\t1\t\n", r"line 3 \(id b\): src_text is empty"),
         (HEADER + "a\tx\t1\t \u3000\u00a0\n", "line 2 .*src_text is empty"),
+        (HEADER + "a\tx\t1\té\nb\tx\t1\t\u3000\n", "line 3 .*src_text is empty"),
         (HEADER + 'a\tx\t1\tjson:"\\n\\t"\n', "line 2 .*src_text is empty"),
         (HEADER + 'a\tx\t1\tjson:"open\n', "line 2 .*src_text begins with json:"),
         (HEADER + 'a\tx\t1\tjson:"\\ud800"\n', "line 2 .*src_text begins with json:"),

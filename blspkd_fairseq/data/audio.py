@@ -184,7 +184,7 @@ def _decode(file: BinaryIO, name: str, max_seconds: float | None) -> tuple[np.nd
             f"{name} cannot be decoded, so it is truncated, damaged or no audio: {error.error_string or error}"
         ) from error
     if declared is not None:
-        _check_length(len(samples), declared, rate, name, "its header declares", exact=not is_mp3)
+        _check_length(len(samples), declared, rate, name, "its header declares")
     elif is_mp3 and file.tell() + 2048 < file.seek(0, io.SEEK_END):
         # libsndfile guessed the length from the first frame, too short, and stopped there.
         raise AudioError(f"{name} is an MP3 of variable bit rate that does not say its length: convert it to FLAC")
@@ -299,10 +299,9 @@ def _check_seconds(seconds: float, name: str, max_seconds: float | None) -> None
         raise AudioError(f"{name} is {seconds:.2f} s long; the limit is {max_seconds:g} s: cut it into segments")
 
 
-def _check_length(found: int, declared: int, rate: int, name: str, who: str, exact: bool = False) -> None:
-    """Audio is as long as declared; MP3 and resampled lengths may differ a little."""
-    tolerance = 0.0 if exact else max(0.1 * rate, 0.02 * declared)
-    if declared - found > tolerance:
+def _check_length(found: int, declared: int, rate: int, name: str, who: str) -> None:
+    """Audio is as long as declared, up to what MP3 headers and resampling do to lengths."""
+    if declared - found > max(0.1 * rate, 0.02 * declared):
         raise AudioError(
             f"{name} holds {found / rate:.2f} s of the {declared / rate:.2f} s that {who}: "
             "it is truncated, remove its row or restore the file"

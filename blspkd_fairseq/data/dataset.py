@@ -17,6 +17,10 @@ from blspkd_fairseq.data.prompts import resolve_prompt
 
 logger = logging.getLogger(__name__)
 
+# What fairseq-generate takes when neither --max-tokens nor --batch-size is given is meant for text: .75 s of samples.
+_FAIRSEQ_MAX_TOKENS = 12_000
+_MAX_TOKENS = 120 * SAMPLE_RATE
+
 
 class Utterance(NamedTuple):
     """One row, ready to be batched.
@@ -182,6 +186,8 @@ class SpeechTextDataset(FairseqDataset):
             return [[]]
         # fairseq drops what exceeds a multiple of this (8 by default); every row counts here, in every split.
         options["required_batch_size_multiple"] = 1
+        if options.get("max_tokens") == _FAIRSEQ_MAX_TOKENS and options.get("max_sentences") is None:
+            options["max_tokens"] = _MAX_TOKENS
         return super().batch_by_size(indices, **options)
 
 

@@ -1,6 +1,7 @@
 """What fairseq-generate and fairseq-interactive take for a sequence generator and a dictionary."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.generation.decoding import DecodingOptions, Hypothesis, answer_speech
+
+logger = logging.getLogger(__name__)
 
 
 class LlmDictionary:
@@ -94,16 +97,17 @@ class LlmGenerator:
         """fairseq's hypotheses of a batch: tokens, score (nats), positional scores."""
         if len(models) != 1:
             raise ValueError(f"one checkpoint generates at a time, got {len(models)}: average them, or run one by one")
-        rows = len(sample["net_input"]["src_lengths"])
-        groups: list[list[Hypothesis]] = []
-        if rows:
-            model = models[0]
-            model.eval()
-            inputs = sample["net_input"]
-            prompts = sample.get("prompts", [self.default_prompt] * rows)
-            groups = answer_speech(
-                model.speech_llm, self.chat, inputs["src_tokens"], inputs["src_lengths"], prompts, self.options, True
-            )
+        model = models[0]
+        model.eval()
+        inputs = sample["net_input"]
+        rows = len(inputs["src_lengths"])
+        if not rows:  # only a manifest without rows makes such a batch, and fairseq's scorers fail on no text at all
+            logger.info("the manifest has no rows: nothing to generate, nothing to score")
+            raise SystemExit(0)
+        prompts = sample.get("prompts", [self.default_prompt] * rows)
+        groups = answer_speech(
+            model.speech_llm, self.chat, inputs["src_tokens"], inputs["src_lengths"], prompts, self.options, True
+        )
         if self.results and "rows" in sample:
             self.results.write([_record(*pair) for pair in zip(sample["rows"], sample["prompts"], groups, strict=True)])
         return [[_as_fairseq(hypothesis) for hypothesis in group] for group in groups]

@@ -3,13 +3,16 @@
 CIF (Dong & Xu, arXiv 1905.11235) walks over the frames, adds up their weights ``alpha`` and fires a token each time
 the sum passes a whole number. With ``c`` the running sum of the weights, frame ``t`` (0-based) covers the interval
 ``[c[t-1], c[t]]`` of that sum and token ``u`` the interval ``[u, u+1]``, so the share of frame ``t`` in token ``u`` is
-the overlap of the two. No loop over time or batch is needed, several tokens may fire inside one frame, and the result
-of an utterance does not depend on what it is batched with (the published loop's does).
+the overlap of the two. The T frame ends and U token ends, sorted together, cut the sum into T + U pieces, each of which
+lies in one frame and one token: its length is the frame's share. No loop over time or batch is needed, the work grows
+with T + U and not with T x U, several tokens may fire inside one frame, and the result of an utterance does not depend
+on what it is batched with (the published loop's does).
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -72,19 +75,43 @@ def continuous_integrate_and_fire(
     tokens = int(lengths.max()) if lengths.numel() else 0
     valid = torch.arange(tokens, device=alpha.device) < lengths.unsqueeze(1)  # B x U
 
-    weights = _overlap(ends, tokens) * valid.unsqueeze(2)
-    embeddings = weights.to(features.dtype) @ _zero_padding(features, padding_mask)
+    embeddings = _integrate(_zero_padding(features, padding_mask), ends, lengths, tokens)
     boundaries = _boundaries(ends.detach(), tokens) * (valid & ~silent.unsqueeze(1))
     return CifOutput(embeddings, lengths, alpha_sum.to(exact), boundaries.to(exact))
 
 
-def _overlap(ends: Tensor, tokens: int) -> Tensor:
-    """``[B, U, T]`` share of frame t in token u, from the running sums ``[B, T]``."""
-    starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
-    token = torch.arange(tokens, device=ends.device, dtype=ends.dtype).view(1, -1, 1)
-    upper = torch.minimum(ends.unsqueeze(1), token + 1)
-    lower = torch.maximum(starts.unsqueeze(1), token)
-    return (upper - lower).relu()
+def _integrate(features: Tensor, ends: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+    """``[B, U, D]`` sums of the frames weighted by their shares, from the running sums ``ends`` ``[B, T]``."""
+    batch, frames, width = features.shape
+    if tokens == 0:
+        return features[:, :0]
+    cuts = _token_ends(ends.detach(), lengths, tokens)
+    places, order = torch.cat([ends, cuts], 1).sort(dim=1, stable=True)
+    shares = places.diff(dim=1, prepend=torch.zeros_like(places[:, :1]))
+    is_end = order < frames
+    frame = (is_end.cumsum(1) - is_end.long()).clamp(max=frames - 1)  # as many as have ended before the piece
+
+    # Pieces are in the order of the tokens, so that those of token u start behind the end of token u - 1.
+    token = torch.arange(1, tokens, device=ends.device)
+    starts = F.pad(torch.searchsorted(ends.detach(), cuts[:, :-1].contiguous(), right=True) + token, (1, 0))
+    row = torch.arange(batch, device=ends.device).unsqueeze(1)
+    # In fp32 at least: torch before 2.13 has no gradient of bf16 weights on CUDA.
+    wide = features if features.dtype == torch.float64 else features.float()
+    sums = F.embedding_bag(
+        (row * frames + frame).flatten(),
+        wide.reshape(batch * frames, width),
+        (row * (frames + tokens) + starts).flatten(),
+        mode="sum",
+        per_sample_weights=shares.flatten().to(wide.dtype),
+    )
+    return sums.view(batch, tokens, width).to(features.dtype)
+
+
+def _token_ends(ends: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+    """``[B, U]`` running sums at which the tokens end: u + 1, and nothing is left for tokens behind the last one."""
+    cuts = torch.arange(1, tokens + 1, device=ends.device, dtype=ends.dtype).expand(len(ends), -1)
+    # The last token ends with the last frame: that sum is n up to rounding only.
+    return cuts.masked_fill(cuts >= lengths.unsqueeze(1), torch.inf).minimum(ends[:, -1:])
 
 
 def _boundaries(ends: Tensor, tokens: int) -> Tensor:
@@ -94,7 +121,7 @@ def _boundaries(ends: Tensor, tokens: int) -> Tensor:
     targets = torch.arange(1, tokens + 1, device=ends.device, dtype=ends.dtype).expand(batch, -1).contiguous()
     slack = 64 * torch.finfo(ends.dtype).eps * max(tokens, 1)
     frame = torch.searchsorted(ends, targets - slack).clamp(max=frames - 1)
-    starts = torch.nn.functional.pad(ends, (1, 0))
+    starts = F.pad(ends, (1, 0))
     start, end = starts.gather(1, frame), starts.gather(1, frame + 1)
     inside = ((targets - start) / (end - start).clamp(min=torch.finfo(ends.dtype).tiny)).clamp(0, 1)
     return frame + inside
@@ -105,9 +132,7 @@ def _zero_padding(features: Tensor, padding_mask: Tensor | None) -> Tensor:
     return features if padding_mask is None else features.masked_fill(padding_mask.unsqueeze(2), 0.0)
 
 
-def _check_shapes(
-    features: Tensor, alpha: Tensor, padding_mask: Tensor | None, target_lengths: Tensor | None
-) -> None:
+def _check_shapes(features: Tensor, alpha: Tensor, padding_mask: Tensor | None, target_lengths: Tensor | None) -> None:
     if features.dim() != 3 or alpha.shape != features.shape[:2]:
         raise ValueError(
             f"CIF needs features [B, T, D] and alpha [B, T], got {tuple(features.shape)} and {tuple(alpha.shape)}"

@@ -19,7 +19,7 @@ ChunkLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 class KlDivergence(NamedTuple):
-    """Attributes: ``kl`` [N] as of :func:`linear_kl_div`; ``agrees`` [N] bool, student and teacher name the same word."""
+    """Attributes: ``kl`` [N] as of :func:`linear_kl_div`; ``agrees`` [N] bool, both find the same word likeliest."""
 
     kl: Tensor
     agrees: Tensor
@@ -43,7 +43,7 @@ def linear_kl_div(
         head_bias: ``[V]``; an entry of -inf takes its word out.
         temperature: divides the logits. There is no T^2 factor on the result (as in the published code).
         reverse: KL(student || teacher) in place of KL(teacher || student).
-        chunk_size: positions that go through the head at once; peak memory is about 3 x chunk_size x V x 4 bytes.
+        chunk_size: positions that go through the head at once; peak memory is about 4 x chunk_size x V x 4 bytes.
 
     Returns:
         ``[N]`` nats, fp32 (fp64 for fp64 input): the sum over the vocabulary at each position.
@@ -70,17 +70,21 @@ def linear_kl_div_with_agreement(
         raise ValueError(f"the temperature must be positive, got {temperature}")
     if teacher_hidden.shape != student_hidden.shape:
         raise ValueError(
-            f"student and teacher must have one shape, got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
+            "student and teacher must have one shape, "
+            f"got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
         )
     teacher_hidden = teacher_hidden.detach()
     agrees = torch.empty(student_hidden.shape[0], dtype=torch.bool, device=student_hidden.device)
+    if head_bias is not None:  # finite, so that a word that is taken out has a difference of logits: 0
+        head_bias = head_bias.to(_loss_dtype(student_hidden)).clamp(min=-1e30)
 
-    def chunk_loss(start: int, student: Tensor) -> tuple[Tensor, Tensor]:
-        teacher = _logits(teacher_hidden[start : start + len(student)], head_weight, head_bias)
-        agrees[start : start + len(student)] = student.argmax(1) == teacher.argmax(1)
-        divergence = _reverse_kl if reverse else _forward_kl
-        kl, gradient = divergence(_log_softmax_(student, temperature), _log_softmax_(teacher, temperature))
-        return kl, gradient.div_(temperature)
+    def chunk_loss(start: int, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+        rows = slice(start, start + len(student_logits))
+        teacher_logits = _logits(teacher_hidden[rows], head_weight, head_bias)
+        student, teacher = _words(student_logits, temperature), _words(teacher_logits, temperature)
+        agrees[rows] = student.best == teacher.best
+        kl, gradient = (_reverse_kl if reverse else _forward_kl)(student, teacher)
+        return kl, gradient if temperature == 1.0 else gradient.div_(temperature)
 
     kl = _chunked_head_loss(student_hidden, head_weight, head_bias, chunk_size, chunk_loss)
     return KlDivergence(kl, agrees)
@@ -102,7 +106,7 @@ def linear_cross_entropy(
 
     def chunk_loss(start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         target = targets[start : start + len(logits)].unsqueeze(1)
-        log_q = _log_softmax_(logits, 1.0)
+        log_q = logits.log_softmax(1)
         loss = -log_q.gather(1, target).squeeze(1)
         gradient = log_q.exp_()
         gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
@@ -111,30 +115,38 @@ def linear_cross_entropy(
     return _chunked_head_loss(hidden, head_weight, head_bias, chunk_size, chunk_loss)
 
 
-def _forward_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q) and its gradient q - p with respect to the logits of q. Overwrites both arguments."""
-    p = log_p.exp()
-    kl = _expectation(p, log_p.sub_(log_q))
-    return kl, log_q.exp_().sub_(p)
+class _Words(NamedTuple):
+    """``logits`` and ``probability`` [C, V], ``log_sum`` [C] (logsumexp of the logits), ``best`` [C], likeliest word."""
+
+    logits: Tensor
+    probability: Tensor
+    log_sum: Tensor
+    best: Tensor
 
 
-def _reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q || p) and its gradient q (log q/p - KL) with respect to the logits of q. Overwrites both arguments."""
-    q = log_q.exp()
-    log_ratio = log_q.sub_(log_p).masked_fill_(q == 0, 0.0)
-    kl = _expectation(q, log_ratio.clone())
-    return kl, log_ratio.sub_(kl.unsqueeze(1)).mul_(q)
-
-
-def _expectation(probability: Tensor, value: Tensor) -> Tensor:
-    """Row sums of probability x value, where a word of probability 0 counts nothing even if its value is infinite."""
-    return value.mul_(probability).masked_fill_(probability == 0, 0.0).sum(1)
-
-
-def _log_softmax_(logits: Tensor, temperature: float) -> Tensor:
+def _words(logits: Tensor, temperature: float) -> _Words:
+    """Overwrites the logits if the temperature is not 1."""
     if temperature != 1.0:
         logits.div_(temperature)
-    return logits.sub_(logits.logsumexp(1, keepdim=True))
+    top, best = logits.max(1)
+    probability = logits.softmax(1)
+    # logsumexp without its [C, V] temporary: the probability of the best word is at least 1/V, so its log is exact.
+    return _Words(logits, probability, top - probability.amax(1).log(), best)
+
+
+def _forward_kl(student: _Words, teacher: _Words) -> tuple[Tensor, Tensor]:
+    """KL(p || q) and its gradient q - p with respect to the logits of q, the student. Overwrites both."""
+    expectation = teacher.logits.sub_(student.logits).mul_(teacher.probability).sum(1)
+    kl = expectation - teacher.log_sum + student.log_sum
+    return kl, student.probability.sub_(teacher.probability)
+
+
+def _reverse_kl(student: _Words, teacher: _Words) -> tuple[Tensor, Tensor]:
+    """KL(q || p) and its gradient q (log q/p - KL) with respect to the logits of q, the student. Overwrites both."""
+    log_ratio = student.logits.sub_(teacher.logits)  # plus a constant of the row, which cancels in the gradient
+    expectation = (log_ratio * student.probability).sum(1)
+    kl = expectation - student.log_sum + teacher.log_sum
+    return kl, log_ratio.sub_(expectation.unsqueeze(1)).mul_(student.probability)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -175,6 +187,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             losses[rows], d_logits = chunk_loss(start, _logits(hidden[rows], weight, bias))
             if gradient is not None:
                 gradient[rows] = d_logits.to(weight.dtype) @ weight
+            del d_logits  # before the next chunk's logits are made
         ctx.save_for_backward(gradient)
         return losses
 
