@@ -134,6 +134,11 @@ class BlspKd:
         """:meth:`generate` with the prompt ``translate``; ``target`` is a language's name or code."""
         return self.generate(audio, resolve_prompt("translate", tgt_lang=target), **generation)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.adapter.parameters()).device
+
     # ---- alignment ---------------------------------------------------------------------------------------------
 
     def align(self, audio: Audio | Sequence[Audio]) -> Any:
@@ -164,7 +169,7 @@ class BlspKd:
 
     def _collate(self, batch: Sequence[Audio]) -> tuple[Tensor, Tensor]:
         waveforms = [torch.from_numpy(_samples(audio)) for audio in batch]
-        device = next(self.model.adapter.parameters()).device
+        device = self.device
         lengths = torch.tensor([len(waveform) for waveform in waveforms], device=device)
         return torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(device), lengths
 

@@ -37,14 +37,15 @@ def main(arguments: list[str] | None = None) -> None:
         "system_prompt": args.system_prompt,
     }
     store = ResponseStore(args.output.with_name(args.output.name + ".responses.jsonl"), settings)
-    missing = [i for i in range(len(manifest)) if manifest[i]["id"] not in store.responses]
+    count = min(args.rows or len(manifest), len(manifest))
+    missing = [i for i in range(count) if manifest[i]["id"] not in store.responses]
     if missing:
         generate_missing(args, manifest, missing, store)
-    rows = ({**manifest[i], **store.responses[manifest[i]["id"]]} for i in range(len(manifest)))
+    rows = ({**manifest[i], **store.responses[manifest[i]["id"]]} for i in range(count))
     columns = [c for c in manifest.columns if c not in ("tgt_text", "cut")] + ["tgt_text", "cut"]
     kept = (row for row in rows if row["tgt_text"].strip())
     written = write_manifest(args.output, kept, columns)
-    print(f"{args.output}: {written} rows, {len(manifest) - written} left out because the LLM said nothing")
+    print(f"{args.output}: {written} rows, {count - written} left out because the LLM said nothing")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -57,6 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--system-prompt", default="")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=0, help="only the first N rows (default: all)")
     return parser.parse_args(arguments)
 
 

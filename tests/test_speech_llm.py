@@ -214,3 +214,19 @@ def test_concatenation_on_either_side() -> None:
     assert left.embeds.squeeze(2).tolist() == [[1, 2, 5, 6], [0, 0, 3, 4]]
     assert left.segment.tolist() == [[0, 0, 2, 2], [-1, -1, 0, 1]]
     assert predicts(right.segment, 2).tolist() == [[False, True, True, False], [False] * 4]
+
+
+def test_cached_features_are_the_encoders_and_it_hears_each_utterance_once(build: Callable[..., SpeechLLM]) -> None:
+    expected = losses_and_gradients(build().train())
+    model = build(cache_features=True).train()
+    heard = []
+    model.speech_encoder.register_forward_pre_hook(lambda _, args: heard.append(len(args[1])))
+    text, (waveforms, lengths) = text_batch(), speech_batch()
+    model.adapt(waveforms[1:2], lengths[1:2], text["transcript_lengths"][1:2], keys=[11])
+    for _ in range(2):
+        out = model(waveforms, lengths, text, keys=[10, 11, 12])
+        torch.testing.assert_close(kl(model, out.input), expected[0], atol=1e-4, rtol=1e-4)
+    assert heard == [1, 2]
+    model.eval()
+    model(waveforms, lengths, text, keys=[10, 11, 12])
+    assert heard == [1, 2, 3]

@@ -1,6 +1,7 @@
 """A manifest as a fairseq data set: audio and the token ids of the sequences around it."""
 
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,8 @@ class SpeechTextDataset(FairseqDataset):
             )
         if len(too_long):
             logger.warning(f"{manifest.path}: {len(too_long)} rows longer than {max_seconds:g} s are left out")
+        # Keys of utterances differ between manifests: an epoch may be a slice of the data.
+        self._first_key = zlib.crc32(str(manifest.path.resolve()).encode()) << 32
         self._too_long = frozenset(too_long.tolist())
         if len(manifest):
             self._prompt(manifest[0])  # an unknown prompt is said now and not by a worker
@@ -104,6 +107,7 @@ class SpeechTextDataset(FairseqDataset):
         return len(self.manifest)
 
     def __getitem__(self, index: int) -> Utterance | None:
+        index = int(index)  # fairseq's are numpy's, which overflow
         row = self.manifest[index]
         try:
             root = self._root(row["audio"])
@@ -151,10 +155,16 @@ class SpeechTextDataset(FairseqDataset):
         for name, rows in segments.items():
             text[name], text[f"{name}_lengths"] = pad_ids(rows), torch.tensor([len(r) for r in rows], dtype=torch.long)
         has_target = "tgt_text" in self.manifest.columns
+        targets = [self.chat.encode_text(u.row["tgt_text"]) for u in utterances] if has_target else []
         return {
             "id": torch.tensor([u.index for u in utterances], dtype=torch.long),
-            "net_input": {"src_tokens": pad_waveforms([u.waveform for u in utterances]), "src_lengths": lengths, "text": text},
-            "target": pad_ids([self.chat.encode_text(u.row["tgt_text"]) for u in utterances], -1) if has_target else None,
+            "net_input": {
+                "src_tokens": pad_waveforms([u.waveform for u in utterances]),
+                "src_lengths": lengths,
+                "text": text,
+                "keys": [self._first_key + u.index for u in utterances],
+            },
+            "target": pad_ids(targets, -1) if has_target else None,
             "nsentences": len(utterances),
             "ntokens": int(text["transcript_lengths"].sum() + text["response_lengths"].sum()),
             "prompts": [u.prompt for u in utterances],

@@ -13,7 +13,7 @@ PROMPTS: dict[str, str] = {
     # The continuation prompt of BLSP-Emo (https://github.com/cwang621/blsp-emo), from which responses are made.
     "continue": "Continue the following sentence in a coherent style: {speech}",
     # Ours: what a small LLM follows best.
-    "repeat": "Repeat the following sentence exactly, word for word: {speech}",
+    "repeat": 'Repeat the following sentence exactly, word for word: "{speech}"',
     # Ours.
     "transcribe": "Transcribe the following speech. Give only its words: {speech}",
     # The translation prompt of Ultravox's evaluation (https://github.com/fixie-ai/ultravox).

@@ -1,6 +1,6 @@
 """The fairseq model ``blsp_kd``: a :class:`SpeechLLM` whose checkpoints hold only what was trained."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,10 @@ class BlspKdModel(BaseFairseqModel):
         text: Mapping[str, Tensor],
         positions: Collection[str] = ("input", "response"),
         teacher: bool = True,
+        keys: Sequence[int] | None = None,
     ) -> SpeechLlmOutput:
         """See :meth:`SpeechLLM.forward`."""
-        return self.speech_llm(src_tokens, src_lengths, text, positions, teacher)
+        return self.speech_llm(src_tokens, src_lengths, text, positions, teacher, keys)
 
     def max_positions(self) -> int:
         """Samples that fit the speech encoder."""

@@ -46,6 +46,9 @@ class SpeechLlmConfig:
     unfreeze_speech_encoder: bool = _option(False, "train the speech encoder, too")
     gradient_checkpointing: bool = _option(False, "recompute the LLM's activations in backward: less memory, slower")
     pad_to_30s: bool = _option(False, "give the encoder 30 s of input as published, not only the batch's speech")
+    cache_encoder_features: bool = _option(
+        False, "keep the frozen encoder's output of all training speech in memory: it runs in the first epoch only"
+    )
     no_shared_prefix: bool = _option(False, "recompute the common prefix of the prompts in every row (same numbers)")
 
 
@@ -87,7 +90,13 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
     encoder = _load_speech_encoder(config)
     adapter = ADAPTERS[config.adapter](config, encoder.output_dim, llm.config.hidden_size, scale)
     model = SpeechLLM(
-        encoder, adapter, llm, config.lora_scope, config.unfreeze_speech_encoder, not config.no_shared_prefix
+        encoder,
+        adapter,
+        llm,
+        config.lora_scope,
+        config.unfreeze_speech_encoder,
+        share_prefix=not config.no_shared_prefix,
+        cache_features=config.cache_encoder_features,
     )
     return model, chat
 
@@ -164,6 +173,8 @@ def _check(config: SpeechLlmConfig) -> None:
         value = getattr(config, option)
         if value not in allowed:
             raise ValueError(f"unknown --{option.replace('_', '-')} {value!r}: choose from {', '.join(allowed)}")
+    if config.cache_encoder_features and config.unfreeze_speech_encoder:
+        raise ValueError("--cache-encoder-features needs a frozen speech encoder: leave out --unfreeze-speech-encoder")
 
 
 def _embedding_scale(llm: PreTrainedModel) -> float:

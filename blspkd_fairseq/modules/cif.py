@@ -95,7 +95,7 @@ def _integrate(features: Tensor, ends: Tensor, lengths: Tensor, tokens: int) -> 
     token = torch.arange(1, tokens, device=ends.device)
     starts = F.pad(torch.searchsorted(ends.detach(), cuts[:, :-1].contiguous(), right=True) + token, (1, 0))
     row = torch.arange(batch, device=ends.device).unsqueeze(1)
-    # In fp32 at least: torch before 2.13 has no gradient of bf16 weights on CUDA.
+    # In fp32 at least: older torch that we support has no gradient of bf16 shares on CUDA.
     wide = features if features.dtype == torch.float64 else features.float()
     sums = F.embedding_bag(
         (row * frames + frame).flatten(),

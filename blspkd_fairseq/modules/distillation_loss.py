@@ -116,28 +116,36 @@ def linear_cross_entropy(
 
 
 class _Words(NamedTuple):
-    """``logits`` and ``probability`` [C, V], ``log_sum`` [C] (logsumexp of the logits), ``best`` [C], likeliest word."""
+    """``logits`` and ``probability`` [C, V]; of the likeliest word [C]: its index, logit and log probability."""
 
     logits: Tensor
     probability: Tensor
-    log_sum: Tensor
     best: Tensor
+    best_logit: Tensor
+    best_log: Tensor
 
 
 def _words(logits: Tensor, temperature: float) -> _Words:
     """Overwrites the logits if the temperature is not 1."""
     if temperature != 1.0:
         logits.div_(temperature)
-    top, best = logits.max(1)
+    best_logit, best = logits.max(1)
     probability = logits.softmax(1)
-    # logsumexp without its [C, V] temporary: the probability of the best word is at least 1/V, so its log is exact.
-    return _Words(logits, probability, top - probability.amax(1).log(), best)
+    return _Words(logits, probability, best, best_logit, probability.amax(1).log())
+
+
+def _log_sum_difference(one: _Words, other: _Words) -> Tensor:
+    """Difference of the logsumexp of the logits [C], without a [C, V] temporary and exact where both are alike.
+
+    The best word's probability is at least 1/V, so that its log is safe.
+    """
+    return (one.best_logit - other.best_logit) - (one.best_log - other.best_log)
 
 
 def _forward_kl(student: _Words, teacher: _Words) -> tuple[Tensor, Tensor]:
     """KL(p || q) and its gradient q - p with respect to the logits of q, the student. Overwrites both."""
     expectation = teacher.logits.sub_(student.logits).mul_(teacher.probability).sum(1)
-    kl = expectation - teacher.log_sum + student.log_sum
+    kl = expectation + _log_sum_difference(student, teacher)
     return kl, student.probability.sub_(teacher.probability)
 
 
@@ -145,7 +153,7 @@ def _reverse_kl(student: _Words, teacher: _Words) -> tuple[Tensor, Tensor]:
     """KL(q || p) and its gradient q (log q/p - KL) with respect to the logits of q, the student. Overwrites both."""
     log_ratio = student.logits.sub_(teacher.logits)  # plus a constant of the row, which cancels in the gradient
     expectation = (log_ratio * student.probability).sum(1)
-    kl = expectation - student.log_sum + teacher.log_sum
+    kl = expectation + _log_sum_difference(teacher, student)
     return kl, log_ratio.sub_(expectation.unsqueeze(1)).mul_(student.probability)
 
 

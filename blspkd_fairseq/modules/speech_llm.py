@@ -10,6 +10,7 @@ all rows of the batch begin with; its keys and values are computed once and reus
 import copy
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class SpeechLLM(nn.Module):
         lora_scope: where the LLM's LoRA acts: on "speech" positions, on "all", or "none" (the LLM has none).
         train_speech_encoder: unfreeze the speech encoder.
         share_prefix: compute the keys and values of the common prefix once. Off, the same numbers take longer.
+        cache_features: keep the frozen encoder's frames of training utterances in memory, so that it hears each once.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class SpeechLLM(nn.Module):
         lora_scope: str = "none",
         train_speech_encoder: bool = False,
         share_prefix: bool = True,
+        cache_features: bool = False,
     ) -> None:
         super().__init__()
         if lora_scope not in LORA_SCOPES:
@@ -81,6 +84,8 @@ class SpeechLLM(nn.Module):
         self.lora_scope = lora_scope
         self.train_speech_encoder = train_speech_encoder
         self.share_prefix = share_prefix
+        self.cache_features = cache_features and not train_speech_encoder
+        self._features: dict[int, Tensor] = {}
         self.speech_encoder.requires_grad_(train_speech_encoder)
         # Whisper's position table is a fixed sinusoid in its own training, too.
         self.speech_encoder.encoder.embed_positions.requires_grad_(False)
@@ -134,11 +139,35 @@ class SpeechLLM(nn.Module):
 
     # ---- speech ------------------------------------------------------------------------------------------------
 
-    def adapt(self, waveforms: Tensor, lengths: Tensor, target_lengths: Tensor | None = None) -> AdapterOutput:
-        """Speech embeddings of waveforms ``[B, S]`` (fp32, 16 kHz) of ``lengths`` [B] samples."""
+    def adapt(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor,
+        target_lengths: Tensor | None = None,
+        keys: Seq[int] | None = None,
+    ) -> AdapterOutput:
+        """Speech embeddings of waveforms ``[B, S]`` (fp32, 16 kHz) of ``lengths`` [B] samples.
+
+        ``target_lengths`` [B] are the tokens of each utterance in training; ``keys`` name utterances for the cache.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_speech_encoder):
-            features, padding_mask = self.speech_encoder(waveforms, lengths)
+            if self.cache_features and self.training and keys is not None:
+                features, padding_mask = self._cached_features(waveforms, lengths, keys)
+            else:
+                features, padding_mask = self.speech_encoder(waveforms, lengths)
         return self.adapter(features.to(self.adapter_dtype), padding_mask, target_lengths)
+
+    def _cached_features(self, waveforms: Tensor, lengths: Tensor, keys: Seq[int]) -> tuple[Tensor, Tensor]:
+        """The encoder's output; an utterance's frames do not depend on its batch, so they can be kept."""
+        new = [row for row, key in enumerate(keys) if key not in self._features]
+        if new:
+            features, padding_mask = self.speech_encoder(waveforms[new], lengths[new])
+            for row, frames, padding in zip(new, features, padding_mask, strict=True):
+                self._features[keys[row]] = frames[~padding].clone()
+        rows = [self._features[key] for key in keys]
+        counts = torch.tensor([len(row) for row in rows], device=waveforms.device)
+        features = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return features, torch.arange(features.shape[1], device=waveforms.device) >= counts.unsqueeze(1)
 
     @property
     def adapter_dtype(self) -> torch.dtype:
@@ -153,6 +182,7 @@ class SpeechLLM(nn.Module):
         text: Mapping[str, Tensor],
         positions: Collection[str] = ("input", "response"),
         teacher: bool = True,
+        keys: Seq[int] | None = None,
     ) -> SpeechLlmOutput:
         """Runs student and teacher.
 
@@ -164,8 +194,9 @@ class SpeechLLM(nn.Module):
             positions: which to return: "input" (the speech positions; needs an adapter that gives one embedding per
                 transcript token) and "response" (those that predict the response). Empty: the LLM does not run.
             teacher: run the teacher, too.
+            keys: a number for each utterance, the same whenever it comes (for ``cache_features``).
         """
-        adapter = self.adapt(src_tokens, src_lengths, text["transcript_lengths"])
+        adapter = self.adapt(src_tokens, src_lengths, text["transcript_lengths"], keys)
         if not positions:
             return SpeechLlmOutput(adapter, None, None)
         speech = Segment(adapter.embeddings.to(self.llm.dtype), adapter.lengths)
@@ -247,6 +278,7 @@ class SpeechLLM(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
         self._prefixes.clear()  # moved to another device or dtype
+        self._features.clear()
         return super()._apply(fn, recurse)
 
 

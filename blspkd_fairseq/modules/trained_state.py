@@ -30,7 +30,7 @@ def load_trained_state_dict(model: SpeechLLM, state: Mapping[str, Tensor]) -> No
     for name, now in model.fingerprints.items():
         then = state.get(_FINGERPRINT + name)
         if then is not None and not same_fingerprint(then.cpu(), now):
-            what, option = name.replace("_", " "), name.replace("_", "-")
+            what, option = "LLM" if name == "llm" else "speech encoder", name.replace("_", "-")
             raise ValueError(
                 f"this checkpoint was trained with another {what} than the one loaded now, whose weights differ: "
                 f"give --{option} the model that the checkpoint was trained with"

