@@ -70,9 +70,7 @@ def collect() -> list[Row]:
 
 def table(rows: Iterable[Row]) -> str:
     """The rows as aligned text."""
-    cells = [("package", "found", "needed", "")] + [
-        (row.name, row.found, row.needed, row.note) for row in rows
-    ]
+    cells = [("package", "found", "needed", "")] + [(row.name, row.found, row.needed, row.note) for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(3)]
     return "\n".join("  ".join([*map(str.ljust, line[:3], widths), line[3]]).rstrip() for line in cells)
 
@@ -82,9 +80,7 @@ def check_python() -> Row:
     found = platform.python_version()
     if satisfies(found, PYTHON):
         return Row("python", found, PYTHON)
-    return Row(
-        "python", found, PYTHON, "wrong", Problem(f"Python {found} is not supported", "use 3.11 or 3.12")
-    )
+    return Row("python", found, PYTHON, "wrong", Problem(f"Python {found} is not supported", "use 3.11 or 3.12"))
 
 
 def check_torch() -> Row:
@@ -152,9 +148,7 @@ def check_optional(requirement: str) -> Row:
     found = version_of(name)
     if found is None:
         return Row(name, "-", needed, "optional")
-    return Row(
-        name, found, needed, "ok" if satisfies(found, needed) else "optional, another version is tested"
-    )
+    return Row(name, found, needed, "ok" if satisfies(found, needed) else "optional, another version is tested")
 
 
 def split(requirement: str) -> tuple[str, str]:

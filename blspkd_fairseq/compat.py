@@ -109,9 +109,7 @@ def fairseq_problem() -> Problem | None:
     if problem is not None or "fairseq" in sys.modules:
         return problem
     if importlib.util.find_spec("fairseq") is None:
-        return Problem(
-            "fairseq is not installed", f"run `{INSTALL_FAIRSEQ}`, a build for Python 3.11 and 3.12"
-        )
+        return Problem("fairseq is not installed", f"run `{INSTALL_FAIRSEQ}`, a build for Python 3.11 and 3.12")
     try:
         importlib.import_module("fairseq")
     except Exception as error:

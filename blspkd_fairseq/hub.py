@@ -121,7 +121,7 @@ class BlspKd:
         options = DecodingOptions(**generation)
         answers: list[Any] = []
         single = _is_single(audio)
-        for batch in _batches([audio] if single else audio, batch_size):
+        for batch in _batches(_as_list(audio), batch_size):
             groups = answer_speech(self.model, self.chat, *self._collate(batch), [prompt] * len(batch), options)
             answers += [[h.text for h in group] if options.n_best > 1 else group[0].text for group in groups]
         return answers[0] if single else answers
@@ -145,7 +145,7 @@ class BlspKd:
         """Where CIF cuts the speech: a list of :class:`AlignedToken` (a list of lists for a list of utterances)."""
         single = _is_single(audio)
         aligned = []
-        for one in [audio] if single else audio:
+        for one in _as_list(audio):
             adapted = self.adapt(one)
             if adapted.boundaries is None:
                 raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
@@ -198,6 +198,10 @@ def _is_single(audio: Any) -> bool:
     if isinstance(audio, (str, os.PathLike)):
         return True
     return isinstance(audio, tuple) and len(audio) == 2 and isinstance(audio[1], (int, float, np.integer))
+
+
+def _as_list(audio: Any) -> list[Any]:
+    return [audio] if _is_single(audio) else list(audio)
 
 
 def _samples(audio: Audio) -> np.ndarray:

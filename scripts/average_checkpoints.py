@@ -71,7 +71,9 @@ def average(paths: list[Path]) -> dict[str, Any]:
         if not first:
             first, total = checkpoint, {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
         if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in total.items()}:
-            raise ValueError(f"{path} has other parameters than {paths[0]}: only checkpoints of one run can be averaged")
+            raise ValueError(
+                f"{path} has other parameters than {paths[0]}: only checkpoints of one run can be averaged"
+            )
         for name, weight in weights.items():
             total[name] += weight.float()
     first["model"] = {name: weight / len(paths) for name, weight in total.items()}

@@ -262,7 +262,7 @@ def write(
             }
         )
     for row in rows:
-        print(f"{row['variant']:32} {row['utterances_per_second']:>8} utt/s {row['times_as_slow']:>6}x  loss {row['loss']}")
+        print(f"{row['variant']:32} {row['utterances_per_second']:>8}/s {row['times_as_slow']:>6}x  loss {row['loss']}")
     if path:
         kept = []
         if path.exists():

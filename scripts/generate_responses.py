@@ -1,6 +1,6 @@
 """Lets the LLM continue the transcripts of a manifest: adds the columns tgt_text and cut.
 
-    python scripts/generate_responses.py --llm Qwen/Qwen2.5-7B-Instruct --input data/train.raw.tsv --output data/train.tsv
+    python scripts/generate_responses.py --llm Qwen/Qwen2.5-7B-Instruct --input raw/train.tsv --output data/train.tsv
 
 The answers are what the LLM itself says to the transcript (greedy, blsp-emo's prompt and length), so that distillation
 teaches hearing and nothing else. They are kept in OUTPUT.responses.jsonl as they come; a killed run goes on from there.
@@ -84,7 +84,8 @@ class ResponseStore:
         first, *lines = whole.decode().splitlines()
         if json.loads(first) != header:
             raise ValueError(
-                f"{path} was made with other settings ({json.loads(first)['settings']}): delete it, or choose another --output"
+                f"{path} was made with other settings ({json.loads(first)['settings']}): delete it, or choose "
+                "another --output"
             )
         for line in lines:
             record = json.loads(line)

@@ -14,11 +14,12 @@ import torch
 import blspkd_fairseq
 
 PACKAGE = Path(blspkd_fairseq.__file__).parent
-TRAIN_OPTIONS = (
-    "--arch blsp_kd --criterion kl_distillation --llm-dtype float32 --adapter-pre-layers 1 --adapter-post-layers 1 "
-    "--adapter-heads 2 --adapter-dropout 0 --lora-rank 4 --lora-dropout 0 --optimizer adam --lr 1e-3 --clip-norm 1.0 "
-    "--batch-size 4 --log-format simple --log-interval 1 --seed 1 --num-workers 0 --no-progress-bar"
-).split()
+_TINY = """
+    --arch blsp_kd --criterion kl_distillation --llm-dtype float32 --adapter-pre-layers 1 --adapter-post-layers 1
+    --adapter-heads 2 --adapter-dropout 0 --lora-rank 4 --lora-dropout 0 --optimizer adam --lr 1e-3 --clip-norm 1.0
+    --batch-size 4 --log-format simple --log-interval 1 --seed 1 --num-workers 0 --no-progress-bar
+"""
+TRAIN_OPTIONS = tuple(_TINY.split())
 
 
 def arguments(command: str, data: Path, *options: Any) -> list[str]:
@@ -43,10 +44,10 @@ def fairseq(command: str, data: Path, *options: Any, stdin: str = "") -> str:
     root.addHandler(handler)
     level = root.level
     root.setLevel(logging.INFO)
+    patches = mock.patch.multiple(sys, argv=argv, stdin=io.StringIO(stdin))
     try:
-        with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(output):
-            with mock.patch.object(sys, "stdin", io.StringIO(stdin)):
-                getattr(fairseq_cli, command).cli_main()
+        with patches, contextlib.redirect_stdout(output):
+            getattr(fairseq_cli, command).cli_main()
     except SystemExit as end:
         assert end.code == 0
     finally:

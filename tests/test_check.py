@@ -42,9 +42,7 @@ def run_bare(*arguments: str, world: Path | None = None) -> subprocess.Completed
     )
 
 
-def install(
-    world: Path, name: str, version: str, package: str, body: str = "", editable: bool = False
-) -> None:
+def install(world: Path, name: str, version: str, package: str, body: str = "", editable: bool = False) -> None:
     """Writes what pip leaves behind for a distribution with one package."""
     info = world / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
@@ -77,9 +75,7 @@ def warning(world: Path) -> str:
 
 
 def test_no_fairseq(tmp_path: Path) -> None:
-    assert refusal(tmp_path).startswith(
-        "FairseqError fairseq is not installed: run `pip install ve-fairseq==0.12.3`"
-    )
+    assert refusal(tmp_path).startswith("FairseqError fairseq is not installed: run `pip install ve-fairseq==0.12.3`")
 
 
 def test_fairseq_that_cannot_be_imported_is_named_with_its_remedy(tmp_path: Path) -> None:
@@ -114,9 +110,7 @@ def test_tested_fairseq_passes(tmp_path: Path) -> None:
 def test_importable_fork_is_a_warning_only(tmp_path: Path) -> None:
     install(tmp_path, "fairseq-fixed", "0.12.3.1", "fairseq")
     assert refusal(tmp_path) == ""
-    assert "fairseq comes from fairseq-fixed 0.12.3.1, and only ve-fairseq 0.12.3 is tested" in warning(
-        tmp_path
-    )
+    assert "fairseq comes from fairseq-fixed 0.12.3.1, and only ve-fairseq 0.12.3 is tested" in warning(tmp_path)
 
 
 def test_two_distributions_in_one_folder_are_refused(tmp_path: Path) -> None:
@@ -138,9 +132,7 @@ def test_two_distributions_in_two_folders_are_a_warning_only(tmp_path: Path) -> 
 # --- torchaudio
 
 
-@pytest.mark.parametrize(
-    ("body", "expected"), [("raise OSError('libc10_cuda.so')", "None"), ("", "ModuleSpec")]
-)
+@pytest.mark.parametrize(("body", "expected"), [("raise OSError('libc10_cuda.so')", "None"), ("", "ModuleSpec")])
 def test_transformers_sees_torchaudio_only_if_it_works(tmp_path: Path, body: str, expected: str) -> None:
     install(tmp_path, "torchaudio", "2.11.0", "torchaudio", body)
     install(
@@ -170,9 +162,7 @@ def test_torchaudio_is_hidden_when_transformers_came_first(tmp_path: Path) -> No
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    code = (
-        "import blspkd_fairseq, sys; print({'torch', 'fairseq', 'transformers', 'numpy'} & set(sys.modules))"
-    )
+    code = "import blspkd_fairseq, sys; print({'torch', 'fairseq', 'transformers', 'numpy'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
@@ -220,9 +210,7 @@ def install_all(world: Path, **bodies: str) -> None:
     for requirement in REQUIRED:
         name, specifier = split(requirement)
         package = "fairseq" if name == "ve-fairseq" else IMPORT_NAMES.get(name, name)
-        install(
-            world, name, specifier.split(",")[0].lstrip("=>"), package, bodies.get(name.replace("-", "_"), "")
-        )
+        install(world, name, specifier.split(",")[0].lstrip("=>"), package, bodies.get(name.replace("-", "_"), ""))
     spec = importlib.util.find_spec("packaging")
     assert spec is not None and spec.origin is not None
     shutil.copytree(Path(spec.origin).parent, world / "packaging", dirs_exist_ok=True)
@@ -244,9 +232,7 @@ def test_check_with_nothing_installed_names_every_package(tmp_path: Path) -> Non
     assert f"{len(REQUIRED)} problem(s) found" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "body", ["raise OSError('libsndfile not found')", "raise SystemExit('libsndfile not found')"]
-)
+@pytest.mark.parametrize("body", ["raise OSError('libsndfile not found')", "raise SystemExit('libsndfile not found')"])
 def test_check_names_a_package_that_does_not_import(tmp_path: Path, body: str) -> None:
     install_all(tmp_path, soundfile=body)
     done = run_check(tmp_path)

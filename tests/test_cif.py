@@ -47,7 +47,9 @@ def test_equals_the_loop(seed: int, high: float, tokens: int) -> None:
     for b in range(4):
         expected, ends = slow_cif(features[b], alpha[b].masked_fill(padding[b], 0), int(targets[b]))
         torch.testing.assert_close(out.embeddings[b, : targets[b]].double(), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(out.boundaries[b, : targets[b]].double(), torch.tensor(ends).double(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            out.boundaries[b, : targets[b]].double(), torch.tensor(ends).double(), atol=1e-4, rtol=0
+        )
         assert not out.embeddings[b, targets[b] :].any()
         torch.testing.assert_close(out.alpha_sum[b], alpha[b][~padding[b]].sum())
 

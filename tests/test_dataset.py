@@ -43,7 +43,7 @@ def rewrite(path: Path, index: int, **cells: object) -> None:
 
 def test_a_batch_holds_the_sequences_and_their_common_prefix(tmp_path: Path, chat: ChatFormat) -> None:
     write_split(tmp_path, "train", 3)
-    rewrite(tmp_path / "train.tsv", 1, tgt_text="\tTab, \"quote\", \\n and 😀 <|im_end|>")
+    rewrite(tmp_path / "train.tsv", 1, tgt_text='\tTab, "quote", \\n and 😀 <|im_end|>')
     data = SpeechTextDataset(Manifest.load(tmp_path / "train.tsv"), chat, prompt="repeat")
     batch = data.collater([data[i] for i in range(3)])
     text = batch["net_input"]["text"]
@@ -66,8 +66,10 @@ def test_rows_may_have_their_own_prompts_languages_and_cut_responses(tmp_path: P
     batch = data.collater([data[0], data[1]])
     assert "German" in batch["prompts"][0] and "German" not in batch["prompts"][1]
     text = batch["net_input"]["text"]
-    assert 0 < len(text["prefix"]) and min(text["before_lengths"]) > 0
-    assert chat.end_of_turn_id not in text["response"][0].tolist() and chat.end_of_turn_id in text["response"][1].tolist()
+    assert len(text["prefix"]) > 0 and min(text["before_lengths"]) > 0
+    assert (
+        chat.end_of_turn_id not in text["response"][0].tolist() and chat.end_of_turn_id in text["response"][1].tolist()
+    )
 
 
 def test_order_is_by_length_and_differs_between_training_epochs(tmp_path: Path, chat: ChatFormat) -> None:

@@ -134,7 +134,10 @@ def test_warm_up_then_distillation(world: World, tmp_path: Path) -> None:
     )  # fmt: skip
     assert "token_ce=" in log and "response_kl=" not in log
     warm = tmp_path / "warm" / "checkpoint_last.pt"
-    for option in (["--restore-file", warm, "--reset-optimizer", "--reset-dataloader", "--reset-meters"], ["--finetune-from-model", warm]):
+    for option in (
+        ["--restore-file", warm, "--reset-optimizer", "--reset-dataloader", "--reset-meters"],
+        ["--finetune-from-model", warm],
+    ):
         save_dir = tmp_path / option[0].strip("-")
         log = world.train(save_dir, "--max-update", 5, "--disable-validation", "--lr", 0, *option)
         assert "response_kl=" in log
@@ -320,4 +323,6 @@ def test_commands_in_their_own_processes(world: World, tmp_path: Path) -> None:
     assert len(read_jsonl(tmp_path / "results" / "generate-test.jsonl")) == 5
     output, _ = other.communicate(timeout=300)
     assert other.returncode == 0, output[-3000:]
-    assert json.dumps(load(tmp_path / "hydra" / "checkpoint_last.pt")["cfg"]["model"]["llm"]) == json.dumps(str(world.llm))
+    assert json.dumps(load(tmp_path / "hydra" / "checkpoint_last.pt")["cfg"]["model"]["llm"]) == json.dumps(
+        str(world.llm)
+    )

@@ -173,13 +173,9 @@ def test_shims_that_do_not_run_are_passed_over(world: World) -> None:
     done = world.run(PATH=str(world.commands), PYENV_ROOT=str(world.folder))
     assert done.returncode == 0, done.stderr
     (world.commands / "python3.12").unlink()
-    done = world.run(
-        PATH=str(world.commands), PYENV_ROOT=str(world.folder), BLSPKD_VENV=str(world.folder / "new")
-    )
+    done = world.run(PATH=str(world.commands), PYENV_ROOT=str(world.folder), BLSPKD_VENV=str(world.folder / "new"))
     assert done.returncode == 1
-    assert done.stderr.startswith(
-        "venv.sh: no Python 3.11 or 3.12 with the venv module was found: install one"
-    )
+    assert done.stderr.startswith("venv.sh: no Python 3.11 or 3.12 with the venv module was found: install one")
 
 
 def test_named_python_must_fit(world: World) -> None:

@@ -133,9 +133,7 @@ def assert_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("train_speech_encoder", [False, True])
 def test_sharing_the_prefix_changes_nothing(build: Callable[..., SpeechLLM], train_speech_encoder: bool) -> None:
-    expected = losses_and_gradients(
-        build(share_prefix=False, train_speech_encoder=train_speech_encoder).train()
-    )
+    expected = losses_and_gradients(build(share_prefix=False, train_speech_encoder=train_speech_encoder).train())
     model = build(share_prefix=True, train_speech_encoder=train_speech_encoder).train()
     assert_same(losses_and_gradients(model), expected)
     assert_same(losses_and_gradients(model), expected)  # the second time from memory
@@ -194,7 +192,9 @@ def test_without_response_terms_the_llm_stops_at_the_speech(build: Callable[...,
     hook = model.llm.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    short = model(*speech_batch(), {**text, "response": text["response"][:, :0], "response_lengths": torch.zeros(3)}, ["input"])
+    short = model(
+        *speech_batch(), {**text, "response": text["response"][:, :0], "response_lengths": torch.zeros(3)}, ["input"]
+    )
     assert short.response is None and seen == [5, 5]  # before + transcript of the longest row
     torch.testing.assert_close(short.input.student, full.input.student)
     assert model(*speech_batch(), text, []).input is None and len(seen) == 2  # the warm-up runs no LLM

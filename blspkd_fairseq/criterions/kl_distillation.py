@@ -47,7 +47,9 @@ class KlDistillationConfig(FairseqDataclass):
     scale_by_squared_temperature: bool = field(
         default=False, metadata={"help": "multiply the KL terms by the squared temperature (published: no)"}
     )
-    reverse_kl: bool = field(default=False, metadata={"help": "KL(student || teacher) in place of KL(teacher || student)"})
+    reverse_kl: bool = field(
+        default=False, metadata={"help": "KL(student || teacher) in place of KL(teacher || student)"}
+    )
     log_all_terms: bool = field(
         default=False, metadata={"help": "in validation, measure terms of weight 0, too, where the data allow it"}
     )
@@ -102,7 +104,8 @@ class KlDistillationCriterion(FairseqCriterion):
             if f"{name}_kl" in terms:
                 losses[f"{name}_kl"] = self._kl(name, compared, model, sample, sums)
             if f"{name}_ce" in terms:
-                ce = linear_cross_entropy(compared.student, compared.targets, *model.speech_llm.head, self.cfg.chunk_size)
+                weight, bias = model.speech_llm.head
+                ce = linear_cross_entropy(compared.student, compared.targets, weight, bias, self.cfg.chunk_size)
                 losses[f"{name}_ce"] = self._mean_per_utterance(f"{name}_ce", ce, compared.rows, sample, sums)
         if "token_ce" in terms:
             losses["token_ce"] = self._token_ce(output, text, model, sample, sums)
@@ -186,8 +189,8 @@ class KlDistillationCriterion(FairseqCriterion):
             return
         index = int((alpha_sum > 0).int().argmin())
         raise ValueError(
-            f"the CIF weights of utterance {sample['rows'][index]['id']!r} sum to {float(alpha_sum[index])}: the adapter "
-            "has collapsed or holds NaN; lower the learning rate, or use a wider dtype than fp16"
+            f"the CIF weights of utterance {sample['rows'][index]['id']!r} sum to {float(alpha_sum[index])}: the "
+            "adapter has collapsed or holds NaN; lower the learning rate, or use a wider dtype than fp16"
         )
 
     # ---- logging -----------------------------------------------------------------------------------------------
@@ -227,7 +230,11 @@ class KlDistillationCriterion(FairseqCriterion):
 
 
 _SUMS = [
-    *(f"{name}_{kind}" for name in ("response_kl", "input_kl", "response_ce", "token_ce") for kind in ("sum", "tokens")),
+    *(
+        f"{name}_{kind}"
+        for name in ("response_kl", "input_kl", "response_ce", "token_ce")
+        for kind in ("sum", "tokens")
+    ),
     "response_agree",
     "input_agree",
     "quantity_sum",

@@ -27,7 +27,7 @@ class Utterance(NamedTuple):
     """One row, ready to be batched.
 
     Attributes:
-        index: its place in the manifest.
+        place: its index in the manifest.
         row: its cells.
         waveform: ``[S]`` fp32 at 16 kHz.
         before, after: ids of the prompt around the speech.
@@ -36,7 +36,7 @@ class Utterance(NamedTuple):
         prompt: the instruction as text, with its ``{speech}`` slot.
     """
 
-    index: int
+    place: int
     row: dict[str, str]
     waveform: Tensor
     before: list[int]
@@ -157,12 +157,12 @@ class SpeechTextDataset(FairseqDataset):
         has_target = "tgt_text" in self.manifest.columns
         targets = [self.chat.encode_text(u.row["tgt_text"]) for u in utterances] if has_target else []
         return {
-            "id": torch.tensor([u.index for u in utterances], dtype=torch.long),
+            "id": torch.tensor([u.place for u in utterances], dtype=torch.long),
             "net_input": {
                 "src_tokens": pad_waveforms([u.waveform for u in utterances]),
                 "src_lengths": lengths,
                 "text": text,
-                "keys": [self._first_key + u.index for u in utterances],
+                "keys": [self._first_key + u.place for u in utterances],
             },
             "target": pad_ids(targets, -1) if has_target else None,
             "nsentences": len(utterances),
@@ -230,7 +230,7 @@ class SpeechDataset(FairseqDataset):
         return int(self.sizes[index])
 
 
-def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+def common_prefix(rows: Sequence[list[int]]) -> list[int]:
     """The ids that all rows begin with."""
     if not rows:
         return []

@@ -15,7 +15,7 @@ _FRAMES_PER_SECOND = 50
 
 
 def plot_alignment(model: "BlspKd", audio: str | Path, text: str, path: Path) -> None:
-    """Spectrogram of an utterance over its CIF weights, cut at the token boundaries and labelled with what was heard."""
+    """Spectrogram of an utterance over its CIF weights, cut at token boundaries, labelled with the tokens heard."""
     from matplotlib.figure import Figure
 
     samples = load_audio(audio)

@@ -42,7 +42,9 @@ class DecodingOptions:
         if not 1 <= self.n_best <= self.beam:
             raise ValueError(f"n-best must be between 1 and the beam size ({self.beam}), got {self.n_best}")
         if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(f"length limits must be 0 <= min ({self.min_new_tokens}) <= max ({self.max_new_tokens}), max > 0")
+            raise ValueError(
+                f"length limits must be 0 <= min ({self.min_new_tokens}) <= max ({self.max_new_tokens}), max > 0"
+            )
         if self.sampling and (self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0):
             raise ValueError("sampling needs temperature > 0, 0 < top-p <= 1 and top-k >= 0")
 

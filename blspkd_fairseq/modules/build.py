@@ -120,7 +120,7 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat) -> PreTrainedModel:
     """The LLM that the options name, with a generation configuration that decodes as it is told and no other way.
 
     Raises:
-        ValueError: it cannot be loaded, has a smaller vocabulary than its tokenizer, or an output head that is not linear.
+        ValueError: it cannot be loaded, embeds fewer words than its tokenizer has, or its head is not linear.
     """
     llm = _from_pretrained(
         AutoModelForCausalLM,
@@ -144,7 +144,12 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat) -> PreTrainedModel:
 def _load_speech_encoder(config: SpeechLlmConfig) -> SpeechEncoder:
     dtype = torch.float32 if config.unfreeze_speech_encoder else DTYPES[config.speech_encoder_dtype]
     return _from_pretrained(
-        SpeechEncoder, config.speech_encoder, "speech-encoder", "speech encoder", dtype=dtype, pad_to_30s=config.pad_to_30s
+        SpeechEncoder,
+        config.speech_encoder,
+        "speech-encoder",
+        "speech encoder",
+        dtype=dtype,
+        pad_to_30s=config.pad_to_30s,
     )
 
 
@@ -195,6 +200,6 @@ def _check_plain_head(llm: PreTrainedModel, name: str) -> None:
     if not same:
         config = AutoConfig.from_pretrained(name)
         raise ValueError(
-            f"the logits of {name} ({config.model_type}) are not a linear function of its last hidden states (scaled or "
-            "soft-capped logits?), which distillation through the output head needs: choose another LLM"
+            f"the logits of {name} ({config.model_type}) are not a linear function of its last hidden states (scaled "
+            "or soft-capped logits?), which distillation through the output head needs: choose another LLM"
         )

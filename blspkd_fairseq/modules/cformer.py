@@ -79,9 +79,7 @@ class CFormer(nn.Module):
         self.output_norm = nn.LayerNorm(output_dim)
         self.output_scale = output_scale
 
-    def forward(
-        self, features: Tensor, padding_mask: Tensor, target_lengths: Tensor | None = None
-    ) -> AdapterOutput:
+    def forward(self, features: Tensor, padding_mask: Tensor, target_lengths: Tensor | None = None) -> AdapterOutput:
         """Adapts a batch.
 
         Args:

@@ -93,7 +93,7 @@ def add_partial_lora(
         raise ValueError("this LLM has Partial LoRA already")
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft accepts floats
+        lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(target_modules) if target_modules else "all-linear",
         bias="none",
@@ -103,7 +103,7 @@ def add_partial_lora(
     inject_adapter_in_model(config, llm)
 
     state = _MaskState()
-    llm.partial_lora_state = state  # type: ignore[assignment]
+    llm.partial_lora_state = state
     for module in llm.modules():
         if isinstance(module, PartialLoraLinear):
             module.mask_state = state

@@ -14,7 +14,7 @@ class Segment(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """Attributes: ``embeds`` [B, L, D]; ``segment`` [B, L], index of the segment each position came from, -1 on padding."""
+    """Attributes: ``embeds`` [B, L, D]; ``segment`` [B, L], the segment each position came from, -1 on padding."""
 
     embeds: Tensor
     segment: Tensor

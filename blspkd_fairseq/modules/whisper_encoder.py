@@ -28,6 +28,9 @@ def frame_lengths(samples: Tensor) -> Tensor:
 class LogMel(nn.Module):
     """Whisper's log-mel spectrogram of the first frames of its 30 s window, equal to its feature extractor's."""
 
+    filters: Tensor
+    window: Tensor
+
     def __init__(self, bins: int, max_frames: int = 3000) -> None:
         super().__init__()
         filters = WhisperFeatureExtractor(feature_size=bins).mel_filters  # (1 + fft / 2) x bins

@@ -37,22 +37,30 @@ class BlspKdConfig(FairseqDataclass):
     audio_root: str = field(default="", metadata={"help": "folder of relative audio paths (default: the manifest's)"})
     prompt: str = field(
         default="continue",
-        metadata={"help": "instruction for rows without a prompt: a name (continue, repeat, ...) or a text with {speech}"},
+        metadata={
+            "help": "instruction for rows without a prompt: a name (continue, repeat, ...) or a text with {speech}"
+        },
     )
     max_audio_seconds: float = field(default=30.0, metadata={"help": "longest utterance; Whisper hears 30 s at most"})
     skip_bad_audio: bool = field(
         default=False,
         metadata={"help": "leave out training rows whose audio is too long, missing or unreadable, and say so"},
     )
-    eval_wer: bool = field(default=False, metadata={"help": "validation: WER of repeating the transcript (wer, wer_raw)"})
+    eval_wer: bool = field(
+        default=False, metadata={"help": "validation: WER of repeating the transcript (wer, wer_raw)"}
+    )
     eval_wer_prompt: str = field(default="repeat", metadata={"help": "instruction for --eval-wer"})
     eval_bleu: bool = field(default=False, metadata={"help": "validation: BLEU of the answer against tgt_text"})
-    eval_bleu_prompt: str = field(default="", metadata={"help": "instruction for --eval-bleu (default: each row's own)"})
+    eval_bleu_prompt: str = field(
+        default="", metadata={"help": "instruction for --eval-bleu (default: each row's own)"}
+    )
     eval_max_tokens: int = field(default=128, metadata={"help": "longest answer in validation, in tokens"})
     results_jsonl: str = field(
         default="",
-        metadata={"help": "file for fairseq-generate's answers with the manifest's ids, as lines of JSON "
-                  "(default: generate-SUBSET.jsonl in --results-path)"},
+        metadata={
+            "help": "file for fairseq-generate's answers with the manifest's ids, as lines of JSON "
+            "(default: generate-SUBSET.jsonl in --results-path)"
+        },
     )
 
 
@@ -215,9 +223,7 @@ class BlspKdTask(FairseqTask):
         waveforms = [torch.from_numpy(load_audio(line.strip(), root, max_seconds=limit)) for line in lines]
         return waveforms, [len(waveform) for waveform in waveforms]
 
-    def build_dataset_for_inference(
-        self, src_tokens: list[Tensor], src_lengths: list[int], **_: Any
-    ) -> SpeechDataset:
+    def build_dataset_for_inference(self, src_tokens: list[Tensor], src_lengths: list[int], **_: Any) -> SpeechDataset:
         return SpeechDataset(src_tokens, src_lengths)
 
 

@@ -1,7 +1,7 @@
 """Reads a Whisper in CTranslate2's format and gives it back as the Hugging Face model it once was.
 
-A `model.bin` is a list of named arrays: attention projections fused along their outputs, no bias for the keys (CTranslate2
-stores zeros), the output layer an alias of the embeddings.
+A `model.bin` is a list of named arrays: attention projections fused along their outputs, no bias for the keys
+(CTranslate2 stores zeros), the output layer an alias of the embeddings.
 """
 
 import struct
@@ -51,7 +51,9 @@ def read_variables(path: str | Path) -> dict[str, np.ndarray]:
     file = _Cursor(Path(path))
     version = file.number("I")
     if version != BINARY_VERSION:
-        raise ConversionError(f"{path} begins with {version}: only CTranslate2's binary version {BINARY_VERSION} is read")
+        raise ConversionError(
+            f"{path} begins with {version}: only CTranslate2's binary version {BINARY_VERSION} is read"
+        )
     specification = file.string()
     if specification != SPECIFICATION:
         raise ConversionError(f"{path} holds a {specification!r}: only a Whisper ({SPECIFICATION}) is read")

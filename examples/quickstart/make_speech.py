@@ -108,9 +108,7 @@ def _make_clip(clip: Clip, folder: Path) -> None:
     assert _speak is not None
     temporary = folder / f".{clip.name}.{os.getpid()}.tmp"
     try:
-        soundfile.write(
-            temporary, _speak(clip.text, clip.length_scale), SAMPLE_RATE, subtype="PCM_16", format="FLAC"
-        )
+        soundfile.write(temporary, _speak(clip.text, clip.length_scale), SAMPLE_RATE, subtype="PCM_16", format="FLAC")
         os.replace(temporary, folder / clip.name)
     finally:
         temporary.unlink(missing_ok=True)

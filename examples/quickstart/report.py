@@ -106,7 +106,9 @@ def measure(model: BlspKd, data: SpeechTextDataset) -> dict[str, float]:
         count_errors += float((output.adapter.alpha_sum.round().clamp(min=1) - lengths).abs().sum())
         tokens += float(lengths.sum())
         speech = inputs["src_tokens"], inputs["src_lengths"]
-        repeated += first(answer_speech(model.model, model.chat, *speech, [resolve_prompt("repeat")] * len(lengths), REPEAT))
+        repeated += first(
+            answer_speech(model.model, model.chat, *speech, [resolve_prompt("repeat")] * len(lengths), REPEAT)
+        )
         transcripts = [row["src_text"] for row in batch["rows"]]
         to_speech = first(answer_speech(model.model, model.chat, *speech, batch["prompts"], ANSWERS))
         to_text = first(answer_text(model.model, model.chat, transcripts, batch["prompts"], ANSWERS))
@@ -167,7 +169,12 @@ def markdown(results: dict[str, Any], generated: Path) -> str:
     """Tables, examples and pictures."""
     lines = ["# What training changed", ""]
     for split, rows in results["sets"].items():
-        lines += [f"## {SETS[split]} ({rows['utterances']} utterances)", "", "| measure | before | after |", "|---|---|---|"]
+        lines += [
+            f"## {SETS[split]} ({rows['utterances']} utterances)",
+            "",
+            "| measure | before | after |",
+            "|---|---|---|",
+        ]
         for name, (heading, form, _) in MEASURES.items():
             lines.append(f"| {heading} | {rows['before'][name]:{form}} | {rows['after'][name]:{form}} |")
         text = rows["text"]["repeat_wer"]
