@@ -15,7 +15,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
-stage=1 stop_stage=6 minutes=11 sentences=2000 speech_encoder="" llm=""
+stage=1 stop_stage=6 minutes=10 sentences=2000 speech_encoder="" llm=""
 out="$root/out/quickstart" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
 usage() { sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 while [ $# -gt 0 ]; do
@@ -43,11 +43,16 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then 
 
 run() { [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]; }
 begin() { echo; echo "== stage $1: $2 ($(date +%H:%M:%S))"; }
-# done_before STAGE KEY: true if the stage has ended with the same settings and was not asked for by --stage
+# done_before STAGE SETTINGS: the stage has ended with these settings, and --stage did not ask for it in particular
 done_before() {
-    [ "$(cat "$out/.done-$1" 2>/dev/null)" = "$2" ] && [ "$stage" -ne "$1" -o "$stage" -eq 1 ] && echo "done before"
+    if [ "$stage" -eq "$1" ] || [ "$(cat "$out/.done-$1" 2>/dev/null)" != "$2" ]; then return 1; fi
+    echo "done before"
 }
-finish() { echo "$2" >"$out/.done-$1"; rm -f $(seq -f "$out/.done-%g" $(($1 + 1)) 6); }
+finish() { # STAGE SETTINGS: what later stages made is out of date
+    local later
+    for later in $(seq $(($1 + 1)) 6); do rm -f "$out/.done-$later"; done
+    echo "$2" >"$out/.done-$1"
+}
 
 if run 1; then
     begin 1 "models"
@@ -70,7 +75,7 @@ if run 3; then
         for split in train valid test test_unheard; do
             # Distillation is several times as slow as the warm-up and sees a part of the sentences only.
             python scripts/generate_responses.py --llm "$llm" --input "$data/$split.tsv" \
-                --output "$data/responses/$split.tsv" --rows $((sentences * 2 / 5)) --max-new-tokens 16 --batch-size 64
+                --output "$data/responses/$split.tsv" --rows $((sentences / 5)) --max-new-tokens 16 --batch-size 64
         done
         finish 3 "$key"
     fi
@@ -80,8 +85,8 @@ key="$key speech_encoder=$speech_encoder minutes=$minutes"
 if run 4; then
     begin 4 "training: warm-up, then distillation"
     if ! done_before 4 "$key"; then
-        # Two cores make about 62 warm-up and 13 distillation updates a minute; 7 of 11 minutes go to the warm-up.
-        warm_up=$((minutes * 62 * 7 / 11)) distillation=$((minutes * 20 * 4 / 11))
+        # On two cores 10 minutes are 240 updates of 48 utterances of warm-up and 80 of 16 utterances of distillation.
+        warm_up=$((minutes * 24)) distillation=$((minutes * 8))
         rm -rf "$model"
         common=(--user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${device[@]}"
             --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" --speech-encoder-dtype bfloat16
