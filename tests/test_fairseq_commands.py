@@ -77,8 +77,8 @@ def test_validation_logs_every_part(world: World, tmp_path: Path) -> None:
     )  # fmt: skip
     line = next(line for line in log.splitlines() if "valid on 'valid' subset" in line)
     for name in (
-        "loss", "response_kl", "input_kl", "response_ce", "token_ce", "response_agreement", "input_agreement",
-        "quantity", "token_count_error", "wer", "wer_raw", "bleu",
+        "loss", "response_kl", "input_kl", "response_ce", "token_ce", "token_mse",
+        "response_agreement", "input_agreement", "quantity", "token_count_error", "wer", "wer_raw", "bleu",
     ):  # fmt: skip
         assert re.search(rf"\b{name} [-\d.]+", line), (name, line)
     assert list((tmp_path / "tb").rglob("events*"))
@@ -92,6 +92,7 @@ def test_one_update_is_the_same_however_the_batch_is_split(world: World, tmp_pat
     # Adam would blow up the rounding of gradients that are zero but for rounding.
     one_update = (
         "--max-update", 1, "--disable-validation", "--token-ce-weight", 1, "--response-ce-weight", 1,
+        "--token-mse-weight", 1,
         "--optimizer", "sgd", "--lr", 1,
     )  # fmt: skip
     world.train(tmp_path / "whole", *one_update, data=data)
@@ -130,7 +131,7 @@ def test_warm_up_then_distillation(world: World, tmp_path: Path) -> None:
     write_split(data, "train", 8, drop=["tgt_text"])
     log = world.train(
         tmp_path / "warm", *UPDATES, "--response-kl-weight", 0, "--input-kl-weight", 0, "--token-ce-weight", 1,
-        "--token-vocabulary", "train", data=data,
+        "--token-mse-weight", 1, "--token-vocabulary", "train", data=data,
     )  # fmt: skip
     assert "token_ce=" in log and "response_kl=" not in log
     warm = tmp_path / "warm" / "checkpoint_last.pt"

