@@ -296,9 +296,10 @@ def test_commands_in_their_own_processes(world: World, tmp_path: Path) -> None:
     """As typed: fairseq-train, fairseq-generate and fairseq-hydra-train, with nothing imported before."""
     common = ["--llm", world.llm, "--speech-encoder", world.whisper, "--save-dir", tmp_path / "save"]
     hydra = [
-        f"task.data={world.data}", "+task._name=blsp_kd", "+model._name=blsp_kd", f"+model.llm={world.llm}",
+        f"+task.data={world.data}", "++task._name=blsp_kd", "++model._name=blsp_kd", f"+model.llm={world.llm}",
         f"+model.speech_encoder={world.whisper}", "+model.llm_dtype=float32", "+model.adapter_heads=2",
-        "+criterion._name=kl_distillation", "optimizer._name=adam", "+optimizer.lr=[1e-3]",
+        "+criterion._name=kl_distillation",
+        "~criterion", "++optimizer._name=adam",
         f"common.user_dir={Path(__file__).parents[1] / 'blspkd_fairseq'}", "common.cpu=true",
         "dataset.batch_size=4", "optimization.max_update=2", "optimization.lr=[1e-3]",
         f"checkpoint.save_dir={tmp_path / 'hydra'}", f"hydra.run.dir={tmp_path / 'hydra-run'}",

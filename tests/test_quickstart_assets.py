@@ -236,7 +236,7 @@ def test_training_covers_the_vocabulary() -> None:
 
 
 def test_too_many_sentences() -> None:
-    with pytest.raises(ValueError, match="the grammar has 2\\d{4}: ask for fewer"):
+    with pytest.raises(ValueError, match="the grammar has \\d+: ask for fewer"):
         grammar.sentences(100_000, seed=0)
     with pytest.raises(ValueError, match="no split 'dev'"):
         grammar.sentences(1, seed=0, split="dev")

@@ -95,6 +95,7 @@ def whisper_config(variables: dict[str, np.ndarray]) -> WhisperConfig:
         decoder_ffn_dim=len(variables["decoder/layer_0/ffn/linear_0/bias"]),
         max_source_positions=len(variables["encoder/position_encodings/encodings"]),
         max_target_positions=len(variables["decoder/position_encodings/encodings"]),
+        pad_token_id=None,  # the file does not say; the default is outside of a small vocabulary
     )
 
 

@@ -15,7 +15,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
-stage=1 stop_stage=6 minutes=10 sentences=2000 speech_encoder="" llm=""
+stage=1 stop_stage=6 minutes=8 sentences=2000 speech_encoder="" llm=""
 out="$root/out/quickstart" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
 usage() { sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 while [ $# -gt 0 ]; do
@@ -85,7 +85,7 @@ key="$key speech_encoder=$speech_encoder minutes=$minutes"
 if run 4; then
     begin 4 "training: warm-up, then distillation"
     if ! done_before 4 "$key"; then
-        # On two cores 10 minutes are 240 updates of 48 utterances of warm-up and 80 of 16 utterances of distillation.
+        # On two cores 8 minutes are 192 updates of 48 utterances of warm-up and 64 of 16 utterances of distillation.
         warm_up=$((minutes * 24)) distillation=$((minutes * 8))
         rm -rf "$model"
         common=(--user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${device[@]}"
