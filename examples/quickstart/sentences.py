@@ -92,7 +92,7 @@ def sentences(n: int, seed: int, split: str | None = None) -> list[str]:
     available = sum(map(len, kinds))
     if n > available:
         raise ValueError(f"{n} sentences were asked for, and the grammar has {available}: ask for fewer")
-    drawn = []
+    drawn: list[str] = []
     while len(drawn) < n:
         kind = rng.choice(kinds)
         if kind:
