@@ -47,7 +47,8 @@ def test_log_mel_and_encoder_equal_transformers_on_real_speech(speech: Path) -> 
     lengths = torch.tensor([len(s) for s in samples])
     assert (encoder.log_mel(waveforms, lengths, 3000) - features.input_features).abs().max() < 1e-4
     with torch.no_grad():
-        expected = WhisperModel.from_pretrained(path, dtype=torch.float32).get_encoder()(features.input_features).last_hidden_state
+        reference = WhisperModel.from_pretrained(path, dtype=torch.float32).get_encoder()
+        expected = reference(features.input_features).last_hidden_state
         frames, padding = encoder(waveforms, lengths)
     for b in range(3):
         torch.testing.assert_close(frames[b][~padding[b]], expected[b, : (~padding[b]).sum()], atol=2e-3, rtol=1e-3)
@@ -59,7 +60,8 @@ def test_a_few_dozen_utterances_are_learned_until_repeat_gives_them_back(speech:
         "--speech-encoder", CACHE / "whisper-tiny.en", "--llm", CACHE / "smollm2-135m-instruct",
         "--lora-scope", "none", "--cache-encoder-features", "--adapter-pre-layers", 2, "--adapter-post-layers", 2,
         "--adapter-heads", 6, "--adapter-dropout", 0, "--token-ce-weight", 1, "--token-mse-weight", 1,
-        "--response-kl-weight", 0, "--input-kl-weight", 0, "--token-vocabulary", "train", "--optimizer", "adam", "--lr", 1e-3,
+        "--response-kl-weight", 0, "--input-kl-weight", 0, "--token-vocabulary", "train",
+        "--optimizer", "adam", "--lr", 1e-3,
         "--lr-scheduler", "polynomial_decay", "--warmup-updates", 10, "--total-num-update", 120, "--max-update", 120,
         "--clip-norm", 1.0, "--batch-size", 12, "--disable-validation", "--no-epoch-checkpoints", "--seed", 1,
         "--log-interval", 20, "--num-workers", 0, "--save-dir", tmp_path, "--no-progress-bar",
