@@ -161,10 +161,12 @@ class BlspKd:
 
     @torch.no_grad()
     def nearest_tokens(self, embeddings: Tensor) -> list[int]:
-        """For embeddings ``[U, D]`` the ids whose input embeddings have the largest inner product with them."""
+        """For embeddings ``[U, D]`` the ids of the nearest input embeddings (Euclidean: large norms attract nothing)."""
         table = self.model.llm.get_input_embeddings()
         words = torch.arange(table.num_embeddings, device=embeddings.device)
-        ids: list[int] = (embeddings.float() @ table(words).float().t()).argmax(1).tolist()
+        vectors = table(words).float()
+        closeness = embeddings.float() @ vectors.t() - vectors.square().sum(1) / 2
+        ids: list[int] = closeness.argmax(1).tolist()
         return ids
 
     def _collate(self, batch: Sequence[Audio]) -> tuple[Tensor, Tensor]:
