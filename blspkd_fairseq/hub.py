@@ -161,7 +161,7 @@ class BlspKd:
 
     @torch.no_grad()
     def nearest_tokens(self, embeddings: Tensor) -> list[int]:
-        """For embeddings ``[U, D]`` the ids of the nearest input embeddings (Euclidean: large norms attract nothing)."""
+        """For embeddings ``[U, D]`` the ids of the nearest input embeddings (Euclidean distance)."""
         table = self.model.llm.get_input_embeddings()
         words = torch.arange(table.num_embeddings, device=embeddings.device)
         vectors = table(words).float()
