@@ -10,7 +10,6 @@ kept in the table. Variants take turns, so that a slow minute of the machine hit
 
 import argparse
 import csv
-import platform
 import statistics
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_modules import cpu_name
 from torch import Tensor
 from tqdm import tqdm
 
@@ -242,7 +242,7 @@ def write(
 ) -> None:
     """Prints the table and replaces the rows of this device and precision in the CSV."""
     ours = statistics.median(seconds["all levers"])
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{processor()} ({torch.get_num_threads()} threads)"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()} ({torch.get_num_threads()} threads)"
     rows = []
     for variant, times in seconds.items():
         median = statistics.median(times)
@@ -272,14 +272,6 @@ def write(
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept + rows)
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
