@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.metadata
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,6 +166,25 @@ def require_fairseq() -> None:
     problem = fairseq_problem()
     if problem is not None:
         raise FairseqError(str(problem))
+
+
+# What fairseq says to hydra and torch of today, in every command, and what nobody but its authors could act upon.
+_FAIRSEQ_WARNINGS = (
+    r"hydra\.experimental\.\w+\(\) is no longer experimental",
+    r"\s*The version_base parameter is not specified",
+    r"In '.*': Usage of deprecated keyword in package header",
+    r"\s*'config' is validated against ConfigStore schema",
+    r"\s*The strict flag in the compose API is deprecated",
+    r"`torch\.cuda\.amp\.\w+\(args\.\.\.\)` is deprecated",
+    r"`torch\.jit\.script` is deprecated",
+    r"'pin_memory' argument is set as true but no accelerator is found",
+)
+
+
+def silence_fairseq_warnings() -> None:
+    """Hides warnings about fairseq's own use of deprecated interfaces: dozens of lines before anything happens."""
+    for message in _FAIRSEQ_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -136,3 +136,9 @@ def test_shapes_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match="must be|needs"):
             continuous_integrate_and_fire(**wrong)
+
+
+def test_no_frames_give_zeros() -> None:
+    out = continuous_integrate_and_fire(torch.zeros(2, 0, 5), torch.zeros(2, 0), None, torch.tensor([3, 1]))
+    assert out.embeddings.shape == (2, 3, 5) and not out.embeddings.any()
+    assert out.boundaries.shape == (2, 3) and out.lengths.tolist() == [3, 1]

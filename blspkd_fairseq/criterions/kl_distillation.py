@@ -115,10 +115,7 @@ class KlDistillationCriterion(FairseqCriterion):
                 weight, bias = model.speech_llm.head
                 ce = linear_cross_entropy(compared.student, compared.targets, weight, bias, self.cfg.chunk_size)
                 losses[f"{name}_ce"] = self._mean_per_utterance(f"{name}_ce", ce, compared.rows, sample, sums)
-        if "token_ce" in terms:
-            losses["token_ce"] = self._token_ce(output, text, model, sample, sums)
-        if "token_mse" in terms:
-            losses["token_mse"] = self._token_mse(output, text, model, sample, sums)
+        losses |= self._token_terms(terms, output, model, sample, sums)
         if output.adapter.alpha_sum is not None:
             losses["quantity"] = (output.adapter.alpha_sum / text["transcript_lengths"] - 1).abs()
             sums["quantity_sum"] = losses["quantity"].sum()
@@ -154,32 +151,26 @@ class KlDistillationCriterion(FairseqCriterion):
             kl = kl * cfg.kd_temperature**2
         return self._mean_per_utterance(f"{name}_kl", kl, compared.rows, sample, sums)
 
-    def _token_ce(
-        self,
-        output: SpeechLlmOutput,
-        text: dict[str, Tensor],
-        model: Any,
-        sample: dict[str, Any],
-        sums: dict[str, Tensor],
-    ) -> Tensor:
+    def _token_terms(
+        self, terms: set[str], output: SpeechLlmOutput, model: Any, sample: dict[str, Any], sums: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The warm-up's: speech embeddings against the embeddings of the transcript's tokens."""
+        wanted = terms & {"token_ce", "token_mse"}
+        if not wanted:
+            return {}
+        text = sample["net_input"]["text"]
         valid = _valid(text["transcript"], text["transcript_lengths"])
-        table, labels = self._token_table(model, text["transcript"][valid])
-        hidden = output.adapter.embeddings[valid]
-        ce = linear_cross_entropy(hidden, labels, table.to(hidden.dtype), chunk_size=self.cfg.chunk_size)
-        return self._mean_per_utterance("token_ce", ce, valid.nonzero()[:, 0], sample, sums)
-
-    def _token_mse(
-        self,
-        output: SpeechLlmOutput,
-        text: dict[str, Tensor],
-        model: Any,
-        sample: dict[str, Any],
-        sums: dict[str, Tensor],
-    ) -> Tensor:
-        valid = _valid(text["transcript"], text["transcript_lengths"])
-        target = model.speech_llm.embed(text["transcript"][valid]).float()
-        distance = (output.adapter.embeddings[valid].float() - target) / model.speech_llm.adapter.output_scale
-        return self._mean_per_utterance("token_mse", distance.square().mean(1), valid.nonzero()[:, 0], sample, sums)
+        ids, hidden, rows = text["transcript"][valid], output.adapter.embeddings[valid], valid.nonzero()[:, 0]
+        losses = {}
+        if "token_ce" in wanted:
+            table, labels = self._token_table(model, ids)
+            losses["token_ce"] = linear_cross_entropy(
+                hidden, labels, table.to(hidden.dtype), chunk_size=self.cfg.chunk_size
+            )
+        if "token_mse" in wanted:
+            distance = (hidden.float() - model.speech_llm.embed(ids).float()) / model.speech_llm.adapter.output_scale
+            losses["token_mse"] = distance.square().mean(1)
+        return {name: self._mean_per_utterance(name, loss, rows, sample, sums) for name, loss in losses.items()}
 
     def _token_table(self, model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings ``[V', D]`` of the words to discern, and the place of each id among them."""

@@ -83,8 +83,8 @@ def continuous_integrate_and_fire(
 def _integrate(features: Tensor, ends: Tensor, lengths: Tensor, tokens: int) -> Tensor:
     """``[B, U, D]`` sums of the frames weighted by their shares, from the running sums ``ends`` ``[B, T]``."""
     batch, frames, width = features.shape
-    if tokens == 0:
-        return features[:, :0]
+    if tokens == 0 or frames == 0:
+        return features.new_zeros(batch, tokens, width)
     cuts = _token_ends(ends.detach(), lengths, tokens)
     places, order = torch.cat([ends, cuts], 1).sort(dim=1, stable=True)
     shares = places.diff(dim=1, prepend=torch.zeros_like(places[:, :1]))
@@ -117,6 +117,8 @@ def _token_ends(ends: Tensor, lengths: Tensor, tokens: int) -> Tensor:
 def _boundaries(ends: Tensor, tokens: int) -> Tensor:
     """``[B, U]`` time at which the running sum reaches u + 1, linear inside a frame."""
     batch, frames = ends.shape
+    if frames == 0:
+        return ends.new_zeros(batch, tokens)
     # The last sum is n only up to rounding: without the slack its crossing is found in trailing silence, or nowhere.
     targets = torch.arange(1, tokens + 1, device=ends.device, dtype=ends.dtype).expand(batch, -1).contiguous()
     slack = 64 * torch.finfo(ends.dtype).eps * max(tokens, 1)
