@@ -40,5 +40,14 @@ EXTRAS = {
     ],
     # And liger-kernel, which would pull triton beside a CPU torch: scripts/venv.sh installs it by itself.
     "bench": ["torch-cif==0.2.0"],
-    "dev": ["pytest==9.2.0", "ruff==0.17.5", "mypy==2.4.1"],
+    "ray": ["ray[data]>=2.40"],  # scripts/generate_responses.py on many machines
+    # jiwer and rouge-score are what the tests of the metrics compare with.
+    "dev": [
+        "pytest==9.2.0",
+        "ruff==0.17.5",
+        "mypy==2.4.1",
+        "jiwer==4.0.0",
+        "rouge-score==0.1.2",
+        "ray[data]==2.60.0",
+    ],
 }
