@@ -41,8 +41,10 @@ EXTRAS = {
     # And liger-kernel, which would pull triton beside a CPU torch: scripts/venv.sh installs it by itself.
     "bench": ["torch-cif==0.2.0"],
     "ray": ["ray[data]>=2.40"],  # scripts/generate_responses.py on many machines
+    "recordings": ["av>=14"],  # decodes what scripts/fetch_recordings.py fetches
     # jiwer and rouge-score are what the tests of the metrics compare with.
     "dev": [
+        "av>=14",
         "pytest==9.2.0",
         "ruff==0.17.5",
         "mypy==2.4.1",

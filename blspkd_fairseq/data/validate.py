@@ -1,0 +1,266 @@
+"""Checks the manifests of a data directory and the audio that they name.
+
+    python -m blspkd_fairseq.data.validate DATA [--audio all|sample|none]
+
+Problems (a manifest or audio that training could not use, empty texts, audio of the training set in another set) make
+it end with status 1; warnings (texts, audio or speakers that come twice) do not, unless --strict is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, load_audio
+from blspkd_fairseq.data.manifest import Manifest, ManifestError
+
+_TEXTS = ("src_text", "tgt_text")
+_SHOWN = 20  # of each kind of finding
+_COMPARED = ("audio", "sentence", "speaker")
+
+
+@dataclass
+class Findings:
+    """What was found; every line names a file and, where there is one, a line.
+
+    Attributes:
+        problems, warnings: what is wrong, and what may be.
+        table: statistics of the splits, as text.
+        audio: how much audio was decoded, by split.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    table: str = ""
+    audio: dict[str, int] = field(default_factory=dict)
+
+
+def validate(
+    data: Path,
+    audio: str = "sample",
+    sample: int = 200,
+    seed: int = 1,
+    audio_root: Path | None = None,
+    threads: int = 4,
+) -> Findings:
+    """Checks all manifests (``*.tsv`` but ``*.dropped.tsv``) in a folder.
+
+    Args:
+        data: the folder.
+        audio: decode ``all``, a ``sample`` of each split or ``none``.
+        sample: rows in the sample.
+        seed: of the sample.
+        audio_root: folder of the audio; default: where each manifest is.
+        threads: how many decode.
+
+    Raises:
+        ManifestError: there is no manifest.
+    """
+    findings = Findings()
+    splits = dict(_load(data, findings))
+    if not splits and not findings.problems:
+        raise ManifestError(f"{data} holds no manifest: expected files such as train.tsv and valid.tsv")
+    facts = {name: _check_rows(manifest, findings) for name, manifest in splits.items()}
+    _compare_splits(splits, facts, findings)
+    if audio != "none":
+        for name, manifest in splits.items():
+            rows = _chosen(len(manifest), None if audio == "all" else sample, seed)
+            findings.audio[name] = len(rows)
+            findings.problems += _check_audio(manifest, rows, audio_root, threads)
+    findings.table = _table(splits)
+    return findings
+
+
+def _load(data: Path, findings: Findings) -> Iterator[tuple[str, Manifest]]:
+    for path in sorted(data.glob("*.tsv")):
+        if path.name.endswith(".dropped.tsv"):
+            continue
+        try:
+            manifest = Manifest.load(path)
+        except ManifestError as error:
+            findings.problems.append(str(error))
+            continue
+        if len(manifest) == 0:
+            findings.problems.append(f"{path} has no rows: prepare the data again")
+        if not set(_TEXTS) & set(manifest.columns):
+            findings.problems.append(f"{path} has neither src_text nor tgt_text: add what was said")
+        yield path.stem, manifest
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def sentence_key(text: str) -> str:
+    """What two texts that sound the same have in common: no case, no punctuation, single spaces."""
+    kept = "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if unicodedata.category(c)[0] != "P")
+    return " ".join(kept.split())
+
+
+class _Facts:
+    """The first row of every id, audio, sentence and speaker of a split; hashes, to hold millions."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, dict[int, int]] = {"id": {}, "audio": {}, "sentence": {}, "speaker": {}}
+
+    def add(self, kind: str, value: str, row: int) -> int | None:
+        """The row that had this value before, if one had."""
+        first = self.first[kind].setdefault(hash(value), row)
+        return None if first == row else first
+
+
+def _check_rows(manifest: Manifest, findings: Findings) -> _Facts:
+    facts = _Facts()
+    repeated: dict[str, list[str]] = {"audio": [], "sentence": []}
+    for index, row in enumerate(manifest):
+        for column in _TEXTS:
+            if column in row and not row[column].strip():
+                findings.problems.append(f"{manifest.location(index)}: {column} is empty: fill it in or remove the row")
+        facts.add("id", row["id"], index)
+        if row.get("speaker"):
+            facts.add("speaker", row["speaker"], index)
+        values = {"audio": row["audio"], "sentence": sentence_key(row.get("src_text", ""))}
+        for kind, value in values.items():
+            before = facts.add(kind, value, index) if value else None
+            if before is not None:
+                repeated[kind].append(f"line {index + 2} has the {kind} of line {before + 2}")
+    for kind, places in repeated.items():
+        if places:
+            findings.warnings.append(
+                f"{manifest.path}: {len(places)} rows repeat the {kind} of another: {_some(places)}"
+            )
+    return facts
+
+
+def _compare_splits(splits: dict[str, Manifest], facts: dict[str, _Facts], findings: Findings) -> None:
+    """Ids between all splits; audio, sentences and speakers between training and the others."""
+    names = list(splits)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            places = _shared(facts, "id", one, other)
+            if places:
+                findings.warnings.append(
+                    f"{splits[one].path} and {splits[other].path} share {len(places)} ids: {_some(places)}"
+                )
+            if one.startswith("train") != other.startswith("train"):
+                train, rest = (one, other) if one.startswith("train") else (other, one)
+                _compare_with_training(splits, facts, train, rest, findings)
+
+
+def _compare_with_training(
+    splits: dict[str, Manifest], facts: dict[str, _Facts], train: str, rest: str, findings: Findings
+) -> None:
+    for kind in _COMPARED:
+        places = _shared(facts, kind, rest, train)
+        if places:
+            # Short sentences and, in many corpora, speakers come in both; a recording must not.
+            kept = findings.problems if kind == "audio" else findings.warnings
+            kept.append(
+                f"{splits[rest].path} shares {len(places)} of its {len(facts[rest].first[kind])} {_plural(kind)} with "
+                f"{splits[train].path}, which makes its scores better than they are: {_some(places)}"
+            )
+
+
+def _plural(kind: str) -> str:
+    return "recordings" if kind == "audio" else f"{kind}s"
+
+
+def _shared(facts: dict[str, _Facts], kind: str, one: str, other: str) -> list[str]:
+    first, second = facts[one].first[kind], facts[other].first[kind]
+    return [f"line {row + 2} and {other} line {second[key] + 2}" for key, row in first.items() if key in second]
+
+
+def _some(places: Sequence[str]) -> str:
+    return ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
+
+
+# --- audio ----------------------------------------------------------------------------------------
+
+
+def _chosen(rows: int, sample: int | None, seed: int) -> list[int]:
+    if sample is None or rows <= sample:
+        return list(range(rows))
+    return sorted(random.Random(seed).sample(range(rows), sample))
+
+
+def _check_audio(manifest: Manifest, rows: Sequence[int], audio_root: Path | None, threads: int) -> list[str]:
+    def check(index: int) -> str | None:
+        audio = manifest[index]["audio"]
+        root = None if audio_root is None and Path(audio).is_absolute() else audio_root or manifest.path.parent
+        declared = int(manifest.n_frames[index])
+        try:
+            found = len(load_audio(audio, root, declared, max_seconds=None))
+        except AudioError as error:
+            return f"{manifest.location(index)}: {error}"
+        if found - declared > max(0.1 * SAMPLE_RATE, 0.02 * declared):
+            return f"{manifest.location(index)}: n_frames is {declared}, but {audio} has {found} samples: correct it"
+        return None
+
+    with ThreadPoolExecutor(threads) as pool:
+        checked = tqdm(pool.map(check, rows), total=len(rows), desc=f"audio of {manifest.path.name}", unit="row")
+        return [problem for problem in checked if problem]
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def _table(splits: dict[str, Manifest]) -> str:
+    header = ["split", "rows", "hours", "min s", "median s", "95% s", "max s", "characters/s"]
+    lines = [header, *(_statistics(name, manifest) for name, manifest in splits.items() if len(manifest))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+
+
+def _statistics(name: str, manifest: Manifest) -> list[str]:
+    seconds = manifest.n_frames / SAMPLE_RATE
+    numbers = [seconds.min(), np.median(seconds), np.percentile(seconds, 95), seconds.max()]
+    characters = sum(len(row["src_text"]) for row in manifest) if "src_text" in manifest.columns else 0
+    rate = f"{characters / seconds.sum():.1f}"
+    return [name, str(len(manifest)), f"{seconds.sum() / 3600:.2f}", *(f"{n:.2f}" for n in numbers), rate]
+
+
+# --- command --------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints what was found; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="folder of manifests")
+    parser.add_argument("--audio", choices=("all", "sample", "none"), default="sample", help="what to decode")
+    parser.add_argument("--sample", type=int, default=200, help="rows of each split (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the sample (default: %(default)s)")
+    parser.add_argument("--audio-root", type=Path, help="folder of the audio (default: that of the manifests)")
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--strict", action="store_true", help="warnings fail, too")
+    args = parser.parse_args(arguments)
+    findings = validate(args.data, args.audio, args.sample, args.seed, args.audio_root, args.threads)
+    print(findings.table)
+    for name, count in findings.audio.items():
+        print(f"{name}: audio of {count} rows decoded")
+    for kind, found in (("warning", findings.warnings), ("problem", findings.problems)):
+        for line in found[:_SHOWN]:
+            print(f"{kind}: {line}")
+        if len(found) > _SHOWN:
+            print(f"{kind}: and {len(found) - _SHOWN} more")
+    print(f"{len(findings.problems)} problems, {len(findings.warnings)} warnings")
+    return 1 if findings.problems or (args.strict and findings.warnings) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"validate: {error}")

@@ -1,0 +1,109 @@
+"""The check of a finished data directory."""
+
+from pathlib import Path
+
+import pytest
+from tiny import write_speech, write_split
+
+from blspkd_fairseq.data.manifest import Manifest, write_manifest
+from blspkd_fairseq.data.validate import main, sentence_key, validate
+
+TRAIN = [f"This is sentence number {i}." for i in range(8)]
+DEV = [f"Another text has the number {i}." for i in range(8)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A good data directory."""
+    for split, texts in (("train", TRAIN), ("valid", DEV)):
+        write_split(tmp_path, split, 6, texts, speaker=f"speaker of {split}")
+    return tmp_path
+
+
+def change(path: Path, row: int, **cells: str) -> None:
+    manifest = Manifest.load(path)
+    rows = [{**cell, **cells} if i == row else cell for i, cell in enumerate(manifest)]
+    write_manifest(path, rows, manifest.columns)
+
+
+def test_good_data_passes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "train.dropped.tsv").write_text("id\treason\tdetail\n")
+    assert main([str(data), "--audio", "all"]) == 0
+    printed = capsys.readouterr().out
+    assert "train: audio of 6 rows decoded" in printed and "0 problems, 0 warnings" in printed
+    lines = {line.split()[0]: line.split() for line in printed.splitlines() if line}
+    seconds = sorted(n / 16_000 for n in Manifest.load(data / "train.tsv").n_frames)
+    assert lines["train"][:3] == ["train", "6", f"{sum(seconds) / 3600:.2f}"]
+    assert lines["train"][3] == f"{seconds[0]:.2f}" and lines["train"][6] == f"{seconds[-1]:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ({"src_text": " "}, "train.tsv line 4 (id train-2): src_text is empty"),
+        ({"tgt_text": ""}, "train.tsv line 4 (id train-2): tgt_text is empty"),
+        ({"audio": "audio/none.flac"}, "train.tsv line 4 (id train-2): audio/none.flac does not exist"),
+        ({"audio": "../x.flac"}, "train.tsv line 4 (id train-2): ../x.flac is outside"),
+        ({"n_frames": "90000"}, "train.tsv line 4 (id train-2): audio/train-2.flac holds"),
+        ({"n_frames": "100"}, "n_frames is 100, but audio/train-2.flac has 13760 samples"),
+        ({"audio": "audio/valid-2.flac"}, "valid.tsv shares 1 of its 6 recordings with"),
+    ],
+)
+def test_problems_are_found(data: Path, cells: dict[str, str], expected: str) -> None:
+    change(data / "train.tsv", 2, **cells)
+    findings = validate(data)
+    assert any(expected in problem for problem in findings.problems), findings
+    assert main([str(data)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ({"id": "valid-1"}, "share 1 ids: line 4 and valid line 3"),
+        (
+            {"audio": "audio/train-1.flac", "n_frames": "11680"},
+            "1 rows repeat the audio of another: line 4 has the audio of line 3",
+        ),
+        ({"src_text": "this is  SENTENCE number 0"}, "1 rows repeat the sentence of another: line 4 has"),
+        ({"src_text": "ANOTHER text has the number 3!"}, "shares 1 of its 6 sentences with"),
+        ({"speaker": "speaker of valid"}, "shares 1 of its 1 speakers with"),
+    ],
+)
+def test_warnings_do_not_fail(data: Path, cells: dict[str, str], expected: str) -> None:
+    change(data / "train.tsv", 2, **cells)
+    findings = validate(data)
+    assert any(expected in warning for warning in findings.warnings), findings
+    assert findings.problems == []
+    assert main([str(data)]) == 0
+    assert main([str(data), "--strict"]) == 1
+
+
+def test_manifests_that_cannot_be_loaded_are_problems(data: Path) -> None:
+    content = (data / "train.tsv").read_text()
+    (data / "train.tsv").write_text(content.replace("train-3\t", "train-1\t"))
+    (data / "valid.tsv").write_text("id\taudio\nx\ty\n")
+    (data / "test.tsv").write_text("id\taudio\tn_frames\n")
+    problems = "\n".join(validate(data).problems)
+    assert "train.tsv lines 3 and 5 have the same id 'train-1'" in problems
+    assert "valid.tsv has no column 'n_frames'" in problems
+    assert "test.tsv has no rows" in problems and "neither src_text nor tgt_text" in problems
+
+
+def test_a_sample_is_repeatable_and_its_size_said(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_speech(data / "audio" / "train-2.flac", 0.2, seed=1)
+    found = [bool(validate(data, sample=2, seed=seed).problems) for seed in range(12)]
+    assert found == [bool(validate(data, sample=2, seed=seed).problems) for seed in range(12)]
+    assert True in found and False in found
+    assert validate(data, audio="none").problems == []
+    assert main([str(data), "--sample", "2", "--audio", "all"]) == 1
+    assert "train: audio of 6 rows decoded" in capsys.readouterr().out
+
+
+def test_no_manifest_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no manifest"):
+        validate(tmp_path)
+
+
+def test_sentences_are_compared_as_they_sound() -> None:
+    assert sentence_key("Hello,  WORLD!") == sentence_key("hello world") != sentence_key("hello word")
+    assert sentence_key("你好。") == sentence_key("你好") and sentence_key("...") == ""
