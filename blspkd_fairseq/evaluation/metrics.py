@@ -1,13 +1,18 @@
-"""Word error rate and BLEU as sums over utterances, so that several processes can add them up."""
+"""Metrics as sums over utterances, so that several processes can add them up and a bootstrap can resample them."""
 
 import logging
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
 import editdistance
+import numpy as np
 import sacrebleu
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 logger = logging.getLogger(__name__)
 
@@ -93,3 +98,276 @@ def bleu_tokenizer(language: str) -> str:
 
 def _base(language: str) -> str:
     return language.replace("_", "-").split("-")[0].lower()
+
+
+# --- metrics that can be resampled ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """One metric of one system, as sums over rows: a resampled corpus is a product of weights and ``statistics``.
+
+    Attributes:
+        name: heading of a table, such as "BLEU".
+        signature: what the figure depends on (tokenizer, normaliser, versions), to be printed beside it.
+        statistics: ``[rows, k]`` float64, sufficient statistics of every row.
+        score_of: sums over rows ``[..., k]`` to scores ``[...]``; NaN where the score is not defined.
+        less_is_better: an error rate.
+    """
+
+    name: str
+    signature: str
+    statistics: np.ndarray
+    score_of: Callable[[np.ndarray], np.ndarray]
+    less_is_better: bool = False
+
+    @property
+    def score(self) -> float:
+        """The figure of the whole corpus (in percent but for BLEU and chrF, which are 0 to 100 as well)."""
+        return float(self.score_of(self.statistics.sum(axis=0)))
+
+
+def translation_metrics(hypotheses: Sequence[str], references: Sequence[str], language: str) -> list[Measurement]:
+    """Corpus BLEU and chrF2 by sacreBLEU, BLEU with the tokenizer of the target language.
+
+    Raises:
+        ValueError: no rows, or not as many hypotheses as references.
+    """
+    return [bleu(hypotheses, references, language), chrf(hypotheses, references)]
+
+
+def transcription_metrics(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    language: str,
+    spelling: Mapping[str, str] | None = None,
+) -> list[Measurement]:
+    """WER and CER, raw and normalised; only CER in languages without spaces, whose "words" would be letters anyway.
+
+    Args:
+        hypotheses, references: plain text, row by row.
+        language: code such as "en" or "zh-CN".
+        spelling: British to American words for English, see :func:`whisper_spelling`.
+
+    Raises:
+        ValueError: no rows, or not as many hypotheses as references.
+    """
+    units = ["CER"] if _base(language) in _LETTER_LANGUAGES else ["WER", "CER"]
+    return [
+        error_rate(hypotheses, references, unit, language, normalize, spelling)
+        for unit in units
+        for normalize in (False, True)
+    ]
+
+
+def answer_metrics(
+    answers: Sequence[str],
+    text_answers: Sequence[str],
+    references: Sequence[str] | None = None,
+    language: str = "",
+) -> list[Measurement]:
+    """Spoken question answering: answers to speech against the same LLM's answers to the text.
+
+    Args:
+        answers, text_answers: row by row; the language of both is ``language``.
+        references: right answers, for exact and contained matches; None: there are none.
+
+    Raises:
+        ValueError: no rows, or columns of different lengths.
+    """
+    measurements = [
+        replace(bleu(answers, text_answers, language), name="Self-BLEU"),
+        replace(rouge_l(answers, text_answers, language), name="Self-ROUGE-L"),
+    ]
+    if references is not None:
+        measurements += [exact_match(answers, references, language), contains_match(answers, references, language)]
+    return measurements
+
+
+def bleu(hypotheses: Sequence[str], references: Sequence[str], language: str = "") -> Measurement:
+    """Corpus BLEU (0 to 100); statistics: lengths, matching and total n-grams."""
+    return _sacrebleu("BLEU", sacrebleu.BLEU(tokenize=bleu_tokenizer(language)), hypotheses, references)
+
+
+def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Measurement:
+    """Corpus chrF2 (0 to 100); statistics: character n-grams of hypothesis, reference and both, n = 1..6."""
+    return _sacrebleu("chrF2", sacrebleu.CHRF(), hypotheses, references)
+
+
+def error_rate(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    unit: str = "WER",
+    language: str = "",
+    normalize: bool = True,
+    spelling: Mapping[str, str] | None = None,
+) -> Measurement:
+    """Errors in percent of the reference's words or letters, over the corpus: NaN if all references are empty.
+
+    A row with an empty reference adds its insertions to the errors and nothing to the words.
+
+    Args:
+        hypotheses, references: plain text, row by row.
+        unit: "WER" (words) or "CER" (letters; spaces count, but for languages without spaces).
+        language: English has Whisper's English normaliser, the others its basic one, which drops combining marks:
+            in Hindi or Tamil look at the raw figure.
+        normalize: False: only surrounding space is dropped.
+        spelling: British to American words for English, see :func:`whisper_spelling`.
+
+    Raises:
+        ValueError: no rows, not as many hypotheses as references, or an unknown unit.
+    """
+    _check_rows(hypotheses, references)
+    if unit not in ("WER", "CER"):
+        raise ValueError(f"unit {unit!r} is unknown: choose WER or CER")
+    clean, normalizer = _cleaner(language, normalize, spelling)
+    split = str.split if unit == "WER" else _letters_only if _base(language) in _LETTER_LANGUAGES else _letters
+    counts = [_count_errors(split(clean(h)), split(clean(r))) for h, r in zip(hypotheses, references, strict=True)]
+    return Measurement(
+        name=f"{unit} ({'normalized' if normalize else 'raw'})",
+        signature=f"{unit}|lang:{_base(language) or '?'}|norm:{normalizer}|editdistance:{version('editdistance')}",
+        statistics=np.array(counts, dtype=np.float64),
+        score_of=_percent,
+        less_is_better=True,
+    )
+
+
+def rouge_l(hypotheses: Sequence[str], references: Sequence[str], language: str = "") -> Measurement:
+    """F-measure of the longest common subsequence (Lin 2004) in percent, mean over rows.
+
+    English: what ``rouge-score`` gives without stemming. Other languages: words of Unicode letters, marks and digits;
+    letters where words are not spaced.
+    """
+    _check_rows(hypotheses, references)
+    name, tokenize = _rouge_tokenizer(language)
+    scores = [_rouge_l(tokenize(h), tokenize(r)) for h, r in zip(hypotheses, references, strict=True)]
+    return _mean_over_rows("ROUGE-L", f"ROUGE-L|f1|tok:{name}|case:lc|stem:no|mean:rows", scores)
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str], language: str = "") -> Measurement:
+    """Percentage of answers with the words of the reference and no others, whatever case and punctuation."""
+    _check_rows(answers, references)
+    pairs = _token_pairs(answers, references, language)
+    return _mean_over_rows("exact match", "exact|case:lc|punct:no", [a == r for a, r in pairs])
+
+
+def contains_match(answers: Sequence[str], references: Sequence[str], language: str = "") -> Measurement:
+    """Percentage of answers that hold the words of the reference in a row; only an empty one holds an empty one."""
+    _check_rows(answers, references)
+    pairs = _token_pairs(answers, references, language)
+    return _mean_over_rows("contains match", "contains|case:lc|punct:no", [_contains(a, r) for a, r in pairs])
+
+
+def whisper_spelling(tokenizer: Any) -> dict[str, str]:
+    """The British-to-American spellings of a Whisper tokenizer (its ``normalizer.json``); empty if it has none."""
+    return dict(getattr(tokenizer, "english_spelling_normalizer", None) or {})
+
+
+# --- their parts ------------------------------------------------------------------------------------
+
+
+def _check_rows(hypotheses: Sequence[str], references: Sequence[str]) -> None:
+    if len(hypotheses) != len(references) or not references:
+        raise ValueError(f"{len(hypotheses)} hypotheses and {len(references)} references: give one of each per row")
+
+
+def _sacrebleu(name: str, metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Measurement:
+    """sacreBLEU's own statistics and formula, so that the score of the sums is its corpus score."""
+    _check_rows(hypotheses, references)
+    statistics = np.array(metric._extract_corpus_statistics(hypotheses, [references]), dtype=np.float64)
+
+    def score_of(sums: np.ndarray) -> np.ndarray:
+        rows = sums.reshape(-1, sums.shape[-1]).tolist()
+        return np.array([metric._compute_score_from_stats(row).score for row in rows]).reshape(sums.shape[:-1])
+
+    return Measurement(name, str(metric.get_signature()), statistics, score_of)
+
+
+def _mean_over_rows(name: str, signature: str, values: Sequence[float]) -> Measurement:
+    """Statistics: value, 1."""
+    column = np.array(values, dtype=np.float64)
+    return Measurement(name, signature, np.stack([column, np.ones_like(column)], axis=1), _percent)
+
+
+def _percent(sums: np.ndarray) -> np.ndarray:
+    part, whole = sums[..., 0], sums[..., 1]
+    return np.divide(100 * part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+
+
+def _cleaner(language: str, normalize: bool, spelling: Mapping[str, str] | None) -> tuple[Callable[[str], str], str]:
+    """A function of text, and its name in signatures."""
+    if not normalize:
+        return str.strip, "none"
+    if _base(language) != "en":
+        return _basic_normalizer, "whisper-basic"
+    spellings = dict(spelling or {})
+    return _stripped(EnglishTextNormalizer(spellings)), f"whisper-english|spellings:{len(spellings) or 'none'}"
+
+
+def _basic_normalizer(text: str) -> str:
+    return _normalizer(letters=False)(text).strip()
+
+
+def _stripped(function: Callable[[str], str]) -> Callable[[str], str]:
+    return lambda text: function(text).strip()
+
+
+def _letters(text: str) -> list[str]:
+    return list(text)
+
+
+def _letters_only(text: str) -> list[str]:
+    return list("".join(text.split()))
+
+
+def _count_errors(hypothesis: Sequence[str], reference: Sequence[str]) -> ErrorCount:
+    return ErrorCount(int(editdistance.eval(hypothesis, reference)), len(reference))
+
+
+def _rouge_tokenizer(language: str) -> tuple[str, Callable[[str], list[str]]]:
+    if _base(language) == "en":
+        return "ascii-words", _ascii_words
+    return ("letters", _letter_tokens) if _base(language) in _LETTER_LANGUAGES else ("words", _words)
+
+
+def _ascii_words(text: str) -> list[str]:
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def _words(text: str) -> list[str]:
+    """Runs of letters, marks and digits."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    return "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
+
+
+def _letter_tokens(text: str) -> list[str]:
+    return list("".join(_words(text)))
+
+
+def _rouge_l(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
+    common = _lcs_length(hypothesis, reference)
+    return 2 * common / (len(hypothesis) + len(reference)) if common else 0.0
+
+
+def _lcs_length(left: Sequence[str], right: Sequence[str]) -> int:
+    """Longest common subsequence; a row of the table is the bits of one integer (Hyyrö 2004)."""
+    places: dict[str, int] = {}
+    for index, token in enumerate(left):
+        places[token] = places.get(token, 0) | 1 << index
+    everywhere = (1 << len(left)) - 1
+    row = everywhere
+    for token in right:
+        matches = row & places.get(token, 0)
+        row = (row + matches | row - matches) & everywhere
+    return len(left) - row.bit_count()
+
+
+def _token_pairs(answers: Sequence[str], references: Sequence[str], language: str) -> list[tuple[list[str], list[str]]]:
+    tokenize = _letter_tokens if _base(language) in _LETTER_LANGUAGES else _words
+    return [(tokenize(answer), tokenize(reference)) for answer, reference in zip(answers, references, strict=True)]
+
+
+def _contains(answer: list[str], reference: list[str]) -> bool:
+    if not reference:
+        return not answer
+    return any(answer[start : start + len(reference)] == reference for start in range(len(answer)))

@@ -1,17 +1,20 @@
 """Pictures. Needs matplotlib, which the extra ``quickstart`` brings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE, load_audio
+from blspkd_fairseq.evaluation.robustness import Condition, parse_condition
+from blspkd_fairseq.evaluation.significance import Interval
 
 if TYPE_CHECKING:
     from blspkd_fairseq.hub import BlspKd
 
 _FRAMES_PER_SECOND = 50
+_TIMELINE_SECONDS = 8.0
 
 
 def plot_alignment(model: "BlspKd", audio: str | Path, text: str, path: Path) -> None:
@@ -61,3 +64,145 @@ def plot_before_after(
         axis.set_axis_off()
     axes[len(measures) - 1].legend(fontsize=8)
     figure.savefig(path, dpi=100)
+
+
+def plot_robustness(scores: Mapping[str, Mapping[str, Interval]], measure: str, path: Path) -> None:
+    """One panel per kind of degradation, one curve per system with its interval; dashed: clean speech.
+
+    Args:
+        scores: ``scores[system][condition]``, conditions as :func:`parse_condition` reads them.
+        measure: name of the y axis.
+        path: the picture.
+    """
+    from matplotlib.figure import Figure
+
+    conditions = [parse_condition(text) for text in dict.fromkeys(name for row in scores.values() for name in row)]
+    kinds = list(dict.fromkeys(condition.kind for condition in conditions if condition.kind != "clean"))
+    columns = min(3, max(1, len(kinds)))
+    rows = max(1, -(-len(kinds) // columns))
+    figure = Figure(figsize=(0.6 + 3.9 * columns, 0.6 + 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for axis, kind in zip(axes, kinds, strict=False):
+        _draw_degradation(axis, sorted((c for c in conditions if c.kind == kind), key=_level), scores)
+        axis.tick_params(labelleft=True)
+    for axis in axes[len(kinds) :]:
+        axis.set_axis_off()
+    for axis in axes[::columns]:
+        axis.set_ylabel(measure)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def _level(condition: Condition) -> float:
+    return condition.level or 0.0
+
+
+def _draw_degradation(axis: Any, conditions: Sequence[Condition], scores: Mapping[str, Mapping[str, Interval]]) -> None:
+    """One kind: a curve over its levels, or points side by side if it has none."""
+    has_levels = conditions[0].level is not None
+    axis.set_title(conditions[0].kind, fontsize=11)
+    axis.set_xlabel(conditions[0].axis or " ")
+    axis.grid(alpha=0.3)
+    for index, (system, row) in enumerate(scores.items()):
+        color = f"C{index}"
+        points = [(_level(c) if has_levels else index, row[str(c)]) for c in conditions if str(c) in row]
+        x, y = [level for level, _ in points], [interval.score for _, interval in points]
+        low, high = [interval.low for _, interval in points], [interval.high for _, interval in points]
+        axis.plot(x, y, marker="o", markersize=4, color=color, label=system)
+        axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        if len(points) == 1:
+            axis.vlines(x, low, high, color=color, linewidth=1.5)
+        if "clean" in row:
+            axis.axhline(row["clean"].score, color=color, linestyle="--", linewidth=1)
+    if has_levels:
+        axis.set_xticks([_level(condition) for condition in conditions])
+    else:
+        axis.set(xticks=[], xlim=(-0.7, len(scores) - 0.3))
+
+
+def plot_scores(scores: Mapping[str, Mapping[str, Interval]], path: Path) -> None:
+    """One panel per metric, one bar per system with its interval.
+
+    Args:
+        scores: ``scores[system][metric]``; a system may lack a metric.
+        path: the picture.
+    """
+    from matplotlib.figure import Figure
+
+    metrics = list(dict.fromkeys(metric for row in scores.values() for metric in row))
+    columns = min(4, max(1, len(metrics)))
+    rows = max(1, -(-len(metrics) // columns))
+    height = 0.7 + 0.34 * max(1, len(scores))
+    figure = Figure(figsize=(1.8 + 3.0 * columns, 0.3 + height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for axis, metric in zip(axes, metrics, strict=False):
+        _draw_bars(axis, [row.get(metric) for row in scores.values()])
+        axis.set_title(metric, fontsize=10)
+        axis.tick_params(labelsize=9)
+    for axis in axes[len(metrics) :]:
+        axis.set_axis_off()
+    axes[0].set_yticks(range(len(scores)), list(scores))
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+def _draw_bars(axis: Any, intervals: Sequence[Interval | None]) -> None:
+    """Horizontal, from top to bottom; the figure stands behind the interval."""
+    for index, one in enumerate(intervals):
+        if one is None or np.isnan(one.score):
+            axis.text(0, index, " –", va="center", fontsize=9)
+            continue
+        axis.barh(index, one.score, 0.6, color=f"C{index}", alpha=0.75)
+        axis.plot([one.low, one.high], [index, index], color="black", linewidth=1.5)
+        axis.annotate(
+            f"{one.score:.1f}", (max(one.high, one.score), index), (4, 0), textcoords="offset points",
+            va="center", fontsize=9,
+        )  # fmt: skip
+    axis.margins(x=0.2)
+    axis.set_xlim(left=min(0, axis.get_xlim()[0]))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def plot_boundaries(
+    differences_ms: np.ndarray,
+    tokens: Sequence[tuple[str, float]],
+    words: Sequence[tuple[str, float]],
+    path: Path,
+) -> None:
+    """How far token boundaries are from word ends, as a histogram, and the two timelines of one utterance.
+
+    Args:
+        differences_ms: ``[words]``, token end minus word end of all utterances.
+        tokens, words: text and end in seconds of the example; its first 8 seconds are drawn.
+        path: the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=[2, 1.1])
+    upper.hist(differences_ms, bins="auto" if len(differences_ms) else 1, color="tab:blue", alpha=0.7)
+    upper.axvline(0, color="black", linewidth=1)
+    if len(differences_ms):
+        mean, bias = np.abs(differences_ms).mean(), differences_ms.mean()
+        upper.axvline(bias, color="tab:red", linestyle="--", linewidth=1.5)
+        upper.set_title(
+            f"{len(differences_ms)} words: {mean:.0f} ms apart on average, bias {bias:+.0f} ms (dashed)", fontsize=11
+        )
+    upper.set(xlabel="end of the word's last token − end of the word (ms)", ylabel="words")
+    for height, row, color in ((1, words, "tab:green"), (0, tokens, "tab:orange")):
+        _draw_timeline(lower, row, height, color)
+    end = min(_TIMELINE_SECONDS, max((end for row in (tokens, words) for _, end in row), default=1.0))
+    lower.set(xlabel="seconds", xlim=(0, 1.01 * end), ylim=(0, 2), yticks=[0.5, 1.5], yticklabels=["tokens", "words"])
+    figure.savefig(path, dpi=110)
+
+
+def _draw_timeline(axis: Any, row: Sequence[tuple[str, float]], height: float, color: str) -> None:
+    """A line at every end, the text between it and the one before."""
+    start = 0.0
+    for text, end in (one for one in row if one[1] <= _TIMELINE_SECONDS):
+        axis.plot([end, end], [height, height + 1], color=color, linewidth=1.5)
+        axis.text(
+            (start + end) / 2, height + 0.5, text.strip() or "␣", ha="center", va="center", fontsize=8, rotation=45
+        )
+        start = end
