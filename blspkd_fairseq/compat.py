@@ -187,6 +187,37 @@ def silence_fairseq_warnings() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+# --- attention ------------------------------------------------------------------------------------
+
+CPU_ATTENTION = "sdpa_float32_on_cpu"
+
+
+def use_fast_cpu_attention(llm: Any) -> None:
+    """Lets an LLM in bfloat16 or float16 compute attention in float32 while it is on a CPU.
+
+    torch's fused attention for the CPU takes 15.7 ms for a backward pass in bfloat16 that takes 3.5 ms in float32
+    (torch 2.13, 16 x 9 heads, 35 queries, 66 keys), a sixth of a whole training step. On a GPU nothing changes, nor
+    for an LLM that does not use it.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        dtype = query.dtype
+        if query.device.type != "cpu" or not dtype.is_floating_point or dtype.itemsize > 2:
+            return sdpa_attention_forward(module, query, key, value, mask, **options)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
+        out, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+        return out.to(dtype), weights
+
+    if llm.config._attn_implementation == "sdpa":
+        AttentionInterface.register(CPU_ATTENTION, attention)
+        AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)
+        llm.set_attn_implementation(CPU_ATTENTION)
+
+
 # --- checkpoints ----------------------------------------------------------------------------------
 
 

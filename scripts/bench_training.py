@@ -3,9 +3,11 @@
     python scripts/bench_training.py --llm DIR --speech-encoder DIR --out scripts/bench_training.csv
 
 "published" is the step as BLSP-KD's public code takes it: encoder input padded to 30 s, segments padded one by one
-(padding in the middle of the sequence, so an attention mask), no shared prefix, logits at all positions of student and
-teacher, plain KL. All variants compute the same losses on the same batches; the largest difference is printed and
-kept in the table. Variants take turns, so that a slow minute of the machine hits all alike; medians are reported.
+(padding in the middle of the sequence, so an attention mask), no shared prefix, LoRA's delta computed everywhere and
+masked, logits at all positions of student and teacher, plain KL, transformers' own attention. "encoder features cached"
+is a later epoch with --cache-encoder-features. All variants compute the same losses on the same batches from the same
+weights; the largest difference is kept in the table.
+Variants take turns, so that a slow minute of the machine hits all alike; medians are reported.
 """
 
 import argparse
@@ -22,13 +24,14 @@ from bench_modules import cpu_name
 from torch import Tensor
 from tqdm import tqdm
 
+from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import pad_ids, pad_waveforms
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.distillation_loss import linear_kl_div
-from blspkd_fairseq.modules.partial_lora import speech_positions
+from blspkd_fairseq.modules.partial_lora import PartialLoraLinear, speech_positions
 from blspkd_fairseq.modules.sequence import Segment, predicts
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
@@ -44,16 +47,22 @@ class Levers:
     head_on_kept_positions: bool = True
     chunked_kl: bool = True
     pad_once: bool = True
+    lora_at_speech_only: bool = True
+    cpu_attention: bool = True
+    cached_features: bool = False
 
 
 VARIANTS = {
     "all levers": Levers(),
+    "encoder features cached": Levers(cached_features=True),
     "encoder input padded to 30 s": Levers(cut_encoder_input=False),
     "no shared prefix": Levers(share_prefix=False),
     "plain KL on kept positions": Levers(chunked_kl=False),
     "logits at all positions": Levers(head_on_kept_positions=False, chunked_kl=False),
     "interior padding": Levers(share_prefix=False, pad_once=False),
-    "published": Levers(False, False, False, False, False),
+    "LoRA's delta at all positions": Levers(lora_at_speech_only=False),
+    "attention in bfloat16 on the CPU": Levers(cpu_attention=False),
+    "published": Levers(False, False, False, False, False, False, False),
 }
 
 
@@ -86,6 +95,7 @@ def main() -> None:
             for parameter_name, parameter in model.named_parameters():
                 if parameter_name in start:
                     parameter.copy_(start[parameter_name])
+        optimizer.state.clear()
         for batch in batches:
             synchronize(device)
             begin = time.perf_counter()
@@ -130,19 +140,38 @@ def make_batch(chat: ChatFormat, size: int, seed: int, device: str) -> dict[str,
         text[f"{name}_lengths"] = torch.tensor([len(row) for row in ids], device=device)
     waveforms = [torch.randn(int(16_000 * s), generator=generator) * 0.1 for s in around(SECONDS)]
     lengths = torch.tensor([len(w) for w in waveforms], device=device)
-    return {"src_tokens": pad_waveforms(waveforms).to(device), "src_lengths": lengths, "text": text}
+    keys = [size * seed + row for row in range(size)]
+    return {"src_tokens": pad_waveforms(waveforms).to(device), "src_lengths": lengths, "text": text, "keys": keys}
 
 
 def update(model: SpeechLLM, optimizer: torch.optim.Optimizer, batch: dict[str, Any], levers: Levers) -> Tensor:
     """Forward, backward, clipping and step; returns input KL + response KL + quantity loss."""
     model.speech_encoder.pad_to_30s = not levers.cut_encoder_input
     model.share_prefix = levers.share_prefix
-    loss = project_loss(model, batch) if levers == VARIANTS["all levers"] else slower_loss(model, batch, levers)
+    model.cache_features = levers.cached_features
+    model.llm.set_attn_implementation(compat.CPU_ATTENTION if levers.cpu_attention else "sdpa")
+    PartialLoraLinear.forward = SPARSE_LORA if levers.lora_at_speech_only else masked_lora  # type: ignore[method-assign]
+    is_ours = levers.head_on_kept_positions and levers.chunked_kl and levers.pad_once
+    loss = project_loss(model, batch) if is_ours else slower_loss(model, batch, levers)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
     return loss.detach()
+
+
+SPARSE_LORA = PartialLoraLinear.forward
+
+
+def masked_lora(layer: PartialLoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The delta of every position times the mask."""
+    mask = layer.mask_state.mask
+    result = layer.base_layer(x, *args, **kwargs)
+    if isinstance(mask, Tensor):
+        down, up = layer.lora_A["default"], layer.lora_B["default"]
+        delta = up(down(layer.lora_dropout["default"](x.to(down.weight.dtype)))) * layer.scaling["default"]
+        result = result + (delta * mask.unsqueeze(-1)).to(result.dtype)
+    return result
 
 
 def project_loss(model: SpeechLLM, batch: dict[str, Any]) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.modules.cformer import CFormer
 from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
@@ -137,6 +138,7 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat) -> PreTrainedModel:
         )
     # What Hugging Face ships as defaults (sampling, repetition penalty) would change results without anyone asking.
     llm.generation_config = GenerationConfig(eos_token_id=chat.eos_ids, pad_token_id=chat.eos_ids[0])
+    compat.use_fast_cpu_attention(llm)
     _check_plain_head(llm, config.llm)
     return llm
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
@@ -36,10 +35,19 @@ class _MaskState:
 
     def __init__(self) -> None:
         self.mask: PositionMask = None
+        self.places: Tensor | None = None  # of the mask's true positions among all B x L
+
+    def set(self, mask: PositionMask) -> None:
+        """The places are found once, for all layers: on a GPU each search waits for the device."""
+        self.mask = mask
+        self.places = mask.flatten().nonzero()[:, 0] if isinstance(mask, Tensor) else None
 
 
 class PartialLoraLinear(LoraLinear):
-    """peft's LoRA layer, its delta multiplied by the speech mask. Without a mask it is the frozen layer alone."""
+    """peft's LoRA layer, its delta computed and added at speech positions only.
+
+    Elsewhere, and everywhere without a mask, the result is the frozen layer's own, bit for bit.
+    """
 
     mask_state: _MaskState
 
@@ -55,11 +63,13 @@ class PartialLoraLinear(LoraLinear):
                 "set the mask of exactly this forward call (None for cached decoding steps, which see text only)"
             )
         result = self.base_layer(x, *args, **kwargs)
+        places = self.mask_state.places
+        assert places is not None
+        speech = x.flatten(0, -2).index_select(0, places)
         for name in self.active_adapters:
             down, up = self.lora_A[name], self.lora_B[name]
-            delta = up(down(self.lora_dropout[name](x.to(down.weight.dtype)))) * self.scaling[name]
-            # torch.where, not a product: at text positions the result is the base layer's own, whatever delta holds.
-            result = torch.where(mask.unsqueeze(-1), result + delta.to(result.dtype), result)
+            delta = up(down(self.lora_dropout[name](speech.to(down.weight.dtype)))) * self.scaling[name]
+            result = result.flatten(0, -2).index_add(0, places, delta.to(result.dtype)).view_as(result)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -128,11 +138,12 @@ def speech_positions(llm: nn.Module, mask: PositionMask) -> AbstractContextManag
 
 @contextmanager
 def _masked(state: _MaskState, mask: PositionMask) -> Iterator[None]:
-    outer, state.mask = state.mask, mask
+    outer = state.mask
+    state.set(mask)
     try:
         yield
     finally:
-        state.mask = outer
+        state.set(outer)
 
 
 def enable_gradient_checkpointing(llm: PreTrainedModel) -> None:

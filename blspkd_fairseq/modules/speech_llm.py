@@ -52,7 +52,28 @@ class SpeechLlmOutput(NamedTuple):
     response: Distillation | None
 
 
-class SpeechLLM(nn.Module):
+class ChatLLM(nn.Module):
+    """An LLM that reads: as much of a :class:`SpeechLLM` as answers to text need."""
+
+    def __init__(self, llm: PreTrainedModel, lora_scope: str = "none") -> None:
+        super().__init__()
+        self.llm = llm
+        self.lora_scope = lora_scope
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[V, D]`` and bias ``[V]`` of the LLM's output head, which gets no gradient."""
+        layer = self.llm.get_output_embeddings()
+        bias = getattr(layer, "bias", None)
+        return layer.weight.detach(), None if bias is None else bias.detach()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The LLM's input embeddings of token ids, without gradient."""
+        with torch.no_grad():
+            return self.llm.get_input_embeddings()(ids)
+
+
+class SpeechLLM(ChatLLM):
     """Speech encoder, adapter and LLM in one module, of which only some parameters are trained.
 
     Args:
@@ -75,13 +96,11 @@ class SpeechLLM(nn.Module):
         share_prefix: bool = True,
         cache_features: bool = False,
     ) -> None:
-        super().__init__()
         if lora_scope not in LORA_SCOPES:
             raise ValueError(f"unknown LoRA scope {lora_scope!r}: choose from {', '.join(LORA_SCOPES)}")
+        super().__init__(llm, lora_scope)
         self.speech_encoder = speech_encoder
         self.adapter = adapter
-        self.llm = llm
-        self.lora_scope = lora_scope
         self.train_speech_encoder = train_speech_encoder
         self.share_prefix = share_prefix
         self.cache_features = cache_features and not train_speech_encoder
@@ -114,18 +133,6 @@ class SpeechLLM(nn.Module):
                 # on what it holds, so that its dropout stays off.
                 module.training = mode
         return self
-
-    @property
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight ``[V, D]`` and bias ``[V]`` of the LLM's output head, which gets no gradient."""
-        layer = self.llm.get_output_embeddings()
-        bias = getattr(layer, "bias", None)
-        return layer.weight.detach(), None if bias is None else bias.detach()
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """The LLM's input embeddings of token ids, without gradient."""
-        with torch.no_grad():
-            return self.llm.get_input_embeddings()(ids)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpeechLLM":
         """A copy that shares the frozen weights: an exponential moving average needs no second LLM."""
