@@ -141,23 +141,41 @@ class BlspKd:
 
     # ---- alignment ---------------------------------------------------------------------------------------------
 
-    def align(self, audio: Audio | Sequence[Audio]) -> Any:
-        """Where CIF cuts the speech: a list of :class:`AlignedToken` (a list of lists for a list of utterances)."""
+    def align(self, audio: Audio | Sequence[Audio], transcript: str | Sequence[str] | None = None) -> Any:
+        """Where CIF cuts the speech.
+
+        Args:
+            audio: as for :meth:`generate`.
+            transcript: of each utterance, if known: CIF then cuts as many tokens as it has, and these are returned.
+                Without it, CIF counts by itself and the tokens are the nearest ones.
+
+        Returns:
+            A list of :class:`AlignedToken`; a list of lists for a list of utterances.
+
+        Raises:
+            ValueError: the adapter has no token boundaries.
+        """
         single = _is_single(audio)
-        aligned = []
-        for one in _as_list(audio):
-            adapted = self.adapt(one)
-            if adapted.boundaries is None:
-                raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
-            ends = (adapted.boundaries[0] / FRAMES_PER_SECOND).tolist()
-            tokens = [self.chat.tokenizer.decode([i]) for i in self.nearest_tokens(adapted.embeddings[0])]
-            aligned.append([AlignedToken(*row) for row in zip([0.0, *ends[:-1]], ends, tokens, strict=True)])
+        utterances = _as_list(audio)
+        given = [transcript] if single else transcript
+        transcripts: Sequence[Any] = given if transcript is not None and given is not None else [None] * len(utterances)
+        aligned = [self._align(*pair) for pair in zip(utterances, transcripts, strict=True)]
         return aligned[0] if single else aligned
 
+    def _align(self, audio: Audio, transcript: str | None) -> list[AlignedToken]:
+        ids = None if transcript is None else self.chat.encode_text(transcript)
+        adapted = self.adapt(audio, None if ids is None else len(ids))
+        if adapted.boundaries is None:
+            raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
+        ends = (adapted.boundaries[0] / FRAMES_PER_SECOND).tolist()
+        tokens = [self.chat.tokenizer.decode([i]) for i in ids or self.nearest_tokens(adapted.embeddings[0])]
+        return [AlignedToken(*row) for row in zip([0.0, *ends[:-1]], ends, tokens, strict=True)]
+
     @torch.no_grad()
-    def adapt(self, audio: Audio) -> AdapterOutput:
-        """The adapter's output for one utterance: embeddings, CIF weights, boundaries."""
-        return self.model.adapt(*self._collate([audio]))
+    def adapt(self, audio: Audio, tokens: int | None = None) -> AdapterOutput:
+        """The adapter's output for one utterance: embeddings, CIF weights, boundaries (of ``tokens`` tokens)."""
+        lengths = None if tokens is None else torch.tensor([tokens], device=self.device)
+        return self.model.adapt(*self._collate([audio]), lengths)
 
     @torch.no_grad()
     def nearest_tokens(self, embeddings: Tensor) -> list[int]:
@@ -174,6 +192,15 @@ class BlspKd:
         device = self.device
         lengths = torch.tensor([len(waveform) for waveform in waveforms], device=device)
         return torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(device), lengths
+
+
+def read_options(checkpoint_or_dir: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The options of a trained model, without loading its base models.
+
+    Raises:
+        ValueError: there is no model at this path.
+    """
+    return _read(Path(checkpoint_or_dir))[0]
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:

@@ -122,7 +122,7 @@ def score_task(kind: str, answers: Mapping[str, Mapping[str, Answers]], options:
         report.main = report.main or main_metric(measured[_CLEAN]).name
         if system != TEXT or kind != "qa":
             report.robustness[system] = {c: interval(main_metric(m)) for c, m in measured.items()}
-        if "heard" in conditions[_CLEAN][0]:
+        if kind != "asr" and "heard" in conditions[_CLEAN][0]:  # of asr, the transcript is the answer
             report.heard[system] = {c: interval(heard_errors(rows, options)) for c, rows in conditions.items()}
     report.differences = _differences(clean, options, blocks)
     if kind == "translation" and options.baseline in answers and len(answers) > 1:
@@ -193,7 +193,7 @@ def _by_transcript_error(
     report: TaskReport, answers: Mapping[str, Mapping[str, Answers]], options: ScoringOptions
 ) -> None:
     """How every system does on the rows that the (first) cascade heard well, badly, ...: clean speech."""
-    if not report.heard or report.kind == "asr":
+    if not report.heard:
         return
     errors = heard_errors(answers[next(iter(report.heard))][_CLEAN], options).statistics
     rates = 100 * errors[:, 0] / np.maximum(1, errors[:, 1])

@@ -11,7 +11,7 @@ from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, speech_positions
 from blspkd_fairseq.modules.sequence import Segment, concatenate
-from blspkd_fairseq.modules.speech_llm import SpeechLLM
+from blspkd_fairseq.modules.speech_llm import ChatLLM, SpeechLLM
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def answer_speech(
 
 @torch.no_grad()
 def answer_text(
-    model: SpeechLLM,
+    model: ChatLLM,
     chat: ChatFormat,
     transcripts: Sequence[str],
     prompts: Sequence[str],
@@ -135,7 +135,7 @@ def answer_text(
 
 
 def _answer(
-    model: SpeechLLM,
+    model: ChatLLM,
     chat: ChatFormat,
     speech: Segment,
     prompts: Sequence[str],
@@ -175,21 +175,21 @@ def _answer(
     return [group[: options.n_best] for group in groups]
 
 
-def _build_prompt(model: SpeechLLM, chat: ChatFormat, speech: Segment, prompts: Sequence[str]) -> Prompt:
+def _build_prompt(model: ChatLLM, chat: ChatFormat, speech: Segment, prompts: Sequence[str]) -> Prompt:
     ids = [chat.prompt_ids(prompt) for prompt in prompts]
     before, after = (_pad([pair[side] for pair in ids], model) for side in (0, 1))
     sequence = concatenate([before, speech, after], pad_left=True)
     return Prompt(sequence.embeds, sequence.segment >= 0, sequence.segment == 1)
 
 
-def _pad(rows: list[list[int]], model: SpeechLLM) -> Segment:
+def _pad(rows: list[list[int]], model: ChatLLM) -> Segment:
     device = model.llm.get_input_embeddings().weight.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
     return Segment(model.embed(ids.to(device)), lengths)
 
 
-def _prefill(model: SpeechLLM, prompt: Prompt) -> Any:
+def _prefill(model: ChatLLM, prompt: Prompt) -> Any:
     """Keys and values of all prompt positions but the last, which ``generate`` feeds itself."""
     valid = prompt.valid[:, :-1].long()
     output = model.llm.get_decoder()(
@@ -210,7 +210,7 @@ def _strip(ids: list[int], eos_ids: list[int]) -> tuple[list[int], bool]:
 
 
 def _score(
-    model: SpeechLLM,
+    model: ChatLLM,
     chat: ChatFormat,
     prompt: Prompt,
     answers: list[tuple[list[int], bool]],

@@ -1,0 +1,248 @@
+"""The systems that are compared: each answers utterances under a prompt.
+
+A trained checkpoint hears the speech; the *cascade* lets Whisper transcribe it and the LLM read that; the *text upper
+bound* lets the LLM read the reference transcript.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, PreTrainedModel, WhisperForConditionalGeneration
+
+from blspkd_fairseq.data.audio import SAMPLE_RATE
+from blspkd_fairseq.data.chat import ChatFormat
+from blspkd_fairseq.data.prompts import language_name
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_text
+from blspkd_fairseq.generation.responses import model_identity
+from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.modules.build import SpeechLlmConfig, load_chat_format, load_llm
+from blspkd_fairseq.modules.speech_llm import ChatLLM
+
+
+class Utterance(NamedTuple):
+    """What a system is given.
+
+    Attributes:
+        waveform: ``[S]`` float32 at 16 kHz; None for systems that read.
+        transcript: the reference, for systems that read.
+        prompt: text with one ``{speech}`` slot.
+        language: code of the spoken language, or "".
+    """
+
+    waveform: np.ndarray | None
+    transcript: str
+    prompt: str
+    language: str
+
+
+class Answer(NamedTuple):
+    """What a system says. Attributes: ``text``; ``heard``, the transcript it made on the way, if it makes one."""
+
+    text: str
+    heard: str | None = None
+
+
+class System(Protocol):
+    """One way to answer speech. ``hears`` says whether it needs the audio."""
+
+    hears: bool
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on; answers of another identity are not mixed with these."""
+        ...
+
+    def load(self) -> None:
+        """Loads the models; called once, before :meth:`answer`, and not at all when every answer is there."""
+        ...
+
+    def unload(self) -> None:
+        """Makes room for the next system."""
+        ...
+
+    def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
+        """Answers in the order of the batch; ``is_asr``: what is wanted is the transcript itself."""
+        ...
+
+
+class CheckpointSystem:
+    """A trained model: a checkpoint of fairseq-train or a folder of ``save_pretrained``.
+
+    Args:
+        path: of the checkpoint.
+        overrides: options of the model in place of the checkpoint's, such as ``{"llm": "/models/qwen"}``.
+    """
+
+    hears = True
+
+    def __init__(self, path: Path, **overrides: Any) -> None:
+        if not path.exists():
+            raise ValueError(f"no checkpoint at {path}")
+        self.path = path
+        self.overrides = overrides
+        self._model: BlspKd | None = None
+
+    def identity(self) -> dict[str, Any]:
+        files = sorted(p for p in self.path.rglob("*") if p.is_file()) if self.path.is_dir() else [self.path]
+        digest = hashlib.sha256()
+        for file in files:
+            with open(file, "rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        names = {name: model_identity(v) if Path(str(v)).is_dir() else v for name, v in self.overrides.items()}
+        return {"kind": "checkpoint", "sha256": digest.hexdigest(), **names}
+
+    @property
+    def model(self) -> BlspKd:
+        """Between :meth:`load` and :meth:`unload`."""
+        assert self._model is not None
+        return self._model
+
+    def load(self) -> None:
+        if self._model is None:
+            self._model = BlspKd.from_pretrained(self.path, **self.overrides)
+
+    def unload(self) -> None:
+        self._model = None
+
+    def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
+        waveforms, lengths = _collate(batch, self.model.device)
+        prompts = [utterance.prompt for utterance in batch]
+        groups = answer_speech(self.model.model, self.model.chat, waveforms, lengths, prompts, options)
+        return [Answer(group[0].text) for group in groups]
+
+
+class TextSystem:
+    """The LLM reading the reference transcript: what a student of it can reach."""
+
+    hears = False
+
+    def __init__(self, config: SpeechLlmConfig) -> None:
+        if not config.llm:
+            raise ValueError("the text upper bound and the cascade need --llm (or a checkpoint that names it)")
+        self.config = config
+        self._parts: tuple[ChatFormat, ChatLLM] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "text", **_llm_identity(self.config)}
+
+    def load(self) -> None:
+        if self._parts is None:
+            self._parts = _load_llm(self.config)
+
+    def unload(self) -> None:
+        self._parts = None
+
+    def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
+        return [Answer(text) for text in self._read([u.transcript for u in batch], batch, options)]
+
+    def _read(self, texts: Sequence[str], batch: Sequence[Utterance], options: DecodingOptions) -> list[str]:
+        assert self._parts is not None
+        chat, llm = self._parts
+        groups = answer_text(llm, chat, texts, [u.prompt for u in batch], options)
+        return [group[0].text for group in groups]
+
+
+class CascadeSystem(TextSystem):
+    """Whisper transcribes, the LLM reads that. For speech recognition, Whisper's transcript is the answer."""
+
+    hears = True
+
+    def __init__(self, whisper: str, config: SpeechLlmConfig) -> None:
+        super().__init__(config)
+        self.whisper = whisper
+        self._transcriber: WhisperTranscriber | None = None
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "cascade", "whisper": model_identity(self.whisper), **_llm_identity(self.config)}
+
+    def load(self) -> None:
+        super().load()
+        if self._transcriber is None:
+            self._transcriber = WhisperTranscriber(self.whisper)
+
+    def unload(self) -> None:
+        super().unload()
+        self._transcriber = None
+
+    def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
+        waveforms = [utterance.waveform for utterance in batch if utterance.waveform is not None]
+        assert self._transcriber is not None
+        heard = self._transcriber.transcribe(waveforms, [u.language for u in batch])
+        answers = heard if is_asr else self._read(heard, batch, options)
+        return [Answer(answer, text) for answer, text in zip(answers, heard, strict=True)]
+
+
+class WhisperTranscriber:
+    """Whisper as OpenAI decodes it (greedy, no timestamps), in float32 on the CPU and float16 on a GPU."""
+
+    def __init__(self, name: str) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.float16 if device == "cuda" else torch.float32
+        self.processor = AutoProcessor.from_pretrained(name)
+        self.model: Any = WhisperForConditionalGeneration.from_pretrained(name, dtype=dtype).to(device).eval()
+
+    @torch.no_grad()
+    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str]) -> list[str]:
+        """Transcripts of utterances of up to 30 s; a language code makes a multilingual Whisper listen for it."""
+        options: dict[str, Any] = {}
+        if self.model.generation_config.is_multilingual:
+            options = {"task": "transcribe", "language": [_whisper_language(code) for code in languages]}
+            if not all(options["language"]):
+                options["language"] = None
+        ids = self.model.generate(input_features=self._features(waveforms), **options)
+        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def word_ends(self, waveform: np.ndarray) -> list[tuple[str, float]]:
+        """Words and the seconds at which they end, from cross-attention (Whisper's token timestamps)."""
+        features = self._features([waveform])
+        frames = torch.tensor([-(-len(waveform) // 160)])
+        out = self.model.generate(
+            input_features=features, return_token_timestamps=True, return_dict_in_generate=True, num_frames=frames
+        )
+        ids, ends = out["sequences"][0].tolist(), out["token_timestamps"][0].tolist()
+        words: list[tuple[str, float]] = []
+        tokenizer = self.processor.tokenizer
+        for token, end in zip(ids, ends, strict=True):
+            text = "" if token in tokenizer.all_special_ids else tokenizer.decode([token])
+            if text.startswith(" ") or not words:
+                words.append((text, end))
+            elif text:
+                words[-1] = (words[-1][0] + text, end)
+        return [(text.strip(), end) for text, end in words if text.strip()]
+
+    def _features(self, waveforms: Sequence[np.ndarray]) -> Tensor:
+        made = self.processor.feature_extractor(list(waveforms), sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        features: Tensor = made.input_features.to(self.model.device, self.model.dtype)
+        return features
+
+
+def _whisper_language(code: str) -> str | None:
+    return language_name(code).lower() if code else None
+
+
+def _llm_identity(config: SpeechLlmConfig) -> dict[str, Any]:
+    return {
+        "llm": model_identity(config.llm),
+        "llm_dtype": config.llm_dtype,
+        "system_prompt": config.system_prompt,
+        "chat_template": config.chat_template,
+    }
+
+
+def _load_llm(config: SpeechLlmConfig) -> tuple[ChatFormat, ChatLLM]:
+    chat = load_chat_format(config)
+    llm: PreTrainedModel = load_llm(config, chat).eval()
+    return chat, ChatLLM(llm.to("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _collate(batch: Sequence[Utterance], device: torch.device) -> tuple[Tensor, Tensor]:
+    waveforms = [torch.from_numpy(u.waveform) for u in batch if u.waveform is not None]
+    lengths = torch.tensor([len(waveform) for waveform in waveforms], device=device)
+    return torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(device), lengths

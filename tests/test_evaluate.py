@@ -1,0 +1,260 @@
+"""The command that compares systems, on tiny models; Whisper's decoder is a stand-in that mishears noise."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import pytest
+import sacrebleu
+import tiny
+from commands import train
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+from blspkd_fairseq import BlspKd, evaluate
+from blspkd_fairseq.data.manifest import Manifest, write_manifest
+from blspkd_fairseq.data.record_store import StoreError
+from blspkd_fairseq.generation import systems
+
+ROWS = 14
+
+
+class Setting:
+    """Two checkpoints and test sets."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.llm, self.whisper = tiny.save_llm(root / "llm"), tiny.save_whisper(root / "whisper")
+        tiny.write_split(root / "data", "train", 4)
+        for name, seed in (("a", 1), ("b", 2)):
+            options = ("--max-update", 2, "--disable-validation", "--seed", seed)
+            train(root / "data", root / name, self.llm, self.whisper, *options)
+        # Rows of one length say the same, by which the stand-in for Whisper knows what was said.
+        tiny.write_split(root / "data", "test", ROWS, tiny.SENTENCES[:7], src_lang="en", tgt_lang="de", speaker="s")
+        rows = list(Manifest.load(root / "data" / "test.tsv"))
+        for i, row in enumerate(rows):
+            row["speaker"] = f"s{i % 4}"
+        write_manifest(root / "data" / "test.tsv", rows)
+
+    def arguments(self, out: Path, *options: Any) -> list[str]:
+        data = self.root / "data" / "test.tsv"
+        base = ["--translation", data, "--asr", data, "--qa", data, "--out", out, "--max-new-tokens", 6]
+        base += ["--samples", 100, "--trials", 200, "--llm", self.llm, "--llm-dtype", "float32", "--batch-size", 4]
+        return [str(one) for one in (*base, *options)]
+
+    def checkpoints(self) -> list[Any]:
+        return [
+            "--checkpoint",
+            f"a={self.root}/a/checkpoint_last.pt",
+            "--checkpoint",
+            self.root / "b/checkpoint_last.pt",
+        ]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("evaluate"))
+
+
+class Mishearing:
+    """Hears every third word wrong in loud audio; it knows what was said from how long the audio is."""
+
+    texts: dict[int, str] = {}
+
+    def __init__(self, name: str) -> None:
+        pass
+
+    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str]) -> list[str]:
+        heard = []
+        for waveform in waveforms:
+            words = self.texts[len(waveform)].split()
+            loud = float(np.square(waveform).mean()) > 0.02
+            heard.append(" ".join("uh" if loud and i % 3 == 0 else w for i, w in enumerate(words)))
+        return heard
+
+    def word_ends(self, waveform: np.ndarray) -> list[tuple[str, float]]:
+        words = self.texts[len(waveform)].split()
+        return [(word, (i + 1) * len(waveform) / 16_000 / len(words)) for i, word in enumerate(words)]
+
+
+@pytest.fixture
+def cascade(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    manifest = Manifest.load(setting.root / "data" / "test.tsv")
+    Mishearing.texts = {int(manifest.n_frames[i]): manifest[i]["src_text"] for i in range(ROWS)}
+    monkeypatch.setattr(systems, "WhisperTranscriber", Mishearing)
+    monkeypatch.setattr(evaluate, "WhisperTranscriber", Mishearing)
+    monkeypatch.setattr(evaluate, "scoring_spelling", lambda *_: {})
+    return ["--cascade", setting.whisper]
+
+
+def read(out: Path, *parts: str) -> list[dict[str, Any]]:
+    return tiny.read_jsonl(out.joinpath("answers", *parts))
+
+
+def test_all_systems_tasks_and_conditions_in_one_report(setting: Setting, cascade: list[Any], tmp_path: Path) -> None:
+    options = [*setting.checkpoints(), *cascade, "--text", "--conditions", "white:0", "8khz", "--align"]
+    evaluate.main(setting.arguments(tmp_path, *options))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["tasks"]) == {"asr", "translation", "qa"}
+    names = {"a", "b-checkpoint_last", "cascade", "text"}
+    for kind, task in report["tasks"].items():
+        assert task["rows"] == ROWS and task["speakers"] == 4
+        assert set(task["scores"]) == names
+        assert set(task["robustness"]["a"]) == {"clean", "white:0", "8khz"}
+        assert (tmp_path / f"scores-{kind}.png").stat().st_size > 5000
+        assert (tmp_path / f"robustness-{kind}.png").stat().st_size > 5000
+        for system in names:
+            rows = read(tmp_path, kind, f"{system}.jsonl")
+            assert sorted(row["id"] for row in rows) == sorted(f"test-{i}" for i in range(ROWS))
+    heard = report["tasks"]["translation"]["heard"]["cascade"]
+    assert heard["white:0"]["score"] > heard["clean"]["score"]
+    assert sum(report["tasks"]["translation"]["bins"].values()) == ROWS
+    differences = report["tasks"]["translation"]["differences"]
+    assert {(d["system_a"], d["system_b"]) for d in differences} == {(n, "a") for n in names - {"a"}}
+    assert set(report["tasks"]["translation"]["sacrebleu"]) == {"bs", "ar"}
+    assert "Self-BLEU" not in report["tasks"]["qa"]["scores"]["text"]
+    assert report["alignment"]["a"][0]["matched"] > 0 and (tmp_path / "alignment-a.png").exists()
+    text = (tmp_path / "report.md").read_text()
+    for heading in ("Which differences hold", "Degraded speech", "How an error in the cascade's", "## Alignment"):
+        assert heading in text
+    for picture in [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]:
+        assert (tmp_path / picture).exists()
+    exported = tiny.read_jsonl(tmp_path / "voicebench" / "a.jsonl")
+    assert len(exported) == ROWS and set(exported[0]) == {"id", "prompt", "response", "reference"}
+
+
+def test_figures_are_those_of_the_answers(setting: Setting, cascade: list[Any], tmp_path: Path) -> None:
+    evaluate.main(setting.arguments(tmp_path, *setting.checkpoints()[:2], *cascade))
+    tasks = json.loads((tmp_path / "report.json").read_text())["tasks"]
+    manifest = list(Manifest.load(setting.root / "data" / "test.tsv"))
+    said = {row["id"]: row["hypothesis"] for row in read(tmp_path, "translation", "a.jsonl")}
+    bleu = sacrebleu.corpus_bleu([said[r["id"]] for r in manifest], [[r["tgt_text"] for r in manifest]])
+    assert tasks["translation"]["scores"]["a"]["BLEU"]["score"] == pytest.approx(bleu.score)
+    model = BlspKd.from_pretrained(setting.root / "a" / "checkpoint_last.pt", llm_dtype="float32")
+    audio = [setting.root / "data" / r["audio"] for r in manifest]
+    prompt = evaluate.questions(evaluate.parse(setting.arguments(tmp_path)), "asr").row_prompt(manifest[0])
+    repeated = model.generate(audio, instruction=prompt, max_new_tokens=6)
+    assert [
+        row["hypothesis"] for row in sorted(read(tmp_path, "asr", "a.jsonl"), key=lambda r: int(r["id"][5:]))
+    ] == repeated
+    normalize = EnglishTextNormalizer({})
+    texts = [normalize(r["src_text"]) for r in manifest]
+    rate = 100 * jiwer.wer(texts, [normalize(h) for h in repeated])
+    assert tasks["asr"]["scores"]["a"]["WER (normalized)"]["score"] == pytest.approx(rate)
+    assert tasks["asr"]["scores"]["cascade"]["WER (raw)"]["score"] == 0
+
+
+def test_what_is_answered_is_not_answered_again(
+    setting: Setting, cascade: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate.main(setting.arguments(tmp_path, *cascade, "--text"))
+    report = (tmp_path / "report.json").read_bytes()
+    monkeypatch.setattr(systems, "load_llm", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(systems, "WhisperTranscriber", lambda *_: pytest.fail("loaded"))
+    evaluate.main(setting.arguments(tmp_path, *cascade, "--text"))
+    assert (tmp_path / "report.json").read_bytes() == report
+
+
+def test_killed_again_and_again_it_gives_the_same_report(setting: Setting, tmp_path: Path) -> None:
+    done, killed = tmp_path / "done", tmp_path / "killed"
+    options = [*setting.checkpoints()[:2], "--text"]
+    evaluate.main(setting.arguments(done, *options))
+    rng = random.Random(4)
+    command = [sys.executable, "-m", "blspkd_fairseq.evaluate", *setting.arguments(killed, *options)]
+    for kill in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines = _lines(killed) + rng.randrange(1, 25)
+        while kill < 2 and process.poll() is None and _lines(killed) < lines:
+            time.sleep(0.002)
+        if kill < 2:
+            process.kill()
+        assert process.wait() == (-9 if kill < 2 else 0)
+    strip = [{**json.loads((f / "report.json").read_text()), "settings": {}} for f in (done, killed)]
+    assert strip[0] == strip[1]
+    for path in sorted((done / "answers").rglob("*.jsonl")):
+        twin = killed / path.relative_to(done)
+        assert path.read_bytes() == twin.read_bytes()
+
+
+def _lines(out: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in (out / "answers").rglob("*.jsonl"))
+
+
+def test_answers_of_others_are_refused(setting: Setting, cascade: list[Any], tmp_path: Path) -> None:
+    a, b = (setting.root / name / "checkpoint_last.pt" for name in "ab")
+    evaluate.main(setting.arguments(tmp_path, "--checkpoint", f"x={a}"))
+    with pytest.raises(StoreError, match="other settings"):
+        evaluate.main(setting.arguments(tmp_path, "--checkpoint", f"x={b}"))
+    with pytest.raises(StoreError, match="other settings"):
+        evaluate.main(setting.arguments(tmp_path, "--checkpoint", f"x={a}", "--beam", 2))
+    with pytest.raises(StoreError, match="text or prompt have changed"):
+        evaluate.main(setting.arguments(tmp_path, "--checkpoint", f"x={a}", "--translation-prompt", "repeat"))
+
+
+def test_more_or_fewer_rows_than_answers_give_no_score(setting: Setting, tmp_path: Path) -> None:
+    rows = list(Manifest.load(setting.root / "data" / "test.tsv"))
+    data = tmp_path / "few.tsv"
+    write_manifest(data, rows[:6])
+    base = ["--text", "--audio-root", setting.root / "data", "--translation", data]
+    arguments = setting.arguments(tmp_path, *base)
+    for name in ("--asr", "--qa"):
+        place = arguments.index(name)
+        del arguments[place : place + 2]
+    evaluate.main(arguments)
+    write_manifest(data, rows[:5])
+    with pytest.raises(StoreError, match="6 answers for the 5 rows"):
+        evaluate.main(arguments)
+    write_manifest(data, rows[:8])
+    evaluate.main(arguments)
+    assert json.loads((tmp_path / "report.json").read_text())["tasks"]["translation"]["rows"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "x=/none.pt"], "/none.pt"),
+        (["--checkpoint", "a=A", "--checkpoint", "a=A"], "two systems"),
+        (["--text", "--baseline", "b"], "no system: choose from text"),
+        (["--text", "--conditions", "pink:3"], "unknown"),
+        (["--text", "--asr-prompt", "sing"], "no prompt 'sing'"),
+    ],
+)
+def test_bad_options_are_named(setting: Setting, tmp_path: Path, options: list[str], message: str) -> None:
+    options = [o.replace("=A", f"={setting.root}/a/checkpoint_last.pt") for o in options]
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(setting.arguments(tmp_path, *options))
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_row_without_its_audio_is_named(setting: Setting, tmp_path: Path) -> None:
+    rows = list(Manifest.load(setting.root / "data" / "test.tsv"))
+    rows[3]["audio"] = "audio/none.flac"
+    write_manifest(tmp_path / "t.tsv", rows)
+    arguments = setting.arguments(tmp_path, "--asr", tmp_path / "t.tsv", "--audio-root", setting.root / "data")
+    with pytest.raises(ValueError, match=r"t.tsv line 5 \(id test-3\)"):
+        evaluate.main([*arguments, *map(str, setting.checkpoints())])
+
+
+def test_rows_in_several_languages_get_no_common_score(setting: Setting, tmp_path: Path) -> None:
+    rows = list(Manifest.load(setting.root / "data" / "test.tsv"))
+    rows[1]["tgt_lang"] = "fr"
+    write_manifest(tmp_path / "t.tsv", rows)
+    arguments = setting.arguments(tmp_path, "--text", "--translation", tmp_path / "t.tsv")
+    with pytest.raises(ValueError, match="several languages"):
+        evaluate.main(arguments)
+
+
+def test_judgements_of_voicebench_come_into_the_report(setting: Setting, tmp_path: Path) -> None:
+    judged = tmp_path / "result.jsonl"
+    rows = [{"prompt": "p", "response": "r", "score": ["4", "5", "3"]} for _ in range(5)]
+    judged.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.main(setting.arguments(tmp_path / "out", "--text", "--judged", f"text={judged}"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["judgements"]["text"]["VoiceBench rating"]["score"] == pytest.approx(4)
+    assert "VoiceBench" in (tmp_path / "out" / "report.md").read_text()
