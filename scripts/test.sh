@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh [--skip-models] [arguments of pytest]
 #
-# --skip-models  neither fetch the small real models nor run the tests that need them
+# --skip-models  fetch neither the small real models nor the real recordings, and leave out the tests that need them
 # BLSPKD_VENV    the virtual environment (default: .venv beside setup.py)
 # BLSPKD_CACHE   where those models are kept (default: ~/.cache/blspkd_fairseq)
 set -euo pipefail
@@ -26,13 +26,17 @@ for arg in "$@"; do
     fi
 done
 
-bash scripts/venv.sh dev,quickstart
+bash scripts/venv.sh dev,quickstart,recordings
 py=$BLSPKD_VENV/bin/python
 
 "$py" -m ruff check .
 "$py" -m ruff format --check .
 "$py" -m mypy blspkd_fairseq
-if [[ $models == yes && -f examples/quickstart/fetch_models.py ]]; then
+if [[ $models == yes ]]; then
     "$py" examples/quickstart/fetch_models.py --cache "$BLSPKD_CACHE"
+    if ! "$py" scripts/fetch_recordings.py --cache "$BLSPKD_CACHE"; then
+        echo "test.sh: the tests on real recordings, which come as Debian packages, are LEFT OUT" >&2
+        pytest_args+=(-m "not recordings")
+    fi
 fi
 "$py" -m pytest -q ${pytest_args[@]+"${pytest_args[@]}"}

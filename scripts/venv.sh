@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates or updates the project's own virtual environment, without root and without git.
 #
-#   bash scripts/venv.sh [EXTRAS]      EXTRAS: comma-separated, from quickstart,bench,dev; default none
+#   bash scripts/venv.sh [EXTRAS]      EXTRAS: comma-separated, from quickstart,recordings,ray,bench,dev; default none
 #
 # BLSPKD_VENV  where (default: .venv beside setup.py)
 # PYTHON       the Python 3.11 or 3.12 to use (default: the first one found)
@@ -108,16 +108,31 @@ print(*(str(one) for one in compat.fairseq_distributions() if not one.is_pinned)
     [[ -z $other ]] || fail "$venv already has $other, which this would overwrite: set BLSPKD_VENV to another folder"
 }
 
-# Identifies a finished installation: what was asked for, for which checkout, by which Python.
+# Identifies a finished installation of extras $1: for which checkout, by which Python.
 fingerprint() {
-    echo "$root $venv $extras $("$py" -V 2>&1)"
+    echo "$root $venv $1 $("$py" -V 2>&1)"
     cat "$root/setup.py" "$root/blspkd_fairseq/requirements.py" "${BASH_SOURCE[0]}"
 }
 
 exec 9>"$venv/lock"
 flock 9 # a second caller waits, then finds the work done
 
-if [[ -f $stamp && $(fingerprint | sha256sum) == $(cat "$stamp") ]]; then
+# is_installed: with these extras, or with more
+is_installed() {
+    local done_stamp there extra
+    for done_stamp in "$venv"/installed-*; do
+        there=${done_stamp##*/installed-}
+        for extra in ${extras//,/ }; do
+            [[ ,$there, == *,$extra,* ]] || continue 2
+        done
+        if [[ -f $done_stamp && $(fingerprint "${there/#none/}" | sha256sum) == $(cat "$done_stamp") ]]; then
+            return 0
+        fi
+    done
+    return 1
+}
+
+if is_installed; then
     exit 0
 fi
 if [[ -f $venv/bin/activate ]] && ! grep -qF "$venv" "$venv/bin/activate"; then
@@ -139,4 +154,4 @@ if [[ ,$extras, == *,bench,* ]]; then
     # Alone: its chunked losses need no triton, which is large; a CUDA build of torch has brought it.
     step "liger-kernel" pip_install --no-deps "liger-kernel==0.8.5"
 fi
-fingerprint | sha256sum >"$stamp" # last: an interrupted run starts over
+fingerprint "$extras" | sha256sum >"$stamp" # last: an interrupted run starts over

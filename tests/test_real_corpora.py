@@ -18,7 +18,7 @@ from blspkd_fairseq.data.validate import validate
 CACHE = Path(os.environ.get("BLSPKD_CACHE") or "~/.cache/blspkd_fairseq").expanduser()
 RECORDINGS = CACHE / "asterisk"
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.recordings]
 
 
 @pytest.fixture(scope="module")
