@@ -3,7 +3,8 @@
     python scripts/bench_responses.py --llm DIR --manifest data/train.tsv --out scripts/bench_responses.csv
 
 Both answer the same rows greedily with the same LLM, precision, batch size and length limit; they take turns, and the
-medians over the rounds are reported, with how many answers agree (in bfloat16, padding may turn a near tie).
+medians over the rounds are reported, with how many answers agree. Not all can: the pipeline tokenises prompt and
+transcript as one text, this project each by itself; and in bfloat16, padding may turn a near tie.
 """
 
 import argparse

@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import shlex
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import TRAIN_OPTIONS, fairseq, load, start, train
+from commands import PACKAGE, TRAIN_OPTIONS, fairseq, load, start, train
 from tiny import SENTENCES, read_jsonl, save_llm, save_whisper, write_speech, write_split
 
 UPDATES = ("--max-update", 4, "--validate-interval", 1, "--disable-validation")
@@ -249,6 +250,40 @@ def test_results_are_text_with_scores_and_manifest_ids(world: World, trained: Pa
     text = (tmp_path / "generate-test.txt").read_text(encoding="utf-8")
     assert re.search(rf"^T-1\t{re.escape(SENTENCES[2])}$", text, re.M)
     assert len(re.findall(r"^H-", text, re.M)) == len(re.findall(r"^P-", text, re.M)) == 10
+
+
+def test_a_prompt_with_a_language_takes_it_from_the_rows(world: World, trained: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_split(data, "test", 3, tgt_lang="de")
+    fairseq(
+        "generate", data, "--gen-subset", "test", "--path", trained, "--beam", 1, "--max-len-b", 4, "--prompt",
+        "translate", "--results-path", tmp_path, "--scoring", "sacrebleu",
+    )  # fmt: skip
+    assert all("German" in row["prompt"] for row in read_jsonl(tmp_path / "generate-test.jsonl"))
+
+
+def readme_command(start: str, replace: dict[str, str]) -> list[str]:
+    """The options of a command of the README, the names in it replaced by what is there in the test."""
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", readme, re.S) if b.startswith(start))
+    command = re.split(r"(?<!\\)\n", block)[0]
+    words = [replace.get(word, word) for word in shlex.split(command.replace("\\\n", " "))]
+    return words[2:]  # without the command and the data
+
+
+def test_the_commands_of_the_readme(world: World, tmp_path: Path) -> None:
+    names = {
+        "blspkd_fairseq": str(PACKAGE), "openai/whisper-small": str(world.whisper),
+        "Qwen/Qwen2.5-7B-Instruct": str(world.llm), "checkpoints": str(tmp_path), "results": str(tmp_path / "results"),
+        "checkpoints/checkpoint_best.pt": str(tmp_path / "checkpoint_best.pt"),
+    }  # fmt: skip
+    small = ("--adapter-heads", 2, "--adapter-pre-layers", 1, "--adapter-post-layers", 1, "--eval-max-tokens", 4)
+    train = readme_command("fairseq-train data", names)
+    fairseq("train", world.data, *train, *small, "--max-update", 2, "--update-freq", 1, "--num-workers", 0)
+    data = tmp_path / "data"
+    write_split(data, "test", 3, tgt_lang="de")
+    fairseq("generate", data, *readme_command("fairseq-generate data", names), "--max-len-b", 4)
+    assert len(read_jsonl(tmp_path / "results" / "generate-test.jsonl")) == 3
 
 
 def test_sampling_is_reproducible_by_seed(world: World, trained: Path) -> None:

@@ -270,7 +270,7 @@ def _overview(report: Report) -> str:
 
 
 def _task_section(task: TaskReport) -> str:
-    speakers = f", {task.speakers} speakers" if task.speakers else ""
+    speakers = f", {task.speakers} speaker{'s' * (task.speakers > 1)}" if task.speakers else ""
     parts = [f"## {TITLES[task.kind]} ({task.rows} utterances{speakers})\n", score_table(task.scores)]
     parts.append("".join(f"- {name}: `{signature}`\n" for name, signature in task.signatures.items()))
     parts.append(f"![scores](scores-{task.kind}.png)\n")

@@ -72,7 +72,9 @@ def _p_value(p: float) -> str:
 
 
 def _footnotes(notes: Sequence[tuple[str, str]]) -> str:
-    """One line per different note, with everything that it is about."""
-    texts = dict.fromkeys(note for note, _ in notes if note)
-    lines = [f"{text}: {', '.join(about for note, about in notes if note == text)}." for text in texts]
-    return "".join(f"\n{line[0].upper()}{line[1:]}\n" for line in lines)
+    """One line per different note, with what it is about unless that is the whole table."""
+    lines = []
+    for text in dict.fromkeys(note for note, _ in notes if note):
+        about = [one for note, one in notes if note == text]
+        lines.append(text if len(about) == len(notes) else f"{text}: {', '.join(about)}")
+    return "".join(f"\n{line[0].upper()}{line[1:]}.\n" for line in lines)

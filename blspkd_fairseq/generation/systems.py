@@ -201,20 +201,28 @@ class WhisperTranscriber:
     @torch.no_grad()
     def word_ends(self, waveform: np.ndarray) -> list[tuple[str, float]]:
         """Words and the seconds at which they end, from cross-attention (Whisper's token timestamps)."""
-        features = self._features([waveform])
-        frames = torch.tensor([-(-len(waveform) // 160)])
-        out = self.model.generate(
-            input_features=features, return_token_timestamps=True, return_dict_in_generate=True, num_frames=frames
+        made = self.processor.feature_extractor(
+            waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt", return_attention_mask=True
         )
-        ids, ends = out["sequences"][0].tolist(), out["token_timestamps"][0].tolist()
-        words: list[tuple[str, float]] = []
+        out = self.model.generate(
+            input_features=made.input_features.to(self.model.device, self.model.dtype),
+            attention_mask=made.attention_mask.to(self.model.device),  # keeps the attention off the padding
+            return_token_timestamps=True,
+            return_dict_in_generate=True,
+        )
+        duration = len(waveform) / SAMPLE_RATE
+        ids, begins = out["sequences"][0].tolist(), out["token_timestamps"][0].tolist()
         tokenizer = self.processor.tokenizer
-        for token, end in zip(ids, ends, strict=True):
-            text = "" if token in tokenizer.all_special_ids else tokenizer.decode([token])
+        words: list[tuple[str, float]] = []
+        # A token's time is its begin, so that it ends where the next one begins.
+        for token, end in zip(ids, [*begins[1:], duration], strict=True):
+            if token >= tokenizer.eos_token_id:  # from here on, Whisper's vocabulary has control tokens and times only
+                continue
+            text = tokenizer.decode([token])
             if text.startswith(" ") or not words:
-                words.append((text, end))
-            elif text:
-                words[-1] = (words[-1][0] + text, end)
+                words.append((text, min(end, duration)))
+            else:
+                words[-1] = (words[-1][0] + text, min(end, duration))
         return [(text.strip(), end) for text, end in words if text.strip()]
 
     def _features(self, waveforms: Sequence[np.ndarray]) -> Tensor:

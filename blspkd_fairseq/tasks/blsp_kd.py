@@ -209,7 +209,8 @@ class BlspKdTask(FairseqTask):
         return LlmGenerator(
             self.chat,
             decoding_options(args),
-            resolve_prompt(self.cfg.prompt),
+            # For fairseq-interactive, which has audio alone; rows of a manifest bring their prompts and languages.
+            resolve_prompt(self.cfg.prompt) if dataset is None else "",
             Path(path) if path and dataset is not None else None,
             len(dataset) if dataset is not None else 0,
         )

@@ -19,7 +19,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
-stage=1 stop_stage=6 common_voice="" translations="" direction="" gpus=1 nodes=1 node_rank=0 master=127.0.0.1:29500
+stage=0 stop_stage=6 common_voice="" translations="" direction="" gpus=1 nodes=1 node_rank=0 master=127.0.0.1:29500
 speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="$root/out/covost2" max_update=0 small=""
 usage() { sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 while [ $# -gt 0 ]; do
@@ -57,7 +57,7 @@ if [ -n "$small" ]; then
     bash "$root/scripts/venv.sh" quickstart,recordings
     cache=${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}
     speech_encoder=$cache/whisper-tiny.en llm=$cache/smollm2-135m-instruct direction=en_fr gpus=0 cuda=(--cpu)
-    common_voice=$out/corpus translations=$out/corpus
+    common_voice=$out/corpus translations=$out/corpus/en
     prepare=(--any-direction) responses=(--max-new-tokens 16 --batch-size 64)
     generate=(--max-len-b 32) evaluate=(--max-new-tokens 32 --conditions white:10 --align)
     train=(--adapter-pre-layers 1 --adapter-post-layers 1 --adapter-heads 6 --token-ce-weight 1 --token-mse-weight 1)
