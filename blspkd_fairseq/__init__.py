@@ -43,6 +43,7 @@ def register() -> None:
     compat.require_fairseq()
     compat.allow_safe_checkpoint_globals()
     compat.silence_fairseq_warnings()
+    compat.copy_checkpoints_atomically()
     from fairseq.models import import_models
     from fairseq.tasks import import_tasks
 

@@ -237,6 +237,29 @@ def allow_safe_checkpoint_globals() -> None:
     torch.serialization.add_safe_globals([argparse.Namespace, scalar, numpy.dtype, float_dtype])
 
 
+def copy_checkpoints_atomically() -> None:
+    """A killed training leaves whole files: fairseq writes a checkpoint safely, but then copies it to
+    ``checkpoint_last.pt`` byte by byte over the one before, and half of one cannot be resumed from."""
+    import os
+    import shutil
+
+    from fairseq.file_io import PathManager
+
+    remote_copy = PathManager.copy
+
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
+        if PathManager.path_requires_pathmanager(dst_path) or PathManager.path_requires_pathmanager(src_path):
+            return remote_copy(src_path, dst_path, overwrite)
+        partial = f"{dst_path}.partial"
+        shutil.copyfile(src_path, partial)
+        os.replace(partial, dst_path)
+        return True
+
+    copy._is_atomic = True  # type: ignore[attr-defined]
+    if not getattr(remote_copy, "_is_atomic", False):
+        PathManager.copy = staticmethod(copy)
+
+
 # --- generation ------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.evaluation import voicebench
 from blspkd_fairseq.evaluation.metrics import whisper_spelling
@@ -290,6 +292,7 @@ def settings(args: argparse.Namespace, baseline: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    transformers_logging.set_verbosity_error()  # what it says of Whisper's own decoding is for its authors
     try:
         main()
     except ValueError as error:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,49 @@ def test_epoch_slices(world: World, tmp_path: Path) -> None:
         "--batch-size", 1,
     )  # fmt: skip
     assert len(updates(log)) == 3 + 6
+
+
+def test_training_killed_again_and_again_ends_like_an_undisturbed_one(world: World, tmp_path: Path) -> None:
+    options = ("--max-update", 10, "--disable-validation", "--save-interval-updates", 1, "--keep-interval-updates", 2)
+    world.train(tmp_path / "whole", *options)
+    killed, rng = tmp_path / "killed", random.Random(5)
+    for kill in range(4):
+        process = start(
+            "train", world.data, "--llm", world.llm, "--speech-encoder", world.whisper, "--save-dir", killed,
+            *TRAIN_OPTIONS, *options,
+        )  # fmt: skip
+        last = killed / "checkpoint_last.pt"
+        stamp, count = _stamp(last), rng.randrange(1, 4)
+        while kill < 3 and process.poll() is None and count:
+            time.sleep(0.002)
+            if _stamp(last) != stamp:
+                stamp, count = _stamp(last), count - 1
+        if kill < 3:
+            process.kill()
+            process.communicate()
+            load(last)  # is whole
+        else:
+            output = process.communicate()[0]
+            assert process.returncode == 0, output[-3000:]
+    assert_same_weights(weights(killed), weights(tmp_path / "whole"))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else (0, 0)
+
+
+def test_copies_of_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fairseq.file_io import PathManager
+
+    source, target = tmp_path / "a.pt", tmp_path / "last.pt"
+    source.write_bytes(b"new")
+    target.write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", lambda src, dst: Path(dst).write_bytes(b"n") and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            PathManager.copy(str(source), str(target), overwrite=True)
+    assert target.read_bytes() == b"old"
+    assert PathManager.copy(str(source), str(target), overwrite=True) and target.read_bytes() == b"new"
 
 
 # ---- generation ----------------------------------------------------------------------------------------------------

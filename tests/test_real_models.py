@@ -75,3 +75,34 @@ def test_a_few_dozen_utterances_are_learned_until_repeat_gives_them_back(speech:
     counts = [word_errors(row["hypothesis"], row["transcript"]) for row in rows]
     # SmolLM2 itself drops a few words when it repeats the text.
     assert sum(c.errors for c in counts) / sum(c.words for c in counts) < 0.15, rows
+
+
+@pytest.mark.recordings
+def test_the_cascade_hears_real_recordings_and_tells_when_words_end(tmp_path: Path) -> None:
+    from blspkd_fairseq.data.audio import load_audio
+    from blspkd_fairseq.evaluation.metrics import error_rate
+    from blspkd_fairseq.generation.decoding import DecodingOptions
+    from blspkd_fairseq.generation.systems import CascadeSystem, Utterance
+    from blspkd_fairseq.modules.build import SpeechLlmConfig
+
+    recordings = CACHE / "asterisk"
+    manifest = Manifest.load(recordings / "recordings.tsv")
+    rows = [row for row in manifest if 5 <= len(row["src_text"].split()) <= 9][:12]
+    batch = [Utterance(load_audio(row["audio"], recordings), row["src_text"], "{speech}", "en") for row in rows]
+    system = CascadeSystem(
+        str(CACHE / "whisper-tiny.en"), SpeechLlmConfig(llm=str(CACHE / "smollm2-135m-instruct"), llm_dtype="float32")
+    )
+    system.load()
+    heard = system.answer(batch, DecodingOptions(max_new_tokens=4), is_asr=True)
+    assert error_rate([a.text for a in heard], [row["src_text"] for row in rows], language="en").score < 10
+    answers = system.answer(batch[:2], DecodingOptions(max_new_tokens=4))
+    assert [a.heard for a in answers] == [a.text for a in heard[:2]] and answers[0].text != answers[0].heard
+    assert system._transcriber is not None
+    for utterance, row in zip(batch[:4], rows, strict=False):
+        assert utterance.waveform is not None
+        words = system._transcriber.word_ends(utterance.waveform)
+        ends = [end for _, end in words]
+        assert ends == sorted(ends) and ends[0] > 0 and ends[-1] <= len(utterance.waveform) / 16_000
+        assert abs(len(words) - len(row["src_text"].split())) <= 2
+        # People speak two to five words a second: the last word begins near the end of speech, the first ends early.
+        assert ends[0] < 1.5 and ends[-1] > 0.5 * len(utterance.waveform) / 16_000

@@ -195,20 +195,14 @@ class WhisperTranscriber:
             options = {"task": "transcribe", "language": [_whisper_language(code) for code in languages]}
             if not all(options["language"]):
                 options["language"] = None
-        ids = self.model.generate(input_features=self._features(waveforms), **options)
+        ids = self.model.generate(**self._features(waveforms), **options)
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     @torch.no_grad()
     def word_ends(self, waveform: np.ndarray) -> list[tuple[str, float]]:
         """Words and the seconds at which they end, from cross-attention (Whisper's token timestamps)."""
-        made = self.processor.feature_extractor(
-            waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt", return_attention_mask=True
-        )
         out = self.model.generate(
-            input_features=made.input_features.to(self.model.device, self.model.dtype),
-            attention_mask=made.attention_mask.to(self.model.device),  # keeps the attention off the padding
-            return_token_timestamps=True,
-            return_dict_in_generate=True,
+            **self._features([waveform]), return_token_timestamps=True, return_dict_in_generate=True
         )
         duration = len(waveform) / SAMPLE_RATE
         ids, begins = out["sequences"][0].tolist(), out["token_timestamps"][0].tolist()
@@ -225,10 +219,14 @@ class WhisperTranscriber:
                 words[-1] = (words[-1][0] + text, min(end, duration))
         return [(text.strip(), end) for text, end in words if text.strip()]
 
-    def _features(self, waveforms: Sequence[np.ndarray]) -> Tensor:
-        made = self.processor.feature_extractor(list(waveforms), sampling_rate=SAMPLE_RATE, return_tensors="pt")
-        features: Tensor = made.input_features.to(self.model.device, self.model.dtype)
-        return features
+    def _features(self, waveforms: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        made = self.processor.feature_extractor(
+            list(waveforms), sampling_rate=SAMPLE_RATE, return_tensors="pt", return_attention_mask=True
+        )
+        return {
+            "input_features": made.input_features.to(self.model.device, self.model.dtype),
+            "attention_mask": made.attention_mask.to(self.model.device),  # of word_ends: not to look at the padding
+        }
 
 
 def _whisper_language(code: str) -> str | None:
