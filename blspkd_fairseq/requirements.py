@@ -46,6 +46,7 @@ EXTRAS = {
     "dev": [
         "av>=14",
         "pytest==9.2.0",
+        "pytest-xdist==3.8.0",
         "ruff==0.17.5",
         "mypy==2.4.1",
         "jiwer==4.0.0",

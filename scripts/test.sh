@@ -39,4 +39,6 @@ if [[ $models == yes ]]; then
         pytest_args+=(-m "not recordings")
     fi
 fi
-"$py" -m pytest -q ${pytest_args[@]+"${pytest_args[@]}"}
+# A file at a time in each process: the tests of a file share what they have trained.
+workers=$(nproc)
+"$py" -m pytest -q -n $((workers < 8 ? workers : 8)) --dist loadfile ${pytest_args[@]+"${pytest_args[@]}"}

@@ -241,6 +241,43 @@ def test_copies_of_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatc
     assert PathManager.copy(str(source), str(target), overwrite=True) and target.read_bytes() == b"new"
 
 
+CE = ("--response-ce-weight", 1, "--response-kl-weight", 0, "--input-kl-weight", 0)
+RESPONSE_KL = ("--input-kl-weight", 0)
+
+
+@pytest.mark.parametrize("lora", ["none", "speech", "all"])
+@pytest.mark.parametrize(
+    "objective",
+    [("cnn", *CE), ("cnn", *RESPONSE_KL), ("cformer", *CE), ("cformer", *RESPONSE_KL), ("cformer",)],
+    ids=["cnn-ce", "cnn-response", "cformer-ce", "cformer-response", "cformer-both"],
+)
+def test_the_grid_of_the_papers_learns_by_options_alone(
+    world: World, tmp_path: Path, objective: tuple[Any, ...], lora: str
+) -> None:
+    """BLSP, BLSP-KD and what lies between: {adapter} x {objective} x {LoRA}, the encoder trained in one of them."""
+    adapter, *weights_ = objective
+    trained = ("--unfreeze-speech-encoder",) if lora == "all" else ()
+    log = world.train(
+        tmp_path, "--adapter", adapter, "--adapter-bottleneck", 8, *weights_, "--lora-scope", lora, *trained,
+        "--max-update", 12, "--batch-size", 8, "--disable-validation", "--no-epoch-checkpoints", "--lr", 3e-3,
+    )  # fmt: skip
+    losses = [float(loss) for loss in re.findall(r"^epoch \d+: +\d+ / \d+ loss=([\d.]+)", log, re.M)]
+    assert len(losses) == 12 and min(losses[-3:]) < 0.97 * losses[0]
+    names = set(load(tmp_path / "checkpoint_last.pt")["model"])
+    assert any("lora_" in n for n in names) == (lora != "none")
+    assert any(n.startswith("speech_encoder.") for n in names) == (lora == "all")
+    output = fairseq(
+        "generate", world.data, "--gen-subset", "test", "--path", tmp_path / "checkpoint_last.pt", "--max-len-b", 4
+    )
+    assert len(hypotheses(output)) == 5
+
+
+@pytest.mark.parametrize("option", ["--input-kl-weight", "--token-ce-weight", "--token-mse-weight"])
+def test_the_cnn_adapter_refuses_what_compares_token_by_token(world: World, tmp_path: Path, option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be 0 with this adapter.*choose --adapter cformer"):
+        world.train(tmp_path, "--adapter", "cnn", "--input-kl-weight", 0, option, 1, "--max-update", 1)
+
+
 # ---- generation ----------------------------------------------------------------------------------------------------
 
 

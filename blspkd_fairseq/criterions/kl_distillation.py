@@ -28,7 +28,9 @@ class KlDistillationConfig(FairseqDataclass):
     input_kl_weight: float = field(
         default=1.0, metadata={"help": "KL between speech position i and transcript position i (BLSP-KD)"}
     )
-    quantity_weight: float = field(default=1.0, metadata={"help": "|sum(alpha) / n - 1| (BLSP-KD)"})
+    quantity_weight: float = field(
+        default=1.0, metadata={"help": "|sum(alpha) / n - 1| (BLSP-KD); an adapter without CIF has none"}
+    )
     response_ce_weight: float = field(
         default=0.0, metadata={"help": "cross-entropy of the response (BLSP); needs no teacher"}
     )
@@ -90,6 +92,20 @@ class KlDistillationCriterion(FairseqCriterion):
         """Whether the manifest must have ``tgt_text``."""
         return self.weights["response_kl"] != 0 or self.weights["response_ce"] != 0
 
+    def check_adapter(self, adapter: Any) -> None:
+        """Refuses what compares speech position i with token i, for an adapter that has no such positions.
+
+        Raises:
+            ValueError: names the options.
+        """
+        given = [name for name in _ONE_TO_ONE if self.weights[name]]
+        if given and not adapter.one_to_one:
+            options = ", ".join(f"--{name.replace('_', '-')}-weight" for name in given)
+            raise ValueError(
+                f"{options} must be 0 with this adapter: it has no embedding for each token of the transcript, so that "
+                "there is nothing to compare token by token; or choose --adapter cformer"
+            )
+
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
@@ -132,7 +148,7 @@ class KlDistillationCriterion(FairseqCriterion):
         """What to compute for this batch."""
         terms = {name for name, weight in self.weights.items() if weight}
         if self.cfg.log_all_terms and not model.training:
-            terms |= {"input_kl", "token_ce", "token_mse", "quantity"}
+            terms |= {*_ONE_TO_ONE, "quantity"} if model.speech_llm.adapter.one_to_one else set()
             if bool((sample["net_input"]["text"]["response_lengths"] > 0).all()):
                 terms |= {"response_kl", "response_ce"}
         return terms
@@ -242,6 +258,7 @@ class KlDistillationCriterion(FairseqCriterion):
             metrics.log_scalar("token_count_error", total("count_errors") / tokens, tokens, round=4)
 
 
+_ONE_TO_ONE = ("input_kl", "token_ce", "token_mse")
 _TOKEN_TERMS = ("response_kl", "input_kl", "response_ce", "token_ce", "token_mse")
 _SUMS = [
     *(f"{name}_{kind}" for name in _TOKEN_TERMS for kind in ("sum", "tokens")),

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.modules.cformer import CFormer
+from blspkd_fairseq.modules.conv_adapter import ConvAdapter
 from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
 from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
@@ -33,11 +34,16 @@ class SpeechLlmConfig:
     trust_remote_code: bool = _option(False, "run code that comes with the LLM's files (only from who you trust)")
     system_prompt: str = _option("", "system message of the chat; default: what the LLM's chat template has")
     chat_template: str = _option("", "file with a Jinja chat template in place of the tokenizer's own")
-    adapter: str = _option("cformer", "adapter between speech encoder and LLM: cformer")
+    adapter: str = _option(
+        "cformer", "adapter between speech encoder and LLM: cformer (BLSP-KD; an embedding per token), or cnn (BLSP)"
+    )
     adapter_pre_layers: int = _option(4, "transformer layers before CIF")
     adapter_post_layers: int = _option(4, "transformer layers after CIF")
     adapter_heads: int = _option(8, "attention heads of the adapter; must divide the speech encoder's width")
     adapter_ffn_dim: int = _option(0, "feed-forward width of the adapter (0: 4 x the speech encoder's width)")
+    adapter_conv_layers: int = _option(3, "convolutions of the cnn adapter, each of which halves the frames")
+    adapter_kernel_size: int = _option(5, "kernel size of the cnn adapter")
+    adapter_bottleneck: int = _option(512, "width of the cnn adapter's bottleneck")
     adapter_dropout: float = _option(0.1, "dropout of the adapter")
     lora_scope: str = _option("speech", "where LoRA acts in the LLM: speech (Partial LoRA), all (positions) or none")
     lora_rank: int = _option(16, "rank of LoRA")
@@ -66,7 +72,22 @@ def _build_cformer(config: SpeechLlmConfig, input_dim: int, output_dim: int, out
     )
 
 
-ADAPTERS: dict[str, Callable[[SpeechLlmConfig, int, int, float], nn.Module]] = {"cformer": _build_cformer}
+def _build_cnn(config: SpeechLlmConfig, input_dim: int, output_dim: int, output_scale: float) -> nn.Module:
+    return ConvAdapter(
+        input_dim,
+        output_dim,
+        output_scale,
+        layers=config.adapter_conv_layers,
+        kernel_size=config.adapter_kernel_size,
+        bottleneck=config.adapter_bottleneck,
+        dropout=config.adapter_dropout,
+    )
+
+
+ADAPTERS: dict[str, Callable[[SpeechLlmConfig, int, int, float], nn.Module]] = {
+    "cformer": _build_cformer,
+    "cnn": _build_cnn,
+}
 
 
 def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:

@@ -44,6 +44,9 @@ class CFormer(nn.Module):
         tokens_per_frame: speech rate that alpha starts from, 4 tokens a second at 50 frames a second by default.
     """
 
+    one_to_one = True
+    """Embedding i stands for token i of the transcript."""
+
     def __init__(
         self,
         input_dim: int,

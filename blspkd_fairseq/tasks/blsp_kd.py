@@ -75,6 +75,7 @@ class BlspKdTask(FairseqTask):
         self.dictionary = LlmDictionary()
         self._needed_texts: tuple[str, ...] = ()
         self._loaded_split = ""
+        self._adapter: Any = None  # of the model that was built
 
     @classmethod
     def setup_task(cls, cfg: BlspKdConfig, **_: Any) -> "BlspKdTask":
@@ -103,10 +104,13 @@ class BlspKdTask(FairseqTask):
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         model = super().build_model(cfg, from_checkpoint)
         self.dictionary.chat = model.chat
+        self._adapter = model.speech_llm.adapter
         return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         criterion = super().build_criterion(cfg, from_checkpoint)
+        if self._adapter is not None and hasattr(criterion, "check_adapter"):
+            criterion.check_adapter(self._adapter)
         self._needed_texts = ("src_text", "tgt_text") if getattr(criterion, "needs_responses", False) else ("src_text",)
         return criterion
 

@@ -138,10 +138,15 @@ run_direction() {
     if run 4; then
         echo; echo "== $pair, stage 4: average ($(date +%H:%M:%S))"
         is_done 4 "$work" || {
-            local epochs
+            local epochs inputs=()
             epochs=$(find "$model" -regex '.*/checkpoint[0-9]+\.pt' | wc -l)
-            python scripts/average_checkpoints.py --inputs "$model" --output "$model/checkpoint_average.pt" \
-                --num-epoch-checkpoints $((epochs < 5 ? epochs : 5))
+            if [ "$epochs" -gt 0 ]; then
+                inputs=("$model" --num-epoch-checkpoints $((epochs < 5 ? epochs : 5)))
+            else
+                echo "training ended within its first epoch: checkpoint_last.pt stands for the average"
+                last=("$model/checkpoint_last.pt")
+            fi
+            python scripts/average_checkpoints.py --output "$model/checkpoint_average.pt" --inputs "${inputs[@]}"
             finish 4 "$work"
         }
     fi
