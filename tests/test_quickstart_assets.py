@@ -318,10 +318,13 @@ def test_killed_run_goes_on(fake: Path, tmp_path: Path, monkeypatch: pytest.Monk
     deadline = time.monotonic() + 60
     while len(list((out / "audio").glob("*.flac"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.02)
+    workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert not list(out.glob("*.tsv"))
-    time.sleep(1.5)  # its workers say what they were given, and end
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert time.monotonic() < deadline, "its workers wait for ever"
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "audio").glob("*.flac")}
     assert 5 <= len(kept) < 40
     before = len(_said(fake))

@@ -453,14 +453,14 @@ def _workers(processes: int) -> Iterator[Workers]:
         return
     # Spawned, since a forked worker would hold the lock of the store after this process was killed.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(processes, context, initializer=_end_with_parent)
+    executor = ProcessPoolExecutor(processes, context, initializer=end_with_parent)
     try:
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this worker when the process that started it was killed; it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None

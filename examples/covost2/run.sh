@@ -144,7 +144,7 @@ run_direction() {
                 inputs=("$model" --num-epoch-checkpoints $((epochs < 5 ? epochs : 5)))
             else
                 echo "training ended within its first epoch: checkpoint_last.pt stands for the average"
-                last=("$model/checkpoint_last.pt")
+                inputs=("$model/checkpoint_last.pt")
             fi
             python scripts/average_checkpoints.py --output "$model/checkpoint_average.pt" --inputs "${inputs[@]}"
             finish 4 "$work"

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from voices import SAMPLE_RATE, VOICES, Speak
 
 from blspkd_fairseq.data.manifest import write_manifest
+from blspkd_fairseq.data.preparation import end_with_parent
 
 COLUMNS = ("id", "audio", "n_frames", "src_text", "speaker", "src_lang", "tgt_lang")
 TRAINING_TEMPO = (0.85, 1.1)  # length scales; 1 in all other splits
@@ -101,6 +102,7 @@ def _speak_all(clips: list[Clip], folder: Path, processes: int, load: Callable[[
 
 def _start_worker(load: Callable[[], Speak]) -> None:
     global _speak
+    end_with_parent()
     _speak = load()
 
 
