@@ -1,5 +1,6 @@
 """Chunked losses against the plain formulas on whole [N, V] matrices."""
 
+import math
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from blspkd_fairseq.modules.distillation_loss import (
     linear_cross_entropy,
+    linear_jensen_shannon,
     linear_kl_div,
     linear_kl_div_with_agreement,
 )
@@ -138,3 +140,70 @@ def test_bad_arguments_are_refused() -> None:
         linear_kl_div(student.requires_grad_(), teacher, weight.requires_grad_())
     with pytest.raises(ValueError, match="targets"):
         linear_cross_entropy(student, torch.zeros(3, dtype=torch.long), weight.detach())
+
+
+# ---- generalised Jensen-Shannon divergence --------------------------------------------------------------------------
+
+
+def plain_jensen_shannon(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    mixture = (beta * p + (1 - beta) * q).log()
+    return beta * (p * (p.log() - mixture)).sum(1) + (1 - beta) * (q * (q.log() - mixture)).sum(1)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_jensen_shannon_and_its_gradient_equal_the_plain_formula(beta: float, temperature: float) -> None:
+    student, teacher, weight, bias = case()
+    ours, plain = student.clone().requires_grad_(), student.clone().requires_grad_()
+    divergence = linear_jensen_shannon(ours, teacher, weight, bias, beta, temperature, chunk_size=4).kl
+    p, q = (F.softmax(F.linear(hidden, weight, bias) / temperature, 1) for hidden in (teacher, plain))
+    expected = plain_jensen_shannon(p, q, beta)
+    torch.testing.assert_close(divergence, expected)
+    scale = torch.linspace(-1, 2, N, dtype=torch.float64)
+    (divergence * scale).sum().backward()
+    (expected * scale).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_jensen_shannon_ends_at_both_kl_divergences() -> None:
+    student, teacher, weight, _ = case()
+    for beta, reverse in ((0.0, False), (1.0, True)):
+        exact = linear_kl_div(student, teacher, weight, reverse=reverse)
+        torch.testing.assert_close(linear_jensen_shannon(student, teacher, weight, beta=beta).kl, exact)
+        near = abs(beta - 1e-8)
+        limit = linear_jensen_shannon(student, teacher, weight, beta=near).kl / 1e-8
+        torch.testing.assert_close(limit, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_jensen_shannon_of_words_that_are_certain_is_finite() -> None:
+    student, teacher, weight, _ = case(torch.float32)
+    student = (student * 1e4).requires_grad_()
+    divergence = linear_jensen_shannon(student, teacher * 1e4, weight).kl
+    divergence.sum().backward()
+    assert divergence.isfinite().all() and student.grad is not None and student.grad.isfinite().all()
+    assert float(divergence.detach().max()) <= math.log(2) + 1e-6
+
+
+def test_a_teacher_of_another_width_has_its_own_head() -> None:
+    student, _, weight, bias = case()
+    generator = torch.Generator().manual_seed(1)
+    teacher = torch.randn(N, 9, generator=generator, dtype=torch.float64)
+    table = torch.randn(V + 3, 9, generator=generator, dtype=torch.float64)  # padded beyond the vocabulary
+    ours, plain = student.clone().requires_grad_(), student.clone().requires_grad_()
+    divergence = linear_jensen_shannon(ours, teacher, weight, bias, 1.0, chunk_size=4, teacher_head=(table, None)).kl
+    log_q = F.log_softmax(F.linear(plain, weight, bias), 1)
+    expected = (log_q.exp() * (log_q - F.log_softmax(teacher @ table[:V].t(), 1))).sum(1)
+    torch.testing.assert_close(divergence, expected)
+    divergence.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
+    # The student's table may be the longer one as well.
+    longer = linear_jensen_shannon(teacher, student, table, None, 0.5, teacher_head=(weight, bias)).kl
+    assert longer.shape == (N,) and bool((longer > 0).all())
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1])
+def test_beta_is_a_share(beta: float) -> None:
+    student, teacher, weight, _ = case()
+    with pytest.raises(ValueError, match="beta must be between 0 and 1"):
+        linear_jensen_shannon(student, teacher, weight, beta=beta)

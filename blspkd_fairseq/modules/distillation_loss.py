@@ -19,7 +19,7 @@ ChunkLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 class KlDivergence(NamedTuple):
-    """Attributes: ``kl`` [N] as of :func:`linear_kl_div`; ``agrees`` [N] bool, both find the same word likeliest."""
+    """Attributes: ``kl`` [N] nats, the divergence; ``agrees`` [N] bool, both find the same word likeliest."""
 
     kl: Tensor
     agrees: Tensor
@@ -66,28 +66,67 @@ def linear_kl_div_with_agreement(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> KlDivergence:
     """:func:`linear_kl_div`, and whether both agree on the most likely word, from the same pass through the head."""
-    if temperature <= 0:
-        raise ValueError(f"the temperature must be positive, got {temperature}")
     if teacher_hidden.shape != student_hidden.shape:
         raise ValueError(
             "student and teacher must have one shape, "
             f"got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
         )
+    return linear_jensen_shannon(
+        student_hidden, teacher_hidden, head_weight, head_bias, float(reverse), temperature, chunk_size
+    )
+
+
+def linear_jensen_shannon(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    teacher_head: tuple[Tensor, Tensor | None] | None = None,
+) -> KlDivergence:
+    """Generalised Jensen-Shannon divergence of teacher p and student q (GKD, arXiv 2306.13649, eq. 1).
+
+    ``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q``; as in that paper's code, beta 0
+    stands for the forward KL(p || q) and beta 1 for the reverse KL(q || p), to which it tends when divided by beta or
+    1 - beta. Arguments, dtypes and errors are those of :func:`linear_kl_div`, and:
+
+    Args:
+        beta: 0 to 1.
+        teacher_head: weight ``[V', D']`` and bias of a teacher of its own, ``teacher_hidden`` then being ``[N, D']``.
+            Words beyond the smaller of the two vocabularies (padding of the tables) are left out of both.
+    """
+    if temperature <= 0:
+        raise ValueError(f"the temperature must be positive, got {temperature}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be between 0 and 1, got {beta}")
+    if len(teacher_hidden) != len(student_hidden):
+        raise ValueError(
+            f"student and teacher must have as many positions, got {len(student_hidden)}, {len(teacher_hidden)}"
+        )
     teacher_hidden = teacher_hidden.detach()
     agrees = torch.empty(student_hidden.shape[0], dtype=torch.bool, device=student_hidden.device)
-    if head_bias is not None:  # finite, so that a word that is taken out has a difference of logits: 0
-        head_bias = head_bias.to(_loss_dtype(student_hidden)).clamp(min=-1e30)
+    head_bias = _finite(head_bias, student_hidden)
+    teacher_weight, teacher_bias = teacher_head or (head_weight, head_bias)
+    teacher_bias = _finite(teacher_bias, student_hidden)
+    words = min(len(head_weight), len(teacher_weight))
 
     def chunk_loss(start: int, student_logits: Tensor) -> tuple[Tensor, Tensor]:
         rows = slice(start, start + len(student_logits))
-        teacher_logits = _logits(teacher_hidden[rows], head_weight, head_bias)
+        teacher_logits = _logits(teacher_hidden[rows], teacher_weight, teacher_bias)[:, :words]
         student, teacher = _words(student_logits, temperature), _words(teacher_logits, temperature)
         agrees[rows] = student.best == teacher.best
-        kl, gradient = (_reverse_kl if reverse else _forward_kl)(student, teacher)
-        return kl, gradient if temperature == 1.0 else gradient.div_(temperature)
+        if beta in (0, 1):
+            value, gradient = (_reverse_kl if beta else _forward_kl)(student, teacher)
+        else:
+            value, gradient = _jensen_shannon(student, teacher, beta)
+        return value, gradient if temperature == 1.0 else gradient.div_(temperature)
 
-    kl = _chunked_head_loss(student_hidden, head_weight, head_bias, chunk_size, chunk_loss)
-    return KlDivergence(kl, agrees)
+    if words < len(head_weight):
+        head_weight, head_bias = head_weight[:words], None if head_bias is None else head_bias[:words]
+    divergence = _chunked_head_loss(student_hidden, head_weight, head_bias, chunk_size, chunk_loss)
+    return KlDivergence(divergence, agrees)
 
 
 def linear_cross_entropy(
@@ -155,6 +194,21 @@ def _reverse_kl(student: _Words, teacher: _Words) -> tuple[Tensor, Tensor]:
     expectation = (log_ratio * student.probability).sum(1)
     kl = expectation + _log_sum_difference(teacher, student)
     return kl, log_ratio.sub_(expectation.unsqueeze(1)).mul_(student.probability)
+
+
+def _jensen_shannon(student: _Words, teacher: _Words, beta: float) -> tuple[Tensor, Tensor]:
+    """The divergence and its gradient (1 - beta) q (log q/m - KL(q || m)) with respect to the logits of q."""
+    p, q = teacher.probability, student.probability
+    mixture = (beta * p + (1 - beta) * q).clamp_(min=torch.finfo(p.dtype).tiny)
+    q_log_ratio = torch.xlogy(q, q / mixture)
+    kl_student = q_log_ratio.sum(1)
+    value = beta * torch.xlogy(p, p / mixture).sum(1) + (1 - beta) * kl_student
+    return value, q_log_ratio.sub_(q * kl_student.unsqueeze(1)).mul_(1 - beta)
+
+
+def _finite(bias: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """In the loss's dtype; a word that is taken out has a finite logit, so that a difference of two is 0."""
+    return None if bias is None else bias.to(_loss_dtype(hidden)).clamp(min=-1e30)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
