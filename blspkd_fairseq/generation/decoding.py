@@ -143,14 +143,14 @@ def _answer(
     with_scores: bool,
     is_speech: bool,
 ) -> list[list[Hypothesis]]:
-    prompt = _build_prompt(model, chat, speech, prompts)
+    prompt = build_prompt(model, chat, speech, prompts)
     everywhere = is_speech and model.lora_scope == "all"
     prefill_mask = None
     if is_speech and model.lora_scope != "none":
         prefill_mask = ALL_POSITIONS if everywhere else prompt.speech[:, :-1]
     # Speech is in the prompt alone, so all that follows the prefill is the plain LLM (or LoRA on every position).
     with speech_positions(model.llm, prefill_mask):
-        cache = _prefill(model, prompt)
+        cache = prefill(model, prompt)
     arguments = options.as_generate_arguments()
     copies = max(arguments["num_beams"], arguments["num_return_sequences"])
     if copies > 1:
@@ -162,7 +162,7 @@ def _answer(
             past_key_values=cache,
             **arguments,
         )
-    answers = [_strip(row.tolist(), chat.eos_ids) for row in generated]
+    answers = [strip_end(row.tolist(), chat.eos_ids) for row in generated]
     per_row = arguments["num_return_sequences"]
     scores = [[] for _ in answers] if not with_scores else _score(model, chat, prompt, answers, per_row, prefill_mask)
     hypotheses = [
@@ -175,7 +175,7 @@ def _answer(
     return [group[: options.n_best] for group in groups]
 
 
-def _build_prompt(model: ChatLLM, chat: ChatFormat, speech: Segment, prompts: Sequence[str]) -> Prompt:
+def build_prompt(model: ChatLLM, chat: ChatFormat, speech: Segment, prompts: Sequence[str]) -> Prompt:
     ids = [chat.prompt_ids(prompt) for prompt in prompts]
     before, after = (_pad([pair[side] for pair in ids], model) for side in (0, 1))
     sequence = concatenate([before, speech, after], pad_left=True)
@@ -189,7 +189,7 @@ def _pad(rows: list[list[int]], model: ChatLLM) -> Segment:
     return Segment(model.embed(ids.to(device)), lengths)
 
 
-def _prefill(model: ChatLLM, prompt: Prompt) -> Any:
+def prefill(model: ChatLLM, prompt: Prompt) -> Any:
     """Keys and values of all prompt positions but the last, which ``generate`` feeds itself."""
     valid = prompt.valid[:, :-1].long()
     output = model.llm.get_decoder()(
@@ -201,7 +201,7 @@ def _prefill(model: ChatLLM, prompt: Prompt) -> Any:
     return output.past_key_values
 
 
-def _strip(ids: list[int], eos_ids: list[int]) -> tuple[list[int], bool]:
+def strip_end(ids: list[int], eos_ids: list[int]) -> tuple[list[int], bool]:
     """The tokens before the end of turn, and whether there was one."""
     for index, token in enumerate(ids):
         if token in eos_ids:

@@ -27,6 +27,7 @@ class BlspKdModel(BaseFairseqModel):
         super().__init__()
         self.speech_llm = speech_llm
         self.chat = chat
+        self.num_updates = 0
 
     @classmethod
     def build_model(cls, cfg: BlspKdModelConfig, task: Any) -> "BlspKdModel":
@@ -40,9 +41,16 @@ class BlspKdModel(BaseFairseqModel):
         positions: Collection[str] = ("input", "response"),
         teacher: bool = True,
         keys: Sequence[int] | None = None,
+        count_tokens: bool = False,
+        text_replies: Mapping[str, Tensor] | None = None,
     ) -> SpeechLlmOutput:
         """See :meth:`SpeechLLM.forward`."""
-        return self.speech_llm(src_tokens, src_lengths, text, positions, teacher, keys)
+        return self.speech_llm(src_tokens, src_lengths, text, positions, teacher, keys, count_tokens, text_replies)
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """The trainer says how many updates were made; roll-outs are seeded by it."""
+        super().set_num_updates(num_updates)
+        self.num_updates = num_updates
 
     def max_positions(self) -> int:
         """Samples that fit the speech encoder."""

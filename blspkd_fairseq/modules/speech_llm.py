@@ -45,20 +45,33 @@ class Distillation(NamedTuple):
 
 
 class SpeechLlmOutput(NamedTuple):
-    """Attributes: the adapter's output, and what was asked for at the input and at the response positions."""
+    """Attributes: the adapter's output, and what was asked for at the input and at the response positions.
+
+    ``text_response`` is that of the student reading the transcript, which only LoRA on all positions tells apart from
+    the teacher.
+    """
 
     adapter: AdapterOutput
     input: Distillation | None
     response: Distillation | None
+    text_response: Distillation | None = None
 
 
 class ChatLLM(nn.Module):
-    """An LLM that reads: as much of a :class:`SpeechLLM` as answers to text need."""
+    """An LLM that reads: as much of a :class:`SpeechLLM` as text needs.
 
-    def __init__(self, llm: PreTrainedModel, lora_scope: str = "none") -> None:
+    Args:
+        llm: a causal LLM.
+        lora_scope: where its LoRA acts: on "speech" positions, on "all", or "none" (it has none).
+        share_prefix: compute the keys and values of the common prefix once. Off, the same numbers take longer.
+    """
+
+    def __init__(self, llm: PreTrainedModel, lora_scope: str = "none", share_prefix: bool = True) -> None:
         super().__init__()
         self.llm = llm
         self.lora_scope = lora_scope
+        self.share_prefix = share_prefix
+        self._prefixes: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -71,6 +84,86 @@ class ChatLLM(nn.Module):
         """The LLM's input embeddings of token ids, without gradient."""
         with torch.no_grad():
             return self.llm.get_input_embeddings()(ids)
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def teach(self, text: Mapping[str, Tensor], positions: Collection[str]) -> dict[str, Tensor]:
+        """The LLM's own hidden states ``[N, D]`` at each of ``positions``; see :meth:`SpeechLLM.forward`."""
+        return self._read(text, self._segment(text, "transcript"), positions, with_lora=False)
+
+    def read(self, text: Mapping[str, Tensor], positions: Collection[str]) -> dict[str, Tensor]:
+        """As :meth:`teach` for the student, which is the teacher itself unless LoRA acts on all positions."""
+        transcript = self._segment(text, "transcript")
+        return self._read(text, transcript, positions, with_lora=self.lora_scope == "all")
+
+    def _read(
+        self, text: Mapping[str, Tensor], heard: Segment, positions: Collection[str], with_lora: bool
+    ) -> dict[str, Tensor]:
+        """Hidden states at each of ``positions`` of the sequence around ``heard``."""
+        sequence, hidden = self._hidden(text, heard, positions, with_lora)
+        return {name: hidden[_select(sequence.segment, name)] for name in positions}
+
+    def _hidden(
+        self, text: Mapping[str, Tensor], heard: Segment, positions: Collection[str], with_lora: bool
+    ) -> tuple[Sequence, Tensor]:
+        """The sequence around ``heard``, and the LLM's hidden states ``[B, L, D]`` over it."""
+        segments = [self._segment(text, "before"), heard]
+        if "response" in positions:
+            segments += [self._segment(text, "after"), self._segment(text, "response")]
+        prefix = text["prefix"]
+        cache = None
+        if self._can_share_prefix(prefix):
+            cache = self._prefix_cache(prefix, batch=len(heard.lengths))
+        elif len(prefix):
+            rows = self.embed(prefix).expand(len(heard.lengths), -1, -1)
+            embeds, lengths = segments[0]
+            segments[0] = Segment(torch.cat([rows, embeds], 1), lengths + len(prefix))
+        sequence = concatenate(segments)
+        with speech_positions(self.llm, self.lora_mask(sequence) if with_lora else None):
+            output = self.llm.get_decoder()(
+                inputs_embeds=sequence.embeds, past_key_values=cache, use_cache=cache is not None
+            )
+        return sequence, output.last_hidden_state
+
+    def lora_mask(self, sequence: Sequence) -> PositionMask:
+        """Where the student's LoRA acts."""
+        if self.lora_scope == "none":
+            return None
+        return ALL_POSITIONS if self.lora_scope == "all" else sequence.segment == _SPEECH
+
+    def _segment(self, text: Mapping[str, Tensor], name: str) -> Segment:
+        return Segment(self.embed(text[name]), text[f"{name}_lengths"])
+
+    # ---- prefix ------------------------------------------------------------------------------------------------
+
+    def _can_share_prefix(self, prefix: Tensor) -> bool:
+        # LoRA on all positions changes the student's prefix; checkpointed layers refuse a cache.
+        checkpointing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.llm.modules())
+        return self.share_prefix and len(prefix) > 0 and self.lora_scope != "all" and not checkpointing
+
+    def _prefix_cache(self, prefix: Tensor, batch: int) -> DynamicCache:
+        """A fresh cache that holds the prefix for every row."""
+        key = tuple(prefix.tolist())
+        if key not in self._prefixes:
+            self._prefixes[key] = self._prefix_states(prefix)
+            while len(self._prefixes) > _CACHED_PREFIXES:
+                self._prefixes.popitem(last=False)
+        cache = DynamicCache(config=self.llm.config)
+        for index, (keys, values) in enumerate(self._prefixes[key]):
+            cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
+        return cache
+
+    @torch.no_grad()
+    def _prefix_states(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values ``[1, H, P, d]`` of each layer."""
+        with speech_positions(self.llm, None):
+            output = self.llm.get_decoder()(inputs_embeds=self.embed(prefix)[None], use_cache=True)
+        return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
+        self._prefixes.clear()  # moved to another device or dtype
+        return super()._apply(fn, recurse)
 
 
 class SpeechLLM(ChatLLM):
@@ -98,11 +191,10 @@ class SpeechLLM(ChatLLM):
     ) -> None:
         if lora_scope not in LORA_SCOPES:
             raise ValueError(f"unknown LoRA scope {lora_scope!r}: choose from {', '.join(LORA_SCOPES)}")
-        super().__init__(llm, lora_scope)
+        super().__init__(llm, lora_scope, share_prefix)
         self.speech_encoder = speech_encoder
         self.adapter = adapter
         self.train_speech_encoder = train_speech_encoder
-        self.share_prefix = share_prefix
         self.cache_features = cache_features and not train_speech_encoder
         self._features: dict[int, Tensor] = {}
         self.speech_encoder.requires_grad_(train_speech_encoder)
@@ -114,7 +206,6 @@ class SpeechLLM(ChatLLM):
         self.fingerprints = {"llm": fingerprint(llm)}
         if not train_speech_encoder:
             self.fingerprints["speech_encoder"] = fingerprint(speech_encoder)
-        self._prefixes: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
         self.train(self.training)
 
     # ---- modes -------------------------------------------------------------------------------------------------
@@ -190,6 +281,8 @@ class SpeechLLM(ChatLLM):
         positions: Collection[str] = ("input", "response"),
         teacher: bool = True,
         keys: Seq[int] | None = None,
+        count_tokens: bool = False,
+        text_replies: Mapping[str, Tensor] | None = None,
     ) -> SpeechLlmOutput:
         """Runs student and teacher.
 
@@ -197,101 +290,49 @@ class SpeechLLM(ChatLLM):
             src_tokens: ``[B, S]`` waveforms, fp32 at 16 kHz (fairseq's name for a model's source).
             src_lengths: ``[B]`` samples.
             text: ids of the sequences' text: ``prefix`` [P]; ``before``, ``transcript``, ``after``, ``response`` as
-                right-padded ``[B, N]`` with ``<name>_lengths`` [B].
+                right-padded ``[B, N]`` with ``<name>_lengths`` [B]. With several responses to each utterance,
+                ``[B x m, N]``, those of an utterance one after another.
             positions: which to return: "input" (the speech positions; needs an adapter that gives one embedding per
                 transcript token) and "response" (those that predict the response). Empty: the LLM does not run.
             teacher: run the teacher, too.
             keys: a number for each utterance, the same whenever it comes (for ``cache_features``).
+            count_tokens: the adapter counts the tokens itself, as in generation, and is not told the transcript's.
+            text_replies: as ``text``; the student reads its transcripts, too (``text_response`` of the output).
         """
-        adapter = self.adapt(src_tokens, src_lengths, text["transcript_lengths"], keys)
+        replies = len(text["response_lengths"]) // max(1, len(src_lengths))
+        target_lengths = None if count_tokens else text["transcript_lengths"][:: max(1, replies)]
+        adapter = self.adapt(src_tokens, src_lengths, target_lengths, keys)
         if not positions:
             return SpeechLlmOutput(adapter, None, None)
         speech = Segment(adapter.embeddings.to(self.llm.dtype), adapter.lengths)
-        transcript = self._segment(text, "transcript")
-        student = self._hidden(text, speech, positions, is_speech=True)
-        with torch.no_grad():
-            expected = self._hidden(text, transcript, positions, is_speech=False) if teacher else None
-
-        def compare(name: str, index: int) -> Distillation | None:
-            if name not in positions:
-                return None
-            keep = _select(student[0].segment, index)
-            target_ids = text["transcript" if index == _SPEECH else "response"]
-            return Distillation(
-                student[1][keep],
-                None if expected is None else expected[1][_select(expected[0].segment, index)],
-                keep.nonzero()[:, 0],
-                target_ids[_valid(target_ids, text["transcript_lengths" if index == _SPEECH else "response_lengths"])],
-            )
-
-        return SpeechLlmOutput(adapter, compare("input", _SPEECH), compare("response", _RESPONSE))
-
-    def _hidden(
-        self, text: Mapping[str, Tensor], speech: Segment, positions: Collection[str], is_speech: bool
-    ) -> tuple[Sequence, Tensor]:
-        """The sequence around ``speech``, and the LLM's hidden states ``[B, L, D]`` over it."""
-        segments = [self._segment(text, "before"), speech]
-        if "response" in positions:
-            segments += [self._segment(text, "after"), self._segment(text, "response")]
-        prefix = text["prefix"]
-        cache = None
-        if self._can_share_prefix(prefix):
-            cache = self._prefix_cache(prefix, batch=len(speech.lengths))
-        elif len(prefix):
-            rows = self.embed(prefix).expand(len(speech.lengths), -1, -1)
-            embeds, lengths = segments[0]
-            segments[0] = Segment(torch.cat([rows, embeds], 1), lengths + len(prefix))
-        sequence = concatenate(segments)
-        with speech_positions(self.llm, self.lora_mask(sequence) if is_speech else None):
-            output = self.llm.get_decoder()(
-                inputs_embeds=sequence.embeds, past_key_values=cache, use_cache=cache is not None
-            )
-        return sequence, output.last_hidden_state
-
-    def lora_mask(self, sequence: Sequence) -> PositionMask:
-        """Where the student's LoRA acts."""
-        if self.lora_scope == "none":
-            return None
-        return ALL_POSITIONS if self.lora_scope == "all" else sequence.segment == _SPEECH
-
-    def _segment(self, text: Mapping[str, Tensor], name: str) -> Segment:
-        return Segment(self.embed(text[name]), text[f"{name}_lengths"])
-
-    # ---- prefix ------------------------------------------------------------------------------------------------
-
-    def _can_share_prefix(self, prefix: Tensor) -> bool:
-        # LoRA on all positions changes the student's prefix; checkpointed layers refuse a cache.
-        checkpointing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.llm.modules())
-        return self.share_prefix and len(prefix) > 0 and self.lora_scope != "all" and not checkpointing
-
-    def _prefix_cache(self, prefix: Tensor, batch: int) -> DynamicCache:
-        """A fresh cache that holds the prefix for every row."""
-        key = tuple(prefix.tolist())
-        if key not in self._prefixes:
-            self._prefixes[key] = self._prefix_states(prefix)
-            while len(self._prefixes) > _CACHED_PREFIXES:
-                self._prefixes.popitem(last=False)
-        cache = DynamicCache(config=self.llm.config)
-        for index, (keys, values) in enumerate(self._prefixes[key]):
-            cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
-        return cache
-
-    @torch.no_grad()
-    def _prefix_states(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values ``[1, H, P, d]`` of each layer."""
-        with speech_positions(self.llm, None):
-            output = self.llm.get_decoder()(inputs_embeds=self.embed(prefix)[None], use_cache=True)
-        return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        if replies > 1:
+            speech = Segment(*(part.repeat_interleave(replies, 0) for part in speech))
+        hearing = self._read(text, speech, positions, with_lora=True)
+        taught = self.teach(text, positions) if teacher else {}
+        compared = {name: _compare(text, name, hearing, taught) for name in positions}
+        text_response = None
+        if text_replies is not None:
+            reading = self.read(text_replies, ("response",))
+            taught = self.teach(text_replies, ("response",)) if teacher else {}
+            text_response = _compare(text_replies, "response", reading, taught)
+        return SpeechLlmOutput(adapter, compared.get("input"), compared.get("response"), text_response)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
-        self._prefixes.clear()  # moved to another device or dtype
         self._features.clear()
         return super()._apply(fn, recurse)
 
 
-def _select(segment: Tensor, index: int) -> Tensor:
+def _compare(
+    text: Mapping[str, Tensor], name: str, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+) -> Distillation:
+    segment = "transcript" if name == "input" else "response"
+    valid = _valid(text[segment], text[f"{segment}_lengths"])
+    return Distillation(student[name], teacher.get(name), valid.nonzero()[:, 0], text[segment][valid])
+
+
+def _select(segment: Tensor, name: str) -> Tensor:
     """Input positions are the speech positions themselves, response positions those that predict the response."""
-    return segment == index if index == _SPEECH else predicts(segment, index)
+    return segment == _SPEECH if name == "input" else predicts(segment, _RESPONSE)
 
 
 def _valid(ids: Tensor, lengths: Tensor) -> Tensor:

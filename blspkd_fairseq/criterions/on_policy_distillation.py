@@ -1,0 +1,355 @@
+"""Criterion ``on_policy_distillation``: X-OPD (arXiv 2603.24596). The student answers, the text teacher scores it.
+
+Roll-outs y are sampled from the student hearing speech S (and reading text T). With the teacher phi reading T:
+
+    A_im = log p_phi(y_t | T, y_<t) - log p_theta(y_t | T, y_<t)     roll-outs of the student reading     (eq. 1)
+    A_cm = log p_phi(y_t | T, y_<t) - log p_theta(y_t | S, y_<t)     roll-outs of the student hearing     (eq. 2)
+    L    = lambda L_im + (1 - lambda) L_cm,   L_x = -E[ 1/m sum_j 1/|y_j| sum_t r_jt A_x ]                (eq. 3-5)
+
+with r = p_theta / p_old, which is 1 when roll-outs are fresh: this is the reverse KL at the sampled prefixes, estimated
+from one word each. The paper writes L as what is maximised; here it is minimised. ``--estimator exact`` takes the KL
+over the whole vocabulary at the same prefixes. Without LoRA on all positions the student reading text *is* the teacher
+(or has nothing to train), so that L_im is 0 and no text roll-outs are drawn.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.distributed.utils import get_data_parallel_world_size
+from fairseq.logging import metrics
+from omegaconf import II
+from torch import Tensor
+
+from blspkd_fairseq.data.dataset import pad_ids
+from blspkd_fairseq.generation.rollouts import RolloutOptions, roll_out, rollout_seed
+from blspkd_fairseq.modules.build import SpeechLlmConfig, load_chat_format, load_llm
+from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_jensen_shannon
+from blspkd_fairseq.modules.sequence import Segment
+from blspkd_fairseq.modules.speech_llm import ChatLLM, Distillation
+
+ESTIMATORS = ("sampled", "exact")
+
+
+@dataclass
+class OnPolicyDistillationConfig(FairseqDataclass):
+    """Options of ``--criterion on_policy_distillation``; defaults are X-OPD's where it has them."""
+
+    rollouts: int = field(default=4, metadata={"help": "roll-outs of each utterance (X-OPD: 4)"})
+    rollout_temperature: float = field(default=1.0, metadata={"help": "temperature of roll-outs (GKD: 0.9)"})
+    rollout_top_p: float = field(
+        default=1.0, metadata={"help": "draw from the likeliest words that make up this share of the probability"}
+    )
+    rollout_max_tokens: int = field(default=128, metadata={"help": "longest roll-out, the end of turn included"})
+    rollout_lifetime: int = field(
+        default=1,
+        metadata={
+            "help": "times that an utterance's roll-outs are trained on before new ones are drawn; 1 is purely "
+            "on-policy, more is cheaper and weighted by the importance ratio. They are lost when training is resumed"
+        },
+    )
+    seed: int = II("common.seed")  # of the roll-outs
+    im_weight: float = field(
+        default=0.5, metadata={"help": "lambda: share of the student reading text; hearing has the rest (X-OPD: 0.5)"}
+    )
+    estimator: str = field(
+        default="sampled",
+        metadata={
+            "help": "divergence at each prefix: sampled (from the drawn word, X-OPD), or exact (whole vocabulary)"
+        },
+    )
+    beta: float = field(
+        default=1.0,
+        metadata={"help": "exact estimator and off-policy batches: 1 reverse KL, 0 forward KL, between them JSD (GKD)"},
+    )
+    off_policy_share: float = field(
+        default=0.0,
+        metadata={"help": "share of batches trained on tgt_text in place of roll-outs (1 - lambda of GKD)"},
+    )
+    quantity_weight: float = field(
+        default=1.0, metadata={"help": "|sum(alpha) / n - 1| (BLSP-KD); an adapter without CIF has none"}
+    )
+    teacher_llm: str = field(
+        default="", metadata={"help": "another, larger LLM with the same tokenizer as teacher (default: the student's)"}
+    )
+    teacher_llm_dtype: str = field(default="bfloat16", metadata={"help": "its precision: float32, bfloat16 or float16"})
+    chunk_size: int = field(default=128, metadata={"help": "positions that go through the LLM's head at once"})
+
+
+@register_criterion("on_policy_distillation", dataclass=OnPolicyDistillationConfig)
+class OnPolicyDistillationCriterion(FairseqCriterion):
+    """See the module. Manifests need no responses unless ``--off-policy-share`` is above 0."""
+
+    def __init__(self, cfg: OnPolicyDistillationConfig, task: Any) -> None:
+        super().__init__(task)
+        _check(cfg)
+        self.cfg = cfg
+        self.options = RolloutOptions(cfg.rollouts, cfg.rollout_temperature, cfg.rollout_top_p, cfg.rollout_max_tokens)
+        self._kept: dict[tuple[str, int], _Rollouts] = {}
+        # In a list, since a module of this module would be saved with every checkpoint.
+        self._teacher = [_load_teacher(cfg, task)] if cfg.teacher_llm else []
+
+    @classmethod
+    def build_criterion(cls, cfg: OnPolicyDistillationConfig, task: Any) -> "OnPolicyDistillationCriterion":
+        return cls(cfg, task)
+
+    @property
+    def needs_responses(self) -> bool:
+        """Whether the manifest must have ``tgt_text``."""
+        return self.cfg.off_policy_share > 0
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+    def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict[str, float]]:
+        """Returns the summed loss of the batch's utterances, their number, and sums to log."""
+        off_policy = self._is_off_policy(model, sample)
+        begin = time.perf_counter()
+        rolled = {} if off_policy else self._roll_out(model, sample)
+        rollout_seconds = time.perf_counter() - begin
+        inputs = dict(sample["net_input"])
+        if rolled:
+            inputs |= {"text": _with_responses(inputs["text"], rolled["speech"]), "count_tokens": True}
+            if "text" in rolled:
+                inputs["text_replies"] = _with_responses(inputs["text"], rolled["text"], repeat=False)
+        output = model(**inputs, positions=("response",), teacher=not self._teacher)
+
+        sums: dict[str, Tensor] = {}
+        count = sample["nsentences"]
+        loss = output.adapter.embeddings.sum() * 0.0
+        for path, compared, weight in (
+            ("speech", output.response, 1 - self.cfg.im_weight),
+            ("text", output.text_response, self.cfg.im_weight),
+        ):
+            if compared is not None:
+                texts = inputs["text"] if path == "speech" else inputs["text_replies"]
+                values = self._divergence(path, compared, texts, model, rolled.get(path), sums)
+                loss = loss + weight * _mean_per_response(
+                    values, compared.rows, len(texts["response_lengths"])
+                ).sum() / (self.cfg.rollouts if rolled else 1)
+        if output.adapter.alpha_sum is not None:
+            quantity = (output.adapter.alpha_sum / sample["net_input"]["text"]["transcript_lengths"] - 1).abs()
+            sums["quantity_sum"] = quantity.detach().sum()
+            loss = loss + self.cfg.quantity_weight * quantity.sum()
+        return loss, count, self._log(loss, sums, sample, rolled, rollout_seconds)
+
+    # ---- roll-outs ---------------------------------------------------------------------------------------------
+
+    def _is_off_policy(self, model: Any, sample: dict[str, Any]) -> bool:
+        """Drawn for the whole batch; in validation always on-policy."""
+        if self.cfg.off_policy_share == 0 or not model.training:
+            return False
+        seed = rollout_seed(self.cfg.seed, "off-policy", model.num_updates, sample["net_input"]["keys"])
+        draw = torch.rand((), generator=torch.Generator().manual_seed(seed))
+        return float(draw) < self.cfg.off_policy_share
+
+    def _roll_out(self, model: Any, sample: dict[str, Any]) -> dict[str, "list[_Rollouts]"]:
+        """Roll-outs of each utterance, for the paths that are trained: kept ones while they live, then new ones."""
+        speech_llm = model.speech_llm
+        paths = ["speech"]
+        if speech_llm.lora_scope == "all" and self.cfg.im_weight > 0:
+            paths.append("text")
+        was_training = speech_llm.training
+        speech_llm.eval()
+        try:
+            return {path: self._rollouts_of(path, model, sample, was_training) for path in paths}
+        finally:
+            speech_llm.train(was_training)
+
+    def _rollouts_of(self, path: str, model: Any, sample: dict[str, Any], training: bool) -> "list[_Rollouts]":
+        inputs, keys = sample["net_input"], sample["net_input"]["keys"]
+        lifetime = self.cfg.rollout_lifetime if training else 1
+        new = [row for row, key in enumerate(keys) if lifetime == 1 or (path, key) not in self._kept]
+        fresh: dict[int, _Rollouts] = {}
+        if new:
+            if path == "speech":
+                rows = torch.tensor(new, device=inputs["src_tokens"].device)
+                with torch.no_grad():
+                    adapter = model.speech_llm.adapt(inputs["src_tokens"][rows], inputs["src_lengths"][rows])
+                heard = Segment(adapter.embeddings.to(model.speech_llm.llm.dtype), adapter.lengths)
+            else:
+                text = inputs["text"]
+                heard = Segment(model.speech_llm.embed(text["transcript"][new]), text["transcript_lengths"][new])
+            update = model.num_updates if training else -1
+            copies = range(self.cfg.rollouts)
+            seeds = [rollout_seed(self.cfg.seed, path, update, keys[row], j) for row in new for j in copies]
+            prompts = [sample["prompts"][row] for row in new]
+            ids = roll_out(
+                model.speech_llm, self.task.chat, heard, prompts, seeds, self.options, is_speech=path == "speech"
+            )
+            for place, row in enumerate(new):
+                fresh[row] = _Rollouts(ids[place * self.cfg.rollouts : (place + 1) * self.cfg.rollouts])
+        used = [fresh[row] if row in fresh else self._kept[path, key] for row, key in enumerate(keys)]
+        for key, rollouts in zip(keys, used, strict=True):
+            rollouts.uses += 1
+            if rollouts.uses < lifetime:
+                self._kept[path, key] = rollouts
+            else:
+                self._kept.pop((path, key), None)
+        return used
+
+    # ---- losses ------------------------------------------------------------------------------------------------
+
+    def _divergence(
+        self,
+        path: str,
+        compared: Distillation,
+        text: dict[str, Tensor],
+        model: Any,
+        rolled: "list[_Rollouts] | None",
+        sums: dict[str, Tensor],
+    ) -> Tensor:
+        """``[N]`` what is minimised at each position, and sums to log."""
+        weight, bias = model.speech_llm.head
+        teacher, head = compared.teacher, None
+        if self._teacher:
+            own = self._teacher[0].to(weight.device)
+            teacher, head = own.teach(text, ("response",))["response"], own.head
+        assert teacher is not None
+        if self.cfg.estimator == "exact" or rolled is None:
+            values, agrees = linear_jensen_shannon(
+                compared.student, teacher, weight, bias, self.cfg.beta, 1.0, self.cfg.chunk_size, head
+            )
+            sums[f"{path}_divergence_sum"] = values.detach().sum()
+            sums[f"{path}_agree"] = agrees.sum()
+        else:
+            student_log = -linear_cross_entropy(compared.student, compared.targets, weight, bias, self.cfg.chunk_size)
+            with torch.no_grad():
+                teacher_head, teacher_bias = head or (weight, bias)
+                teacher_log = -linear_cross_entropy(
+                    teacher, compared.targets, teacher_head, teacher_bias, self.cfg.chunk_size
+                )
+            advantage = teacher_log - student_log.detach()
+            values = -importance_ratio(student_log, rolled) * advantage
+            sums[f"{path}_divergence_sum"] = -advantage.sum()
+        sums[f"{path}_tokens"] = torch.tensor(float(len(values)))
+        return values
+
+    # ---- logging -----------------------------------------------------------------------------------------------
+
+    def _log(
+        self,
+        loss: Tensor,
+        sums: dict[str, Tensor],
+        sample: dict[str, Any],
+        rolled: "dict[str, list[_Rollouts]]",
+        rollout_seconds: float,
+    ) -> dict[str, float]:
+        names = ["loss", *sums]
+        values = [float(value) for value in (loss.detach(), *sums.values())]
+        log = dict.fromkeys(_SUMS, 0.0) | dict(zip(names, values, strict=True))
+        ids = [one for rollouts in rolled.values() for each in rollouts for one in each.ids]
+        ends = set(self.task.chat.eos_ids)
+        log["rollouts"] = float(len(ids))
+        log["rollout_tokens"] = float(sum(map(len, ids)))
+        log["rollouts_finished"] = float(sum(one[-1] in ends for one in ids))
+        log["rollout_seconds"] = rollout_seconds
+        log["ntokens"] = int(sum(map(len, ids))) or sample["ntokens"]
+        log["nsentences"] = log["sample_size"] = sample["nsentences"]
+        return log
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Logs divergences per token, and what roll-outs are like and cost."""
+
+        def total(name: str) -> float:
+            return float(sum(log.get(name, 0) for log in logging_outputs))
+
+        utterances, rollouts = total("sample_size"), total("rollouts")
+        if utterances:
+            metrics.log_scalar("loss", total("loss") / utterances, utterances, round=4)
+            metrics.log_scalar("quantity", total("quantity_sum") / utterances, utterances, round=4)
+        for path in ("speech", "text"):
+            tokens = total(f"{path}_tokens")
+            if tokens:
+                metrics.log_scalar(f"{path}_divergence", total(f"{path}_divergence_sum") / tokens, tokens, round=4)
+                if total(f"{path}_agree"):
+                    metrics.log_scalar(f"{path}_agreement", total(f"{path}_agree") / tokens, tokens, round=4)
+        if rollouts:
+            metrics.log_scalar("rollout_length", total("rollout_tokens") / rollouts, rollouts, round=2)
+            metrics.log_scalar("rollout_finished", total("rollouts_finished") / rollouts, rollouts, round=3)
+        # Beside fairseq's train_wall, which holds roll-outs and updates.
+        workers = get_data_parallel_world_size()
+        metrics.log_scalar_sum("rollout_wall", total("rollout_seconds") / workers, round=1)
+
+
+_SUMS = [
+    *(f"{path}_{kind}" for path in ("speech", "text") for kind in ("divergence_sum", "agree", "tokens")),
+    "quantity_sum",
+]
+
+
+class _Rollouts:
+    """Roll-outs of one utterance; ``old`` are the log-probabilities [tokens] of each when it was first trained on."""
+
+    def __init__(self, ids: list[list[int]]) -> None:
+        self.ids = ids
+        self.old: list[Tensor] | None = None
+        self.uses = 0
+
+
+def importance_ratio(student_log: Tensor, rolled: "Sequence[_Rollouts]") -> Tensor:
+    """``[N]`` p_theta / p_old of each token; 1, with the gradient of log p_theta, the first time."""
+    parts = student_log.detach().split([len(ids) for rollouts in rolled for ids in rollouts.ids])
+    old, start = [], 0
+    for rollouts in rolled:
+        if rollouts.old is None:
+            rollouts.old = list(parts[start : start + len(rollouts.ids)])
+        old += rollouts.old
+        start += len(rollouts.ids)
+    return (student_log - torch.cat(old)).exp()
+
+
+def _with_responses(text: dict[str, Tensor], rolled: "Sequence[_Rollouts]", repeat: bool = True) -> dict[str, Tensor]:
+    """The batch's texts, each with its roll-outs for responses, one row for each."""
+    ids = [one for rollouts in rolled for one in rollouts.ids]
+    device = text["response"].device
+    copies = len(rolled[0].ids) if repeat and rolled else 1
+    repeated = {
+        name: value if name == "prefix" else value.repeat_interleave(copies, 0)
+        for name, value in text.items()
+        if not name.startswith("response")
+    }
+    lengths = torch.tensor([len(one) for one in ids], device=device)
+    return {**repeated, "response": pad_ids(ids).to(device), "response_lengths": lengths}
+
+
+def _mean_per_response(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """``[count]`` means of per-token values ``[N]``; response ``rows[i]`` owns ``values[i]``."""
+    totals = values.new_zeros(count).index_add(0, rows, values)
+    return totals / torch.bincount(rows, minlength=count).clamp(min=1)
+
+
+def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:
+    """Another LLM as teacher.
+
+    Raises:
+        ValueError: its tokenizer is not the student's.
+    """
+    config = SpeechLlmConfig(llm=cfg.teacher_llm, llm_dtype=cfg.teacher_llm_dtype)
+    chat = load_chat_format(config)
+    if chat.tokenizer.get_vocab() != task.chat.tokenizer.get_vocab() or chat.eos_ids != task.chat.eos_ids:
+        raise ValueError(
+            f"--teacher-llm {cfg.teacher_llm} has another tokenizer than the student's LLM: their words cannot be "
+            "compared; take a larger model of the same family"
+        )
+    return ChatLLM(load_llm(config, chat)).eval().requires_grad_(False)
+
+
+def _check(cfg: OnPolicyDistillationConfig) -> None:
+    if cfg.estimator not in ESTIMATORS:
+        raise ValueError(f"unknown --estimator {cfg.estimator!r}: choose from {', '.join(ESTIMATORS)}")
+    for option in ("im_weight", "beta", "off_policy_share"):
+        if not 0 <= getattr(cfg, option) <= 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be between 0 and 1, got {getattr(cfg, option)}")
+    if cfg.estimator == "sampled" and cfg.beta != 1 and cfg.off_policy_share == 0:
+        raise ValueError("--beta needs --estimator exact: the sampled estimator is one of the reverse KL (beta 1)")
+    if cfg.rollout_lifetime < 1:
+        raise ValueError(f"--rollout-lifetime must be at least 1, got {cfg.rollout_lifetime}")
+    if cfg.quantity_weight < 0:
+        raise ValueError(f"--quantity-weight must not be negative, got {cfg.quantity_weight}")

@@ -1,0 +1,134 @@
+"""Roll-outs: answers sampled from the student as it is, for on-policy distillation.
+
+Each roll-out draws its random numbers from a generator of its own, so that it depends on its seed and not on what it is
+batched with (up to the rounding of batched matrix products, which can tip a draw that falls on a border).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from blspkd_fairseq.data.chat import ChatFormat
+from blspkd_fairseq.generation.decoding import build_prompt, prefill
+from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, speech_positions
+from blspkd_fairseq.modules.sequence import Segment
+from blspkd_fairseq.modules.speech_llm import ChatLLM
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How roll-outs are drawn.
+
+    Attributes:
+        per_prompt: roll-outs of each prompt (X-OPD: 4).
+        temperature: divides the logits.
+        top_p: draw from the likeliest words that make up this share of the probability.
+        max_new_tokens: length limit, the end of turn included.
+    """
+
+    per_prompt: int = 4
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.per_prompt < 1 or self.max_new_tokens < 1:
+            raise ValueError("roll-outs: at least one per prompt, of at least one token")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError("roll-outs need temperature > 0 and 0 < top-p <= 1")
+
+
+@torch.no_grad()
+def roll_out(
+    model: ChatLLM,
+    chat: ChatFormat,
+    heard: Segment,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    options: RolloutOptions,
+    is_speech: bool = True,
+) -> list[list[int]]:
+    """Samples answers of the student.
+
+    Args:
+        model: in eval mode.
+        chat: the chat format of its LLM.
+        heard: speech embeddings ``[B, U, D]``, or the embeddings of the transcripts.
+        prompts: the instruction of each row, with its ``{speech}`` slot.
+        seeds: of each roll-out, ``B x per_prompt``, those of a prompt one after another.
+        is_speech: ``heard`` is speech, on which Partial LoRA acts.
+
+    Returns:
+        The ids of each roll-out, with the end of turn unless the length limit cut it; at least one.
+    """
+    prompt = build_prompt(model, chat, heard, prompts)
+    everywhere = model.lora_scope == "all"
+    mask = None
+    if everywhere or (is_speech and model.lora_scope == "speech"):
+        mask = ALL_POSITIONS if everywhere else prompt.speech[:, :-1]
+    with speech_positions(model.llm, mask):
+        cache = prefill(model, prompt)
+    cache.batch_repeat_interleave(options.per_prompt)
+    device = prompt.embeds.device
+    with speech_positions(model.llm, ALL_POSITIONS if everywhere else None):
+        generated = model.llm.generate(
+            inputs_embeds=prompt.embeds.repeat_interleave(options.per_prompt, 0),
+            attention_mask=prompt.valid.long().repeat_interleave(options.per_prompt, 0),
+            past_key_values=cache,
+            do_sample=False,
+            max_new_tokens=options.max_new_tokens,
+            logits_processor=LogitsProcessorList([_Draw(seeds, options, device)]),
+        )
+    return [_until_end(row.tolist(), chat.eos_ids) for row in generated]
+
+
+def rollout_seed(*parts: object) -> int:
+    """A seed that differs when one of the parts does, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _until_end(ids: list[int], eos_ids: list[int]) -> list[int]:
+    """Up to the first end of turn; what follows it is padding."""
+    return next((ids[: place + 1] for place, token in enumerate(ids) if token in eos_ids), ids)
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one word of each row: the one drawn by that row's own generator."""
+
+    def __init__(self, seeds: Sequence[int], options: RolloutOptions, device: torch.device) -> None:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        steps = [torch.rand(options.max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
+        self.uniform = torch.stack(steps).to(device)  # [rows, steps]
+        self.options = options
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        words = draw(scores, self.uniform[:, self.step], self.options.temperature, self.options.top_p)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, words.unsqueeze(1), 0.0)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """The word of each row whose share of the probability ``uniform`` falls into.
+
+    Args:
+        logits: ``[B, V]``.
+        uniform: ``[B]`` in [0, 1).
+        temperature, top_p: see :class:`RolloutOptions`; the likeliest word is always kept.
+
+    Returns:
+        ``[B]`` indices.
+    """
+    probability = (logits.float() / temperature).softmax(1).double()
+    words = None
+    if top_p < 1:
+        probability, words = torch.sort(probability, dim=1, descending=True, stable=True)
+        before = probability.cumsum(1) - probability
+        probability = probability.masked_fill(before >= top_p, 0.0)
+    ends = probability.cumsum(1)
+    place = torch.searchsorted(ends, uniform.unsqueeze(1).to(ends) * ends[:, -1:], right=True)
+    return (place if words is None else words.gather(1, place)).squeeze(1)

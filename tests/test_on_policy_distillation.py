@@ -1,0 +1,389 @@
+"""X-OPD: roll-outs, both estimators against the analytic gradient, and the criterion through fairseq's commands."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from commands import fairseq, load, train
+from tiny import save_llm, save_whisper, write_split
+from torch import Tensor, nn
+
+import blspkd_fairseq
+from blspkd_fairseq.data.manifest import Manifest
+from blspkd_fairseq.generation.rollouts import RolloutOptions, draw, roll_out, rollout_seed
+from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
+from blspkd_fairseq.modules.sequence import Segment
+from blspkd_fairseq.modules.speech_llm import SpeechLLM
+
+blspkd_fairseq.register()
+
+from blspkd_fairseq.criterions.on_policy_distillation import (  # noqa: E402
+    OnPolicyDistillationConfig,
+    OnPolicyDistillationCriterion,
+)
+from blspkd_fairseq.data.dataset import SpeechTextDataset  # noqa: E402
+from blspkd_fairseq.models.blsp_kd import BlspKdModel  # noqa: E402
+
+
+class World:
+    """Models and data that the tests of this file share."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.data = root, root / "data"
+        self.llm, self.whisper = save_llm(root / "llm"), save_whisper(root / "whisper")
+        write_split(self.data, "train", 4)
+        write_split(self.data, "valid", 3)
+
+    def build(self, lora_scope: str = "speech", dtype: torch.dtype = torch.float32, lora: float = 0.3) -> BlspKdModel:
+        """A model whose LoRA is already somewhere else than at zero."""
+        torch.manual_seed(0)
+        config = SpeechLlmConfig(
+            speech_encoder=str(self.whisper), llm=str(self.llm), llm_dtype="float32", adapter_pre_layers=1,
+            adapter_post_layers=1, adapter_heads=2, adapter_dropout=0, lora_scope=lora_scope, lora_rank=4,
+            lora_dropout=0,
+        )  # fmt: skip
+        speech_llm, chat = build_speech_llm(config)
+        for name, parameter in speech_llm.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=lora)
+        return BlspKdModel(speech_llm.to(dtype), chat)
+
+    def sample(self, model: BlspKdModel, rows: list[int], drop: str = "") -> dict[str, Any]:
+        data = SpeechTextDataset(Manifest.load(self.data / "train.tsv"), model.chat)
+        sample = data.collater([data[row] for row in rows])
+        dtype = model.speech_llm.adapter_dtype
+        sample["net_input"]["src_tokens"] = sample["net_input"]["src_tokens"].to(dtype)
+        return sample
+
+    def train(self, save_dir: Path, *options: Any) -> str:
+        return train(self.data, save_dir, self.llm, self.whisper, *options)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    yield World(tmp_path_factory.mktemp("world"))
+
+
+def criterion_of(model: BlspKdModel, **options: Any) -> OnPolicyDistillationCriterion:
+    defaults = {"rollouts": 2, "rollout_max_tokens": 6, "seed": 1, "quantity_weight": 0.0}
+    cfg = OnPolicyDistillationConfig(**{**defaults, **options})  # type: ignore[arg-type]
+    return OnPolicyDistillationCriterion(cfg, SimpleNamespace(chat=model.chat, target_dictionary=None))
+
+
+def trained_gradient(model: BlspKdModel) -> Tensor:
+    parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return torch.cat(parts)
+
+
+# ---- drawing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.7), (1.5, 0.9)])
+def test_words_are_drawn_by_their_probability(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.0, 0.9])
+    expected = (logits.double() / temperature).softmax(0)
+    order = expected.argsort(descending=True)
+    kept = int((expected[order].cumsum(0) < top_p).sum()) + 1
+    expected[order[kept:]] = 0
+    expected /= expected.sum()
+    uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # every share once
+    words = draw(logits.expand(100_000, -1), uniform, temperature, top_p)
+    torch.testing.assert_close(torch.bincount(words, minlength=5) / 100_000, expected.float(), atol=2e-5, rtol=0)
+
+
+def test_a_draw_is_never_a_word_that_is_taken_out() -> None:
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]]).expand(2, -1)
+    assert draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 3]
+    assert draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), top_p=0.5).tolist() == [3, 3]
+
+
+# ---- roll-outs -----------------------------------------------------------------------------------------------------
+
+
+def rolled(model: SpeechLLM, chat: Any, sample: dict[str, Any], rows: list[int], seeds: list[int]) -> list[list[int]]:
+    inputs = sample["net_input"]
+    with torch.no_grad():
+        adapter = model.adapt(inputs["src_tokens"][rows], inputs["src_lengths"][rows])
+    options = RolloutOptions(per_prompt=len(seeds) // len(rows), max_new_tokens=12)
+    prompts = [sample["prompts"][row] for row in rows]
+    return roll_out(model, chat, Segment(adapter.embeddings, adapter.lengths), prompts, seeds, options)
+
+
+def test_rollouts_depend_on_their_seed_alone(world: World) -> None:
+    model = world.build(dtype=torch.float64).eval()
+    sample = world.sample(model, [0, 1, 2, 3])
+    roll = lambda rows, seeds: rolled(model.speech_llm, model.chat, sample, rows, seeds)  # noqa: E731
+    together = roll([0, 1, 2, 3], list(range(8)))
+    assert together == roll([0, 1, 2, 3], list(range(8)))
+    assert [roll([row], [2 * row, 2 * row + 1]) for row in range(4)] == [together[i : i + 2] for i in range(0, 8, 2)]
+    assert roll([3, 1], [7, 6, 3, 2]) == [together[i] for i in (7, 6, 3, 2)]
+    assert roll([0, 1, 2, 3], list(range(8, 16))) != together
+    assert len({tuple(ids) for ids in together}) == 8  # each is another
+    assert all(1 <= len(ids) <= 12 for ids in together)
+    ends = set(model.chat.eos_ids)
+    assert all(not ends.intersection(ids[:-1]) for ids in together)
+
+
+def test_a_rollout_is_what_the_student_would_say_word_by_word(world: World) -> None:
+    """Each word against the full forward pass of the student over the words before it."""
+    model = world.build(dtype=torch.float64).eval()
+    sample = world.sample(model, [0, 1])
+    ids = rolled(model.speech_llm, model.chat, sample, [0, 1], [3, 4])
+    text = dict(sample["net_input"]["text"])
+    text["response"] = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
+    text["response_lengths"] = torch.tensor([len(one) for one in ids])
+    with torch.no_grad():
+        inputs = {**sample["net_input"], "text": text}
+        compared = model(**inputs, positions=("response",), count_tokens=True).response
+        logits = compared.student @ model.speech_llm.head[0].t()
+    for row, seed in enumerate((3, 4)):
+        uniform = torch.rand(12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        words = draw(logits[compared.rows == row], uniform[: len(ids[row])])
+        assert words.tolist() == ids[row]
+
+
+def test_seeds_differ_in_every_part() -> None:
+    parts = [(seed, path, update, key, j) for seed in (1, 2) for path in "ab" for update in (0, 1) for key in (5, 6)
+             for j in range(3)]  # fmt: skip
+    assert len({rollout_seed(*one) for one in parts}) == len(parts)
+    assert rollout_seed(1, "speech", 2, 3) == rollout_seed(1, "speech", 2, 3) < 2**63
+
+
+# ---- estimators ----------------------------------------------------------------------------------------------------
+
+
+def analytic_gradient(model: BlspKdModel, sample: dict[str, Any]) -> Tensor:
+    """Of the reverse KL at the first word of the answer, over the whole vocabulary, by autograd."""
+    text = dict(sample["net_input"]["text"])
+    one = torch.ones_like(text["response_lengths"])
+    text |= {"response": text["response"][:, :1], "response_lengths": one}
+    compared = model(**{**sample["net_input"], "text": text}, positions=("response",), count_tokens=True).response
+    weight = model.speech_llm.head[0]
+    log_q = (compared.student @ weight.t()).log_softmax(1)
+    log_p = (compared.teacher @ weight.t()).log_softmax(1)
+    (log_q.exp() * (log_q - log_p)).sum().backward()
+    return trained_gradient(model)
+
+
+def test_the_exact_estimator_is_the_analytic_gradient_and_the_sampled_one_is_unbiased(world: World) -> None:
+    model = world.build(dtype=torch.float64).train()
+    sample = world.sample(model, [0, 1])
+    expected = analytic_gradient(model, sample)
+
+    def gradient(**options: Any) -> Tensor:
+        criterion = criterion_of(model, rollout_max_tokens=1, im_weight=0.0, **options)
+        criterion(model, sample)[0].backward()
+        return trained_gradient(model)
+
+    # After one word every prefix is the same, so that the exact one has nothing left to chance.
+    torch.testing.assert_close(gradient(estimator="exact", rollouts=2), expected)
+    groups = torch.stack([gradient(estimator="sampled", rollouts=256, seed=seed) for seed in range(24)])
+    error = (groups.var(0) / len(groups)).sum().sqrt()
+    distance = (groups.mean(0) - expected).norm()
+    assert error < 0.2 * expected.norm()  # close enough to tell it from another gradient
+    assert distance < 1.6 * error
+    assert (groups.mean(0) + expected).norm() > 5 * error
+
+
+def test_the_importance_ratio_is_1_the_first_time_and_not_later(world: World) -> None:
+    model = world.build().train()
+    sample = world.sample(model, [0, 1])
+    criterion = criterion_of(model, rollout_lifetime=2, im_weight=0.0)
+
+    def loss_and_ids() -> tuple[float, list[list[int]]]:
+        kept = criterion._kept
+        loss = criterion(model, sample)[0]
+        ids = [one for rollouts in kept.values() for one in rollouts.ids]
+        return float(loss), ids
+
+    first_loss, first = loss_and_ids()
+    assert first and len(first) == 4
+    fresh = criterion_of(model, im_weight=0.0)
+    # With a ratio of 1 the loss is the estimate of the divergence itself: mean over roll-outs, sum over utterances.
+    assert first_loss == pytest.approx(float(fresh(model, sample)[0]))
+    with torch.no_grad():
+        for parameter in model.speech_llm.adapter.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    stale_loss, left = loss_and_ids()
+    assert left == []  # used up
+    assert stale_loss != pytest.approx(first_loss, rel=1e-3)
+    _, second = loss_and_ids()
+    assert second != first
+
+
+def test_reading_text_is_the_teacher_itself_without_lora_everywhere(world: World) -> None:
+    """L_im is 0 under Partial LoRA, which is why no text roll-outs are drawn there."""
+    for scope, zero in (("none", True), ("speech", True), ("all", False)):
+        model = world.build(scope).eval()
+        sample = world.sample(model, [0, 1, 2])
+        inputs = sample["net_input"]
+        out = model(**inputs, positions=("response",), text_replies=inputs["text"])
+        assert torch.equal(out.text_response.student, out.text_response.teacher) == zero
+        log = criterion_of(model)(model, sample)[2]
+        assert log["rollouts"] == (6 if zero else 12)
+        assert (log["text_tokens"] == 0) == zero
+        halves = [criterion_of(model, im_weight=weight)(model, sample)[0] for weight in (0.0, 0.5, 1.0)]
+        torch.testing.assert_close(halves[1], (halves[0] + halves[2]) / 2)  # eq. 5
+        assert (float(halves[2]) == 0) == zero
+
+
+def test_off_policy_batches_are_the_divergence_on_the_responses(world: World) -> None:
+    model = world.build().train()
+    sample = world.sample(model, [0, 1, 2])
+    criterion = criterion_of(model, off_policy_share=1.0, im_weight=0.0, estimator="exact", beta=0.0)
+    loss, _, log = criterion(model, sample)
+    out = model(**sample["net_input"], positions=("response",)).response
+    weight = model.speech_llm.head[0]
+    log_q, log_p = ((hidden @ weight.t()).log_softmax(1) for hidden in (out.student, out.teacher))
+    kl = (log_p.exp() * (log_p - log_q)).sum(1)
+    expected = sum(kl[out.rows == row].mean() for row in range(3))
+    torch.testing.assert_close(loss, expected)
+    assert log["rollouts"] == 0 and criterion.needs_responses
+    shares = criterion_of(model, off_policy_share=0.5)
+    chosen = []
+    for update in range(40):
+        model.set_num_updates(update)
+        chosen.append(shares._is_off_policy(model, sample))
+    assert 8 < sum(chosen) < 32
+    model.eval()
+    assert not shares._is_off_policy(model, sample)
+
+
+def test_a_larger_teacher_teaches(world: World, tmp_path: Path) -> None:
+    larger = save_llm(tmp_path / "larger", hidden=48, layers=3, seed=5)
+    model = world.build("none").train()
+    sample = world.sample(model, [0, 1])
+    own = criterion_of(model, estimator="exact", im_weight=0.0)
+    other = criterion_of(model, estimator="exact", im_weight=0.0, teacher_llm=str(larger), teacher_llm_dtype="float32")
+    assert not list(other.parameters())  # nothing of it in the optimizer or in checkpoints
+    loss, loss_of_other = own(model, sample)[0], other(model, sample)[0]
+    assert float(loss_of_other) > 0 and float(loss_of_other) != pytest.approx(float(loss), rel=1e-3)
+    same = criterion_of(
+        model, estimator="exact", im_weight=0.0, teacher_llm=str(world.llm), teacher_llm_dtype="float32"
+    )
+    torch.testing.assert_close(same(model, sample)[0], loss)
+    loss_of_other.backward()
+    assert trained_gradient(model).abs().max() > 0
+    assert all(parameter.grad is None for parameter in other._teacher[0].parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "k3"}, "unknown --estimator 'k3': choose from sampled, exact"),
+        ({"beta": 0.5}, "--beta needs --estimator exact"),
+        ({"im_weight": 1.5}, "--im-weight must be between 0 and 1, got 1.5"),
+        ({"off_policy_share": -1}, "--off-policy-share must be between 0 and 1"),
+        ({"rollout_lifetime": 0}, "--rollout-lifetime must be at least 1"),
+        ({"quantity_weight": -1}, "--quantity-weight must not be negative"),
+        ({"rollouts": 0}, "at least one per prompt"),
+        ({"rollout_temperature": 0}, "temperature > 0"),
+        ({"rollout_top_p": 0}, "top-p"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(world: World, options: dict[str, Any], message: str) -> None:
+    model = SimpleNamespace(chat=None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        criterion_of(model, **options)  # type: ignore[arg-type]
+
+
+def test_a_teacher_with_other_words_is_refused(world: World, tmp_path: Path) -> None:
+    model = world.build("none")
+    other = save_llm(tmp_path / "other")
+    tokenizer = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(tokenizer.replace('"!"', '"\\u00a1!"', 1), encoding="utf-8")
+    with pytest.raises(ValueError, match="has another tokenizer than the student's LLM"):
+        criterion_of(model, teacher_llm=str(other))
+
+
+# ---- through fairseq's commands ------------------------------------------------------------------------------------
+
+ON_POLICY = (
+    "--criterion", "on_policy_distillation", "--rollouts", 2, "--rollout-max-tokens", 6, "--no-epoch-checkpoints",
+)  # fmt: skip
+
+
+def logged(log: str, name: str) -> list[float]:
+    return [float(value) for value in re.findall(rf"^epoch \d+:.* {name}=([-\d.]+)", log, re.M)]
+
+
+def text_states(world: World, save_dir: Path) -> tuple[Tensor, Tensor]:
+    """Hidden states of the trained LLM reading a text as its user would, and those of the base LLM."""
+    model = blspkd_fairseq.BlspKd.from_pretrained(save_dir / "checkpoint_last.pt").model
+    base = world.build("none")
+    text = world.sample(base, [0])["net_input"]["text"]
+    with torch.no_grad():
+        student = model.read(text, ("response",))
+    return student["response"], base.speech_llm.teach(text, ("response",))["response"]
+
+
+def test_it_learns_from_a_warm_start_and_leaves_text_alone(world: World, tmp_path: Path) -> None:
+    world.train(tmp_path / "warm", "--max-update", 4, "--disable-validation", "--no-epoch-checkpoints")
+    warm = tmp_path / "warm" / "checkpoint_last.pt"
+    log = world.train(
+        tmp_path / "opd", *ON_POLICY, "--finetune-from-model", warm, "--max-update", 16, "--estimator", "exact",
+        "--rollouts", 4, "--lr", 5e-3, "--validate-interval", 100,
+    )  # fmt: skip
+    divergence = logged(log, "speech_divergence")
+    assert len(divergence) == 16 and sum(divergence[-3:]) < 0.8 * sum(divergence[:3])
+    assert len(logged(log, "rollout_wall")) == 16 and all(1 <= length <= 6 for length in logged(log, "rollout_length"))
+    assert re.search(r"valid on 'valid' subset.*speech_divergence [\d.]+", log)
+    student, base = text_states(world, tmp_path / "opd")
+    assert torch.equal(student, base)
+    before, after = load(warm)["model"], load(tmp_path / "opd" / "checkpoint_last.pt")["model"]
+    assert before.keys() == after.keys()  # no teacher in it
+    assert any(not torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
+
+
+def test_lora_everywhere_changes_text_and_is_held_to_the_teacher(world: World, tmp_path: Path) -> None:
+    log = world.train(
+        tmp_path, *ON_POLICY, "--lora-scope", "all", "--max-update", 6, "--disable-validation", "--lr", 1e-2
+    )
+    assert len(logged(log, "text_divergence")) == 6
+    student, base = text_states(world, tmp_path)
+    assert (student - base).abs().max() > 1e-3
+
+
+def test_one_update_is_the_same_however_the_batch_is_split(world: World, tmp_path: Path) -> None:
+    update = (*ON_POLICY, "--max-update", 1, "--disable-validation", "--optimizer", "sgd", "--lr", 1)
+    world.train(tmp_path / "whole", *update)
+    world.train(tmp_path / "split", *update, "--batch-size", 2, "--update-freq", 2)
+    whole, split = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("whole", "split"))
+    for name, weight in whole.items():
+        if not name.startswith("frozen."):
+            torch.testing.assert_close(split[name], weight, atol=2e-6, rtol=1e-4)
+
+
+def test_resumed_training_is_the_uninterrupted_one(world: World, tmp_path: Path) -> None:
+    options = (*ON_POLICY, "--batch-size", 2, "--disable-validation", "--estimator", "sampled")
+    world.train(tmp_path / "whole", *options, "--max-update", 5)
+    world.train(tmp_path / "parts", *options, "--max-update", 3, "--save-interval-updates", 3)
+    world.train(tmp_path / "parts", *options, "--max-update", 5)
+    whole, parts = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("whole", "parts"))
+    for name, weight in whole.items():
+        if not name.startswith("frozen."):
+            torch.testing.assert_close(parts[name], weight, atol=2e-6, rtol=1e-4)
+
+
+def test_generation_takes_its_checkpoints(world: World, tmp_path: Path) -> None:
+    world.train(tmp_path, *ON_POLICY, "--max-update", 1, "--disable-validation", "--off-policy-share", 0.5)
+    output = fairseq(
+        "generate", world.data, "--gen-subset", "valid", "--path", tmp_path / "checkpoint_last.pt", "--max-len-b", 3
+    )
+    assert len(re.findall(r"^D-\d+\t", output, re.M)) == 3
+
+
+def test_without_responses_in_the_manifest(world: World, tmp_path: Path) -> None:
+    write_split(tmp_path / "data", "train", 2, drop=("tgt_text",))
+    run: Callable[..., str] = lambda *options: train(  # noqa: E731
+        tmp_path / "data", tmp_path / "save", world.llm, world.whisper, *ON_POLICY, "--disable-validation",
+        "--max-update", 1, *options,
+    )  # fmt: skip
+    assert "num_updates=1" in run()
+    with pytest.raises(Exception, match="tgt_text"):
+        run("--off-policy-share", 0.5, "--save-dir", tmp_path / "other")
