@@ -1,10 +1,12 @@
 """CIF in closed form against the loop that defines it."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from blspkd_fairseq.modules.cif import continuous_integrate_and_fire
+from blspkd_fairseq.modules.cif import continuous_integrate_and_fire, parallel_integrate_and_fire
 
 
 def slow_cif(features: Tensor, alpha: Tensor, tokens: int) -> tuple[Tensor, list[float]]:
@@ -142,3 +144,62 @@ def test_no_frames_give_zeros() -> None:
     out = continuous_integrate_and_fire(torch.zeros(2, 0, 5), torch.zeros(2, 0), None, torch.tensor([3, 1]))
     assert out.embeddings.shape == (2, 3, 5) and not out.embeddings.any()
     assert out.boundaries.shape == (2, 3) and out.lengths.tolist() == [3, 1]
+
+
+# ---- the smooth variant --------------------------------------------------------------------------------------------
+
+
+def slow_pif(features: Tensor, alpha: Tensor, tokens: int, sharpness: float) -> Tensor:
+    """One utterance, token by token and frame by frame."""
+    alpha = alpha * tokens / alpha.sum()
+    out = torch.zeros(tokens, features.shape[1], dtype=torch.float64)
+    for u in range(tokens):
+        weights = []
+        for t in range(len(alpha)):
+            middle = float(alpha[:t].sum() + alpha[t] / 2)
+            weights.append(math.exp(-sharpness * (middle - u - 0.5) ** 2))
+        for t, weight in enumerate(weights):
+            out[u] += features[t] * weight / sum(weights)
+    return out
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 6.0, 40.0])
+def test_pif_equals_the_loop_whatever_it_is_batched_with(sharpness: float) -> None:
+    torch.manual_seed(0)
+    features, alpha = torch.randn(3, 12, 4, dtype=torch.float64), torch.rand(3, 12, dtype=torch.float64)
+    frames, tokens = torch.tensor([12, 7, 9]), torch.tensor([3, 5, 1])
+    padding = torch.arange(12) >= frames.unsqueeze(1)
+    features[padding] = torch.nan
+    out = parallel_integrate_and_fire(features, alpha, padding, tokens, sharpness)
+    sharp = continuous_integrate_and_fire(features, alpha, padding, tokens)
+    assert torch.equal(out.lengths, tokens) and torch.equal(out.boundaries, sharp.boundaries)
+    torch.testing.assert_close(out.alpha_sum, sharp.alpha_sum)
+    for row in range(3):
+        n, u = int(frames[row]), int(tokens[row])
+        expected = slow_pif(features[row, :n], alpha[row, :n], u, sharpness)
+        torch.testing.assert_close(out.embeddings[row, :u], expected)
+        assert not out.embeddings[row, u:].any()
+
+
+def test_pif_of_silence_padding_and_nothing() -> None:
+    features = torch.randn(2, 5, 3, requires_grad=True)
+    alpha = torch.zeros(2, 5, requires_grad=True)
+    padding = torch.tensor([[False] * 5, [True] * 5])
+    out = parallel_integrate_and_fire(features, alpha, padding)
+    assert out.lengths.tolist() == [1, 0]
+    out.embeddings.sum().backward()
+    assert features.grad.isfinite().all() and alpha.grad.isfinite().all()
+    assert parallel_integrate_and_fire(features[:, :0], alpha[:, :0], None, torch.tensor([2, 1])).embeddings.shape == (
+        2, 2, 3,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="alpha"):
+        parallel_integrate_and_fire(features, alpha[:, :3])
+
+
+def test_pif_has_gradients_in_float64() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    alpha = torch.rand(2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda f, a: parallel_integrate_and_fire(f, a, None, torch.tensor([2, 4])).embeddings, (features, alpha)
+    )

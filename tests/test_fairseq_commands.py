@@ -278,6 +278,27 @@ def test_the_cnn_adapter_refuses_what_compares_token_by_token(world: World, tmp_
         world.train(tmp_path, "--adapter", "cnn", "--input-kl-weight", 0, option, 1, "--max-update", 1)
 
 
+def test_training_goes_on_with_more_parts_than_it_began_with(world: World, trained: Path, tmp_path: Path) -> None:
+    """A warm-up of the adapter alone, then LoRA and the encoder, too: they begin as they were in the warm-up."""
+    world.train(tmp_path / "warm", *UPDATES, "--lora-scope", "none")
+    warm = tmp_path / "warm" / "checkpoint_last.pt"
+    more = ("--unfreeze-speech-encoder", "--finetune-from-model", warm, "--disable-validation", "--max-update", 1)
+    world.train(tmp_path / "more", *more, "--lr", 0)
+    before, after = weights(tmp_path / "warm"), weights(tmp_path / "more")
+    assert any("lora_A" in n for n in after) and any(n.startswith("speech_encoder.") for n in after)
+    assert not any(value.any() for n, value in after.items() if "lora_B" in n)
+    assert_same_weights({n: after[n] for n in before if n.startswith("adapter.")}, {
+        n: value for n, value in before.items() if n.startswith("adapter.")
+    })  # fmt: skip
+    whisper = save_whisper(tmp_path / "whisper", seed=9)
+    with pytest.raises(Exception, match="Cannot load model parameters") as refused:
+        world.train(tmp_path / "other", *more, "--speech-encoder", whisper)
+    assert "another speech encoder" in str(refused.value.__context__)
+    with pytest.raises(Exception, match="Cannot load model parameters") as refused:  # fewer: it would lose something
+        world.train(tmp_path / "fewer", "--lora-scope", "none", "--finetune-from-model", trained, "--max-update", 1)
+    assert re.search("does not fit.*is unknown", str(refused.value.__context__))
+
+
 # ---- generation ----------------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,20 @@ class KlDistillationConfig(FairseqDataclass):
     response_ce_weight: float = field(
         default=0.0, metadata={"help": "cross-entropy of the response (BLSP); needs no teacher"}
     )
+    end_of_turn_kl_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "KL at the position that predicts the end of turn, beside its share in the response's "
+            "(Ultravox, fixie-ai/ultravox PR 309: 1)"
+        },
+    )
+    response_l2_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "mean squared difference of the output hidden states at the positions that predict the response, "
+            "in place of or beside the KL (DiVA, arXiv 2410.02678)"
+        },
+    )
     token_ce_weight: float = field(
         default=0.0,
         metadata={
@@ -52,9 +66,9 @@ class KlDistillationConfig(FairseqDataclass):
         default="all",
         metadata={"help": "words that --token-ce-weight discerns: all, or train (those of the training transcripts)"},
     )
-    kd_temperature: float = field(default=1.0, metadata={"help": "divides the logits of the KL terms (published: 2)"})
+    kd_temperature: float = field(default=1.0, metadata={"help": "divides the logits of the KL terms (blsp-emo: 2)"})
     scale_by_squared_temperature: bool = field(
-        default=False, metadata={"help": "multiply the KL terms by the squared temperature (published: no)"}
+        default=False, metadata={"help": "multiply the KL terms by the squared temperature (blsp-emo: no)"}
     )
     reverse_kl: bool = field(
         default=False, metadata={"help": "KL(student || teacher) in place of KL(teacher || student)"}
@@ -77,6 +91,8 @@ class KlDistillationCriterion(FairseqCriterion):
             "input_kl": cfg.input_kl_weight,
             "quantity": cfg.quantity_weight,
             "response_ce": cfg.response_ce_weight,
+            "response_end_kl": cfg.end_of_turn_kl_weight,
+            "response_l2": cfg.response_l2_weight,
             "token_ce": cfg.token_ce_weight,
             "token_mse": cfg.token_mse_weight,
         }
@@ -90,7 +106,7 @@ class KlDistillationCriterion(FairseqCriterion):
     @property
     def needs_responses(self) -> bool:
         """Whether the manifest must have ``tgt_text``."""
-        return self.weights["response_kl"] != 0 or self.weights["response_ce"] != 0
+        return any(weight != 0 for name, weight in self.weights.items() if name.startswith("response"))
 
     def check_adapter(self, adapter: Any) -> None:
         """Refuses what compares speech position i with token i, for an adapter that has no such positions.
@@ -113,8 +129,8 @@ class KlDistillationCriterion(FairseqCriterion):
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict[str, float]]:
         """Returns the summed loss of the batch's utterances, their number, and sums to log."""
         terms = self._terms(model, sample)
-        positions = {name.split("_")[0] for name in terms if name.endswith(("_kl", "response_ce"))}
-        teacher = any(name.endswith("_kl") for name in terms)
+        positions = {name.split("_")[0] for name in terms if name.startswith(("input", "response"))}
+        teacher = any(name.endswith(("_kl", "_l2")) for name in terms)
         output = model(**sample["net_input"], positions=positions, teacher=teacher)
         text = sample["net_input"]["text"]
         self._check_alpha(output, sample)
@@ -125,8 +141,12 @@ class KlDistillationCriterion(FairseqCriterion):
             compared = getattr(output, name)
             if compared is None:
                 continue
-            if f"{name}_kl" in terms:
-                losses[f"{name}_kl"] = self._kl(name, compared, model, sample, sums)
+            if {f"{name}_kl", f"{name}_end_kl"} & terms:
+                losses |= self._kl(name, compared, model, sample, sums)
+            if f"{name}_l2" in terms:
+                assert compared.teacher is not None
+                distance = (compared.student.float() - compared.teacher.float()).square().mean(1)
+                losses[f"{name}_l2"] = self._mean_per_utterance(f"{name}_l2", distance, compared.rows, sample, sums)
             if f"{name}_ce" in terms:
                 weight, bias = model.speech_llm.head
                 ce = linear_cross_entropy(compared.student, compared.targets, weight, bias, self.cfg.chunk_size)
@@ -155,7 +175,7 @@ class KlDistillationCriterion(FairseqCriterion):
 
     def _kl(
         self, name: str, compared: Distillation, model: Any, sample: dict[str, Any], sums: dict[str, Tensor]
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         cfg = self.cfg
         weight, bias = model.speech_llm.head
         assert compared.teacher is not None
@@ -165,7 +185,12 @@ class KlDistillationCriterion(FairseqCriterion):
         sums[f"{name}_agree"] = agrees.sum()
         if cfg.scale_by_squared_temperature:
             kl = kl * cfg.kd_temperature**2
-        return self._mean_per_utterance(f"{name}_kl", kl, compared.rows, sample, sums)
+        losses = {f"{name}_kl": self._mean_per_utterance(f"{name}_kl", kl, compared.rows, sample, sums)}
+        if name == "response" and cfg.end_of_turn_kl_weight:
+            ends = compared.targets == self.task.chat.end_of_turn_id
+            term = "response_end_kl"
+            losses[term] = self._mean_per_utterance(term, kl[ends], compared.rows[ends], sample, sums)
+        return losses
 
     def _token_terms(
         self, terms: set[str], output: SpeechLlmOutput, model: Any, sample: dict[str, Any], sums: dict[str, Tensor]
@@ -259,7 +284,15 @@ class KlDistillationCriterion(FairseqCriterion):
 
 
 _ONE_TO_ONE = ("input_kl", "token_ce", "token_mse")
-_TOKEN_TERMS = ("response_kl", "input_kl", "response_ce", "token_ce", "token_mse")
+_TOKEN_TERMS = (
+    "response_kl",
+    "input_kl",
+    "response_ce",
+    "response_end_kl",
+    "response_l2",
+    "token_ce",
+    "token_mse",
+)
 _SUMS = [
     *(f"{name}_{kind}" for name in _TOKEN_TERMS for kind in ("sum", "tokens")),
     "response_agree",

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.modules.cformer import CFormer
+from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
 from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
 from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM
@@ -41,6 +41,9 @@ class SpeechLlmConfig:
     adapter_post_layers: int = _option(4, "transformer layers after CIF")
     adapter_heads: int = _option(8, "attention heads of the adapter; must divide the speech encoder's width")
     adapter_ffn_dim: int = _option(0, "feed-forward width of the adapter (0: 4 x the speech encoder's width)")
+    adapter_alignment: str = _option(
+        "cif", "frames to tokens in the cformer: cif, or pif, a smooth alignment (after E-Paraformer)"
+    )
     adapter_conv_layers: int = _option(3, "convolutions of the cnn adapter, each of which halves the frames")
     adapter_kernel_size: int = _option(5, "kernel size of the cnn adapter")
     adapter_bottleneck: int = _option(512, "width of the cnn adapter's bottleneck")
@@ -69,6 +72,7 @@ def _build_cformer(config: SpeechLlmConfig, input_dim: int, output_dim: int, out
         heads=config.adapter_heads,
         ffn_dim=config.adapter_ffn_dim or None,
         dropout=config.adapter_dropout,
+        alignment=config.adapter_alignment,
     )
 
 
@@ -193,6 +197,7 @@ def _check(config: SpeechLlmConfig) -> None:
             raise ValueError(f"--{option.replace('_', '-')} is missing: a Hugging Face name or a local directory")
     choices = {
         "adapter": tuple(ADAPTERS),
+        "adapter_alignment": tuple(ALIGNMENTS),
         "lora_scope": LORA_SCOPES,
         "llm_dtype": tuple(DTYPES),
         "speech_encoder_dtype": tuple(DTYPES),

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from blspkd_fairseq.modules.cif import continuous_integrate_and_fire
+from blspkd_fairseq.modules.cif import continuous_integrate_and_fire, parallel_integrate_and_fire
+
+ALIGNMENTS = {"cif": continuous_integrate_and_fire, "pif": parallel_integrate_and_fire}
 
 
 class AdapterOutput(NamedTuple):
@@ -41,6 +43,7 @@ class CFormer(nn.Module):
         heads: attention heads.
         ffn_dim: width of the feed-forward blocks, 4 x input_dim by default.
         dropout: of the transformer layers.
+        alignment: how frames become tokens: "cif", or "pif", its smooth variant.
         tokens_per_frame: speech rate that alpha starts from, 4 tokens a second at 50 frames a second by default.
     """
 
@@ -57,6 +60,7 @@ class CFormer(nn.Module):
         heads: int = 8,
         ffn_dim: int | None = None,
         dropout: float = 0.1,
+        alignment: str = "cif",
         tokens_per_frame: float = 0.08,
     ) -> None:
         super().__init__()
@@ -71,6 +75,7 @@ class CFormer(nn.Module):
                 for _ in range(count)
             )
 
+        self.integrate = ALIGNMENTS[alignment]
         self.input_norm = nn.LayerNorm(input_dim)
         self.pre = layers(pre_layers) if pre_layers else nn.ModuleList([nn.Linear(input_dim, input_dim)])
         self.pre_norm = nn.LayerNorm(input_dim)
@@ -95,7 +100,7 @@ class CFormer(nn.Module):
             hidden = layer(hidden) if isinstance(layer, nn.Linear) else layer(hidden, src_key_padding_mask=padding_mask)
         hidden = self.pre_norm(hidden)
         alpha = torch.sigmoid(hidden[..., -1].float() + self.rate).masked_fill(padding_mask, 0.0)
-        cif = continuous_integrate_and_fire(hidden[..., :-1], alpha, padding_mask, target_lengths)
+        cif = self.integrate(hidden[..., :-1], alpha, padding_mask, target_lengths)
 
         tokens = self.expand(cif.embeddings)
         token_padding = torch.arange(tokens.shape[1], device=tokens.device) >= cif.lengths.unsqueeze(1)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from blspkd_fairseq.modules.fingerprint import same_fingerprint
+from blspkd_fairseq.modules.fingerprint import fingerprint, same_fingerprint
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
 _FINGERPRINT = "frozen."
@@ -23,11 +23,23 @@ def trained_state_dict(model: SpeechLLM) -> dict[str, Tensor]:
 def load_trained_state_dict(model: SpeechLLM, state: Mapping[str, Tensor]) -> None:
     """Restores what :func:`trained_state_dict` returned.
 
+    A part that is trained now and was frozen then (LoRA, the speech encoder) begins as it was then: LoRA adds nothing,
+    and the encoder must be the same. So training can go on with more parts than it began with.
+
     Raises:
         ValueError: other frozen models than in training, or parameters that are missing, unknown or of other shapes
             (the options of the model differ). Nothing has been loaded then.
     """
-    for name, now in model.fingerprints.items():
+    weights = {name: value for name, value in state.items() if not name.startswith(_FINGERPRINT)}
+    parameters = {name: p for name, p in model.named_parameters() if name in model.trained_names}
+    then_trained = {_part(name) for name in weights}
+    begins = {
+        name for name in parameters if _part(name) in ("lora", "speech_encoder") and _part(name) not in then_trained
+    }
+    fingerprints = dict(model.fingerprints)
+    if any(_part(name) == "speech_encoder" for name in begins):
+        fingerprints["speech_encoder"] = fingerprint(model.speech_encoder)
+    for name, now in fingerprints.items():
         then = state.get(_FINGERPRINT + name)
         if then is not None and not same_fingerprint(then.cpu(), now):
             what, option = "LLM" if name == "llm" else "speech encoder", name.replace("_", "-")
@@ -35,10 +47,8 @@ def load_trained_state_dict(model: SpeechLLM, state: Mapping[str, Tensor]) -> No
                 f"this checkpoint was trained with another {what} than the one loaded now, whose weights differ: "
                 f"give --{option} the model that the checkpoint was trained with"
             )
-    weights = {name: value for name, value in state.items() if not name.startswith(_FINGERPRINT)}
-    parameters = {name: p for name, p in model.named_parameters() if name in model.trained_names}
     problems = [
-        *(f"{name} is missing from it" for name in parameters if name not in weights),
+        *(f"{name} is missing from it" for name in parameters if name not in weights and name not in begins),
         *(f"{name} is unknown to the model" for name in weights if name not in parameters),
         *(
             f"{name} is {list(weights[name].shape)} and not {list(p.shape)}"
@@ -54,4 +64,11 @@ def load_trained_state_dict(model: SpeechLLM, state: Mapping[str, Tensor]) -> No
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            if name in weights:
+                parameter.copy_(weights[name])
+            elif "lora_B" in name:
+                parameter.zero_()
+
+
+def _part(name: str) -> str:
+    return "lora" if "lora_" in name else name.split(".")[0]

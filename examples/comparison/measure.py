@@ -1,0 +1,196 @@
+"""Measures one system on every test set, row by row, so that any two can be compared in pairs.
+
+    python examples/comparison/measure.py --data DIR --checkpoint FILE --out FILE.json
+    python examples/comparison/measure.py --data DIR --llm LLM --out text.json                        # the LLM reads
+    python examples/comparison/measure.py --data DIR --llm LLM --cascade WHISPER --out cascade.json
+
+Each figure is one number per row of the manifest, or a sum and a count; the report draws from the rows.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from blspkd_fairseq import BlspKd
+from blspkd_fairseq.data.audio import load_audio
+from blspkd_fairseq.data.dataset import SpeechTextDataset
+from blspkd_fairseq.data.manifest import Manifest
+from blspkd_fairseq.data.prompts import resolve_prompt
+from blspkd_fairseq.evaluation.alignment import boundary_differences
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
+from blspkd_fairseq.generation.systems import CascadeSystem, System, TextSystem, Utterance, WhisperTranscriber
+from blspkd_fairseq.modules.build import SpeechLlmConfig
+from blspkd_fairseq.modules.distillation_loss import linear_kl_div_with_agreement
+
+SETS = ("heard", "unheard", "real")
+QUESTIONS = ("questions_heard", "questions_unheard")
+# What is asked, and how long the answer may be. Training sees "continue" alone.
+ASKED = {"repeat": 28, "continue": 16}
+QUESTION_TOKENS = 20
+BATCH = 50
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    begin = time.monotonic()
+    results = measure_checkpoint(args) if args.checkpoint else measure_untrained(args)
+    results["measuring_seconds"] = round(time.monotonic() - begin, 1)
+    temporary = args.out.with_name(args.out.name + ".tmp")
+    temporary.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    os.replace(temporary, args.out)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="of data.py, with responses/")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--llm", default="", help="for systems that are not trained")
+    parser.add_argument("--cascade", default="", help="Whisper before the LLM")
+    parser.add_argument("--whisper", default="", help="whose word ends CIF's boundaries are compared with")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args(arguments)
+
+
+# ---- systems without training ----------------------------------------------------------------------------------------
+
+
+def measure_untrained(args: argparse.Namespace) -> dict[str, Any]:
+    config = SpeechLlmConfig(llm=args.llm)
+    system: System = CascadeSystem(args.cascade, config) if args.cascade else TextSystem(config)
+    system.load()
+    results: dict[str, Any] = {"sets": {}}
+    for name in tqdm((*SETS, *QUESTIONS), desc=args.out.stem, unit="set"):
+        data = Manifest.load(args.data / f"{name}.tsv")
+        found = {asked: ask(system, data, args.data, asked, tokens) for asked, tokens in asked_of(name).items()}
+        results["sets"][name] = {"id": [data[i]["id"] for i in range(len(data))], **found}
+    return results
+
+
+def asked_of(name: str) -> dict[str, int]:
+    return {"chat": QUESTION_TOKENS} if name in QUESTIONS else ASKED
+
+
+def ask(system: System, data: Manifest, root: Path, prompt: str, tokens: int) -> list[str]:
+    answers: list[str] = []
+    for start in range(0, len(data), BATCH):
+        rows = [data[i] for i in range(start, min(start + BATCH, len(data)))]
+        batch = []
+        for row in rows:
+            audio = row["audio"]
+            waveform = load_audio(audio, None if Path(audio).is_absolute() else root) if system.hears else None
+            batch.append(Utterance(waveform, row["src_text"], resolve_prompt(prompt), "en"))
+        answers += [answer.text for answer in system.answer(batch, DecodingOptions(max_new_tokens=tokens))]
+    return answers
+
+
+# ---- trained systems -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+    model = BlspKd.from_pretrained(args.checkpoint)
+    word_ends = WordEnds(args.whisper, args.data) if args.whisper and model.model.adapter.one_to_one else None
+    results: dict[str, Any] = {"sets": {}}
+    for name in tqdm((*SETS, *QUESTIONS), desc=args.out.stem, unit="set"):
+        folder = args.data if name in QUESTIONS else args.data / "responses"
+        data = SpeechTextDataset(Manifest.load(folder / f"{name}.tsv"), model.chat, audio_root=None)
+        data.audio_root = None if name == "real" else args.data
+        results["sets"][name] = measure_set(model, data, name, word_ends)
+    results["text_kl"] = text_kl(model, args.data)
+    return results
+
+
+def measure_set(
+    model: BlspKd, data: SpeechTextDataset, name: str, word_ends: "WordEnds | None"
+) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {"id": []}
+
+    def add(key: str, values: Sequence[Any]) -> None:
+        found.setdefault(key, []).extend(values)
+
+    for start in range(0, len(data), BATCH):
+        batch = data.collater([data[i] for i in range(start, min(start + BATCH, len(data)))])
+        inputs = batch["net_input"]
+        speech = inputs["src_tokens"], inputs["src_lengths"]
+        add("id", [row["id"] for row in batch["rows"]])
+        for asked, tokens in asked_of(name).items():
+            prompts = [resolve_prompt(asked)] * batch["nsentences"]
+            groups = answer_speech(model.model, model.chat, *speech, prompts, DecodingOptions(max_new_tokens=tokens))
+            add(asked, [group[0].text for group in groups])
+        if name in QUESTIONS:
+            continue
+        one_to_one = model.model.adapter.one_to_one
+        positions = ("input", "response") if one_to_one else ("response",)
+        output = model.model(**inputs, positions=positions)
+        for part in positions:
+            compared = getattr(output, part)
+            kl, agrees = linear_kl_div_with_agreement(compared.student, compared.teacher, *model.model.head)
+            for key, values in ((f"{part}_kl", kl), (f"{part}_agree", agrees.float())):
+                add(key, sums_of_rows(values, compared.rows, batch["nsentences"]))
+            add(f"{part}_tokens", torch.bincount(compared.rows, minlength=batch["nsentences"]).tolist())
+        if output.adapter.alpha_sum is not None:
+            add("counted", output.adapter.alpha_sum.round().clamp(min=1).long().tolist())
+            add("tokens", inputs["text"]["transcript_lengths"].tolist())
+    if word_ends is not None and name not in QUESTIONS:
+        add("boundary_ms", word_ends.differences(model, data, name))
+    return found
+
+
+def sums_of_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> list[float]:
+    totals = torch.zeros(count, dtype=torch.float64).index_add(0, rows.cpu(), values.double().cpu())
+    return [round(value, 6) for value in totals.tolist()]
+
+
+def text_kl(model: BlspKd, folder: Path) -> dict[str, list[float]]:
+    """KL of the trained LLM reading text against the base LLM, at the responses to the heard set."""
+    data = SpeechTextDataset(Manifest.load(folder / "responses" / "heard.tsv"), model.chat, audio_root=folder)
+    text = data.collater([data[i] for i in range(len(data))])["net_input"]["text"]
+    student, teacher = (read(text, ("response",))["response"] for read in (model.model.read, model.model.teach))
+    kl = linear_kl_div_with_agreement(student, teacher, *model.model.head).kl
+    rows = torch.repeat_interleave(torch.arange(len(data)), text["response_lengths"])
+    return {"kl": sums_of_rows(kl, rows, len(data)), "tokens": text["response_lengths"].tolist()}
+
+
+class WordEnds:
+    """Word ends by Whisper's attention, computed once for all systems and kept beside the data."""
+
+    def __init__(self, whisper: str, folder: Path) -> None:
+        self.whisper, self.folder = whisper, folder
+        self.transcriber: WhisperTranscriber | None = None
+
+    def differences(self, model: BlspKd, data: SpeechTextDataset, name: str) -> list[list[float]]:
+        """Milliseconds between the ends of matched words, of each row."""
+        path = self.folder / f"word-ends-{name}.json"
+        if not path.exists():
+            self.transcriber = self.transcriber or WhisperTranscriber(self.whisper)
+            ends = [self._word_ends(data, i) for i in range(len(data))]
+            path.write_text(json.dumps(ends), encoding="utf-8")
+        ends = json.loads(path.read_text(encoding="utf-8"))
+        return [self._differences(model, data, i, ends[i]) for i in range(len(data))]
+
+    def _word_ends(self, data: SpeechTextDataset, index: int) -> list[tuple[str, float]]:
+        assert self.transcriber is not None
+        utterance = data[index]
+        assert utterance is not None
+        return self.transcriber.word_ends(utterance.waveform.numpy())
+
+    @staticmethod
+    def _differences(
+        model: BlspKd, data: SpeechTextDataset, index: int, ends: Sequence[tuple[str, float]]
+    ) -> list[float]:
+        utterance = data[index]
+        assert utterance is not None
+        aligned = model.align((utterance.waveform.numpy(), 16_000), transcript=utterance.row["src_text"])
+        tokens = [(token.token, token.end) for token in aligned]
+        return [round(float(ms), 1) for ms in boundary_differences(tokens, [tuple(one) for one in ends]).differences_ms]
+
+
+if __name__ == "__main__":
+    main()

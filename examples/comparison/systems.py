@@ -1,0 +1,86 @@
+"""The rows of the comparison: each system is a set of options of ``fairseq-train``, and the claims of the papers."""
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One trained system.
+
+    Attributes:
+        title: what stands in the table.
+        options: of ``fairseq-train``, beside those that all share.
+        start: the row whose checkpoint it goes on from, or "".
+        share: of the training time that the row spends itself; with that of ``start`` it is 1, above it for X-OPD.
+        transcripts: trained on transcripts alone, without responses.
+    """
+
+    title: str
+    options: str
+    start: str = ""
+    share: float = 1.0
+    transcripts: bool = False
+
+
+_CNN = "--adapter cnn --input-kl-weight 0"
+_CE = "--response-ce-weight 1 --response-kl-weight 0 --input-kl-weight 0"
+_RESPONSE = "--input-kl-weight 0"
+_FROZEN = "--lora-scope none"
+_UNFROZEN = "--lora-scope speech --unfreeze-speech-encoder"
+_WARM_UP = (
+    "--token-ce-weight 1 --token-mse-weight 1 --response-kl-weight 0 --input-kl-weight 0 --token-vocabulary train"
+)
+_ON_POLICY = "--criterion on_policy_distillation --lora-scope speech --rollouts 2 --rollout-max-tokens 16"
+
+ROWS: dict[str, Row] = {
+    "blsp": Row("BLSP: CNN, cross-entropy", f"{_CNN} {_CE} {_FROZEN}"),
+    "cnn_kl": Row("CNN, response KL", f"{_CNN} {_FROZEN}"),
+    "cnn_kl_lora": Row("CNN, response KL, Partial LoRA", f"{_CNN} --lora-scope speech"),
+    "ce": Row("CFormer, cross-entropy", f"{_CE} {_FROZEN}"),
+    "kl": Row("CFormer, response KL", f"{_RESPONSE} {_FROZEN}"),
+    "kl_input": Row("CFormer, response + input KL", _FROZEN),
+    "blsp_kd": Row("BLSP-KD: + Partial LoRA", "--lora-scope speech"),
+    "unfrozen": Row("BLSP-KD + encoder trained", _UNFROZEN),
+    "lora_all": Row("CFormer, both KL, LoRA everywhere", "--lora-scope all"),
+    "warm_up": Row("token cross-entropy alone", f"{_WARM_UP} {_FROZEN}", transcripts=True),
+    "warm_half": Row("(half of it, where the next begin)", f"{_WARM_UP} {_FROZEN}", share=0.5, transcripts=True),
+    "warm_ce": Row("warm-up, then cross-entropy", f"{_CE} {_FROZEN}", "warm_half", 0.5),
+    "warm_kl": Row("warm-up, then response KL", f"{_RESPONSE} {_FROZEN}", "warm_half", 0.5),
+    "warm_kl_input": Row("warm-up, then response + input KL", _FROZEN, "warm_half", 0.5),
+    "warm_blsp_kd": Row("warm-up, then BLSP-KD", "--lora-scope speech", "warm_half", 0.5),
+    "warm_unfrozen": Row("warm-up, then BLSP-KD + encoder trained", _UNFROZEN, "warm_half", 0.5),
+    "warm_lora_all": Row("warm-up, then both KL, LoRA everywhere", "--lora-scope all", "warm_half", 0.5),
+    "longer": Row("warm-up, then BLSP-KD, half as long again", "--lora-scope speech", "warm_blsp_kd", 0.5),
+    "x_opd": Row("X-OPD, sampled, on top of it", _ON_POLICY, "warm_blsp_kd", 0.5),
+    "x_opd_exact": Row("X-OPD, exact, on top of it", f"{_ON_POLICY} --estimator exact", "warm_blsp_kd", 0.5),
+}
+UNTRAINED = {"text": "the LLM reads the transcript", "cascade": "cascade: Whisper tiny.en, then the LLM"}
+HIDDEN = ("warm_half",)  # trained for others only
+
+
+class Claim(NamedTuple):
+    """What a paper says: ``better`` is better than ``worse``."""
+
+    text: str
+    better: str
+    worse: str
+
+
+CLAIMS = (
+    Claim("distillation beats cross-entropy on continuations (CNN)", "cnn_kl", "blsp"),
+    Claim("distillation beats cross-entropy on continuations (CFormer)", "kl", "ce"),
+    Claim("the same after the warm-up", "warm_kl", "warm_ce"),
+    Claim("an embedding for each token beats a fixed stride", "kl", "cnn_kl"),
+    Claim("the whole of BLSP-KD beats BLSP", "blsp_kd", "blsp"),
+    Claim("input KL helps", "kl_input", "kl"),
+    Claim("input KL helps after the warm-up", "warm_kl_input", "warm_kl"),
+    Claim("Partial LoRA helps", "blsp_kd", "kl_input"),
+    Claim("Partial LoRA helps after the warm-up", "warm_blsp_kd", "warm_kl_input"),
+    Claim("training the encoder helps", "unfrozen", "blsp_kd"),
+    Claim("training the encoder helps after the warm-up", "warm_unfrozen", "warm_blsp_kd"),
+    Claim("the warm-up helps BLSP-KD (ours)", "warm_blsp_kd", "blsp_kd"),
+    Claim("distillation adds to the warm-up (ours)", "warm_blsp_kd", "warm_up"),
+    Claim("on-policy distillation beats as much more of BLSP-KD", "x_opd", "longer"),
+    Claim("the exact estimator beats the sampled one (ours)", "x_opd_exact", "x_opd"),
+    Claim("the cascade stays ahead", "cascade", "warm_blsp_kd"),
+)
+MAIN = ("blsp", "cnn_kl", "blsp_kd", "warm_up", "warm_blsp_kd", "x_opd")  # with several seeds, in the curves

@@ -1,0 +1,108 @@
+"""Terms of the criterion kl_distillation against their plain formulas."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_llm, save_whisper, write_split
+
+import blspkd_fairseq
+from blspkd_fairseq.data.manifest import Manifest
+from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
+
+blspkd_fairseq.register()
+
+from blspkd_fairseq.criterions.kl_distillation import KlDistillationConfig, KlDistillationCriterion  # noqa: E402
+from blspkd_fairseq.data.dataset import SpeechTextDataset  # noqa: E402
+from blspkd_fairseq.models.blsp_kd import BlspKdModel  # noqa: E402
+
+WEIGHTS = (
+    "response_kl",
+    "input_kl",
+    "quantity",
+    "response_ce",
+    "end_of_turn_kl",
+    "response_l2",
+    "token_ce",
+    "token_mse",
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[BlspKdModel, dict[str, Any]]]:
+    root = tmp_path_factory.mktemp("world")
+    config = SpeechLlmConfig(
+        speech_encoder=str(save_whisper(root / "whisper")), llm=str(save_llm(root / "llm")), llm_dtype="float32",
+        adapter_pre_layers=1, adapter_post_layers=1, adapter_heads=2, adapter_dropout=0, lora_rank=4, lora_dropout=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BlspKdModel(*build_speech_llm(config)).train()
+    write_split(root, "train", 3)
+    rows = (root / "train.tsv").read_text(encoding="utf-8").splitlines()
+    cut = ["0", "1", "0"]  # the length limit ended the second response
+    lines = [rows[0] + "\tcut", *(f"{row}\t{flag}" for row, flag in zip(rows[1:], cut, strict=True))]
+    (root / "train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data = SpeechTextDataset(Manifest.load(Path(root / "train.tsv")), model.chat)
+    yield model, data.collater([data[row] for row in range(3)])
+
+
+def loss_of(model: BlspKdModel, sample: dict[str, Any], **options: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    cfg = KlDistillationConfig(**{f"{name}_weight": 0.0 for name in WEIGHTS} | options)
+    task = SimpleNamespace(chat=model.chat, target_dictionary=None)
+    loss, _, log = KlDistillationCriterion(cfg, task)(model, sample)
+    return loss, log
+
+
+def plain(model: BlspKdModel, sample: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    compared = model(**sample["net_input"], positions=("response",)).response
+    weight = model.speech_llm.head[0]
+    log_q, log_p = ((hidden @ weight.t()).log_softmax(1) for hidden in (compared.student, compared.teacher))
+    return (log_p.exp() * (log_p - log_q)).sum(1), compared
+
+
+def test_the_end_of_turn_is_weighted_by_itself(world: tuple[BlspKdModel, dict[str, Any]]) -> None:
+    model, sample = world
+    kl, compared = plain(model, sample)
+    ends = compared.targets == model.chat.end_of_turn_id
+    assert compared.rows[ends].tolist() == [0, 2]  # none where the response was cut
+    loss, log = loss_of(model, sample, end_of_turn_kl_weight=2.0)
+    torch.testing.assert_close(loss, 2 * kl[ends].sum())
+    assert log["response_end_kl_tokens"] == 2
+    both = loss_of(model, sample, end_of_turn_kl_weight=2.0, response_kl_weight=1.0)[0]
+    alone = loss_of(model, sample, response_kl_weight=1.0)[0]
+    torch.testing.assert_close(both, alone + loss)
+    torch.testing.assert_close(alone, sum(kl[compared.rows == row].mean() for row in range(3)))
+
+
+def test_hidden_states_are_drawn_to_the_teachers(world: tuple[BlspKdModel, dict[str, Any]]) -> None:
+    model, sample = world
+    _, compared = plain(model, sample)
+    distance = (compared.student - compared.teacher).square().mean(1)
+    loss, log = loss_of(model, sample, response_l2_weight=0.5)
+    torch.testing.assert_close(loss, 0.5 * sum(distance[compared.rows == row].mean() for row in range(3)))
+    assert log["response_l2_sum"] == pytest.approx(float(distance.detach().sum()), rel=1e-5)
+    assert log["response_kl_tokens"] == 0  # no head, no KL
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_temperature_with_and_without_its_square(world: tuple[BlspKdModel, dict[str, Any]], scaled: bool) -> None:
+    model, sample = world
+    _, compared = plain(model, sample)
+    weight = model.speech_llm.head[0]
+    log_q, log_p = ((hidden @ weight.t() / 2).log_softmax(1) for hidden in (compared.student, compared.teacher))
+    kl = (log_p.exp() * (log_p - log_q)).sum(1) * (4 if scaled else 1)
+    loss = loss_of(model, sample, response_kl_weight=1.0, kd_temperature=2.0, scale_by_squared_temperature=scaled)[0]
+    torch.testing.assert_close(loss, sum(kl[compared.rows == row].mean() for row in range(3)))
+
+
+def test_every_term_of_the_response_needs_responses() -> None:
+    needs = {}
+    for name in WEIGHTS:
+        cfg = KlDistillationConfig(**{f"{other}_weight": float(other == name) for other in WEIGHTS})
+        needs[name] = KlDistillationCriterion(cfg, SimpleNamespace(target_dictionary=None)).needs_responses
+    assert [name for name in WEIGHTS if needs[name]] == [
+        "response_kl", "response_ce", "end_of_turn_kl", "response_l2",
+    ]  # fmt: skip
