@@ -384,8 +384,9 @@ for X-OPD, the same for all rows of a kind and not searched further. Sentences a
 32 countries, since minutes of two CPU cores do not teach an open vocabulary; the real recordings hold mostly words that
 training never had, which nothing here can repeat.
 """
-_CLAIMS = """Heard and unheard voices together, difference of both systems (95 % interval, paired bootstrap); p of the paired randomisation test over utterances, corrected for all claims (Holm). It says what holds for these
-trainings; how much another seed changes is seen where there are several."""
+_CLAIMS = """Heard and unheard voices together, difference of both systems (95 % interval, paired bootstrap); p of the
+paired randomisation test over utterances, corrected for all claims (Holm). It says what holds for these trainings; how
+much another seed changes is seen where there are several."""
 
 
 if __name__ == "__main__":
