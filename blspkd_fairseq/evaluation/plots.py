@@ -1,5 +1,6 @@
 """Pictures. Needs matplotlib, which the extra ``quickstart`` brings."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,8 @@ def plot_before_after(
             bars = axis.bar(np.arange(len(values)) + 0.4 * offset, values, 0.38, color=color, label=when)
             axis.bar_label(bars, [format(value, form) for value in values], fontsize=8)
         axis.set_xticks(np.arange(len(sets)) + 0.2, [names[name].split(", ")[-1] for name in sets], fontsize=8)
-        axis.set_title(f"{heading} ({'lower' if less_is_better else 'higher'} is better)", fontsize=8, wrap=True)
+        better = "lower" if less_is_better else "higher"
+        axis.set_title(f"{textwrap.fill(heading, 45)}\n({better} is better)", fontsize=8)
         axis.margins(y=0.15)
     for axis in axes[len(measures) :]:
         axis.set_axis_off()
