@@ -9,6 +9,7 @@ import importlib
 import importlib.abc
 import importlib.metadata
 import importlib.util
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -111,10 +112,17 @@ def fairseq_problem() -> Problem | None:
         return problem
     if importlib.util.find_spec("fairseq") is None:
         return Problem("fairseq is not installed", f"run `{INSTALL_FAIRSEQ}`, a build for Python 3.11 and 3.12")
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     try:
         importlib.import_module("fairseq")
     except Exception as error:
         return _unimportable(found, error)
+    finally:
+        # Importing fairseq makes every library print its debugging messages, unless the program set up logging before.
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)
+        root.setLevel(level)
     return None
 
 

@@ -267,3 +267,11 @@ def test_check_warns_of_a_fork_and_succeeds(tmp_path: Path) -> None:
     done = run_check(tmp_path)
     assert "warning: fairseq comes from fairseq-fixed 0.12.3.1" in done.stdout
     assert done.returncode == 0
+
+
+def test_logging_stays_as_the_program_set_it_up() -> None:
+    """fairseq's own import makes all libraries print their debugging messages."""
+    for module in ("blspkd_fairseq.data.dataset", "blspkd_fairseq.tasks"):
+        program = f"import logging, {module}; root = logging.getLogger(); print(root.level, root.handlers)"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "30 []", done.stdout

@@ -8,13 +8,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fairseq.data import FairseqDataset
 from torch import Tensor
 
-from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, load_audio
-from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.data.manifest import Manifest, ManifestError
-from blspkd_fairseq.data.prompts import resolve_prompt
+from blspkd_fairseq import compat
+
+compat.require_fairseq()  # one sentence instead of a missing module
+
+from fairseq.data import FairseqDataset  # noqa: E402
+
+from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, load_audio  # noqa: E402
+from blspkd_fairseq.data.chat import ChatFormat  # noqa: E402
+from blspkd_fairseq.data.manifest import Manifest, ManifestError  # noqa: E402
+from blspkd_fairseq.data.prompts import resolve_prompt  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
