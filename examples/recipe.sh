@@ -1,0 +1,120 @@
+# What the recipes share; sourced by examples/{blsp,blsp_kd,x_opd,cascade}/run.sh, which set the variables of the first
+# paragraph and then call `recipe "$@"`. Stages that are done are skipped; each can be run again by itself.
+#
+#   --train "A.tsv B.tsv"  manifests to train on (README, Data)       --valid FILE    --test FILE
+#   --small                the same steps on real recordings, on two CPU cores, in minutes
+#   --speech-encoder NAME  default openai/whisper-small                --llm NAME      default Qwen/Qwen2.5-7B-Instruct
+#   --gpus N               on this machine (default 8; 0: CPU)         --nodes N --node-rank R --master HOST:PORT
+#   --from FILE            checkpoint to begin with
+#   --stage N --stop-stage N --out DIR --max-update N
+#
+#   1 data       one manifest for each split                           3 train      fairseq-train
+#   2 responses  the LLM continues the transcripts                     4 evaluate   against the cascade and the text
+set -euo pipefail
+
+name="" prompt=continue response_tokens=48 lr=1e-4 warm_up=1000 per_update=768 max_update=0 train_options=()
+small_options=() trained=yes needs_responses=yes
+recipe_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$recipe_folder/.." && pwd)
+
+recipe() {
+    local stage=0 stop_stage=4 train="" valid="" test="" gpus=8 nodes=1 node_rank=0 master=127.0.0.1:29500 from=""
+    local speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="$root/out/$name" small="" value
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            -h | --help) usage; exit 0 ;;
+            --small) small=yes; shift ;;
+            --stage | --stop-stage | --train | --valid | --test | --gpus | --nodes | --node-rank | --master | --from | \
+                --speech-encoder | --llm | --out | --max-update)
+                [ $# -gt 1 ] || { echo "run.sh: $1 needs a value" >&2; exit 2; }
+                value=${1#--}; printf -v "${value//-/_}" '%s' "$2"; shift 2 ;;
+            *) echo "run.sh: unknown option $1 (--help lists them)" >&2; exit 2 ;;
+        esac
+    done
+    for value in stage stop_stage gpus nodes node_rank max_update; do
+        [[ "${!value}" =~ ^[0-9]+$ ]] || { echo "run.sh: --${value//_/-} must be a whole number" >&2; exit 2; }
+    done
+    if [ -z "$small" ] && { [ -z "$test" ] || { [ -n "$trained" ] && { [ -z "$train" ] || [ -z "$valid" ]; }; }; }; then
+        echo "run.sh: ${trained:+--train, --valid and }--test must be given (or --small; --help lists the options)" >&2
+        exit 2
+    fi
+    out=$(realpath -m "$out")
+    # Utterances per update = GPUs x nodes x batch x accumulation: 8 x 1 x 8 x 12 = 768.
+    local batch=8 accumulation device=() responses=(--max-new-tokens "$response_tokens" --batch-size 64) evaluate=()
+    accumulation=$((per_update / (batch * nodes * (gpus > 0 ? gpus : 1))))
+    [ "$gpus" -gt 0 ] || device=(--cpu)
+    bash "$root/scripts/venv.sh" "quickstart${small:+,recordings}"
+    PATH=$(realpath -m "${BLSPKD_VENV:-$root/.venv}")/bin:$PATH
+    cd "$root"
+    if [ -n "$small" ]; then
+        local cache=${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq} corpus=$out/corpus
+        speech_encoder=$cache/whisper-tiny.en llm=$cache/smollm2-135m-instruct gpus=0 device=(--cpu)
+        python examples/quickstart/fetch_models.py --cache "$cache"
+        [ -d "$corpus" ] || python scripts/fetch_recordings.py --cache "$cache" --layout librispeech "$corpus"
+        python scripts/prepare_librispeech.py --root "$corpus" --output "$out/prepared"
+        train=$out/prepared/train-clean-100.tsv valid=$out/prepared/dev-clean.tsv test=$out/prepared/test-clean.tsv
+        batch=16 accumulation=1 lr=1e-3 warm_up=2 train_options+=("${small_options[@]}")
+        responses=(--max-new-tokens 12 --batch-size 64) evaluate=(--max-new-tokens 16 --batch-size 32)
+        [ "$max_update" -gt 0 ] || max_update=20
+    fi
+    [ "$max_update" -gt 0 ] || max_update=2600  # an epoch of 3,000 hours
+    if [ -n "$trained" ]; then
+        stage_of 1 "data" make_data
+        [ -z "$needs_responses" ] || stage_of 2 "responses of the LLM to the transcripts" make_responses
+        stage_of 3 "train" run_training
+    fi
+    stage_of 4 "evaluate" run_evaluation
+    [ "$stop_stage" -lt 4 ] || echo "report: $out/report/report.md"
+}
+
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[2]}"; sed -n '/^#   --train/,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+# stage_of N TITLE FUNCTION
+stage_of() {
+    [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ] || return 0
+    echo; echo "== $name, stage $1: $2 ($(date +%H:%M:%S))"
+    if [ "$stage" -ne "$1" ] && [ -e "$out/.done-$1" ]; then echo "done before"; return 0; fi
+    mkdir -p "$out"
+    "$3"
+    local later
+    for later in $(seq $(($1 + 1)) 4); do rm -f "$out/.done-$later"; done
+    touch "$out/.done-$1"
+}
+
+make_data() {
+    # shellcheck disable=SC2086  # several manifests are several words
+    python scripts/merge_manifests.py --inputs $train --output "$out/data/train.tsv"
+    python scripts/merge_manifests.py --inputs "$valid" --output "$out/data/valid.tsv"
+    python -m blspkd_fairseq.data.validate "$out/data"
+}
+
+make_responses() {
+    local split
+    for split in train valid; do
+        python scripts/generate_responses.py --llm "$llm" --prompt "$prompt" --input "$out/data/$split.tsv" \
+            --output "$out/data/responses/$split.tsv" "${responses[@]}"
+    done
+}
+
+run_training() {
+    local data=$out/data start=() command=(fairseq-train)
+    [ -z "$needs_responses" ] || data=$out/data/responses
+    [ -z "$from" ] || start=(--finetune-from-model "$(realpath "$from")")
+    if [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; then
+        command=(torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$gpus"
+            --master-addr "${master%:*}" --master-port "${master##*:}" "$(command -v fairseq-train)")
+    fi
+    "${command[@]}" "$data" --user-dir blspkd_fairseq --task blsp_kd "${device[@]}" --prompt "$prompt" \
+        --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" \
+        --optimizer adam --lr "$lr" --lr-scheduler cosine --warmup-updates "$warm_up" --weight-decay 0.05 \
+        --clip-norm 1.0 --max-update "$max_update" --batch-size "$batch" --update-freq "$accumulation" \
+        --skip-bad-audio --seed 1 --num-workers 2 --log-interval 10 --keep-last-epochs 5 --save-dir "$out/model" \
+        "${start[@]}" "${train_options[@]}"
+}
+
+run_evaluation() {
+    local checkpoint=()
+    [ -z "$trained" ] || checkpoint=(--checkpoint "$name=$out/model/checkpoint_last.pt")
+    python -m blspkd_fairseq.evaluate --asr "$test" --qa "$test" --qa-prompt continue --language en --llm "$llm" \
+        "${checkpoint[@]}" --cascade "$speech_encoder" --text "${evaluate[@]}" --out "$out/report"
+}

@@ -1,0 +1,75 @@
+"""The recipes of examples/ as they are typed, on real recordings and the small real models."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from commands import load
+
+from blspkd_fairseq.data.manifest import Manifest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = [pytest.mark.real, pytest.mark.recordings]
+
+
+def run(name: str, out: Path, *options: object) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    command = ["bash", str(EXAMPLES / name / "run.sh"), "--out", str(out), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+def systems(report: Path, task: str) -> set[str]:
+    return set(json.loads((report / "report.json").read_text())["tasks"][task]["scores"])
+
+
+def test_covost2_runs_and_a_second_run_skips_its_stages(tmp_path: Path) -> None:
+    first = run("covost2", tmp_path, "--small", "--max-update", 4)
+    work = tmp_path / "en_fr"
+    test = Manifest.load(work / "data" / "test.tsv")
+    assert "BLEU" in first and (work / "generated" / "generate-test.txt").exists()
+    assert len(tiny.read_jsonl(work / "generated" / "generate-test.jsonl")) == len(test) >= 20
+    report = json.loads((work / "report" / "report.json").read_text())
+    assert systems(work / "report", "translation") == {"blsp_kd", "cascade", "text"}
+    # tiny.en hears these recordings well, in MP3, too; its errors are counted against the text as it was written.
+    assert report["tasks"]["asr"]["scores"]["cascade"]["WER (normalized)"]["score"] < 15
+    assert report["alignment"]["blsp_kd"][0]["matched"] > 100
+    begin = time.monotonic()
+    assert run("covost2", tmp_path, "--small", "--max-update", 4).count("done before") == 6
+    assert time.monotonic() - begin < 60
+
+
+def test_the_recipes_of_all_systems_run(tmp_path: Path) -> None:
+    run("blsp_kd", tmp_path / "kd", "--small", "--max-update", 2)
+    assert systems(tmp_path / "kd" / "report", "asr") == {"blsp_kd", "cascade", "text"}
+    checkpoint = tmp_path / "kd" / "model" / "checkpoint_last.pt"
+    run("x_opd", tmp_path / "opd", "--small", "--max-update", 1, "--from", checkpoint, "--stop-stage", 3)
+    assert set(load(tmp_path / "opd" / "model" / "checkpoint_last.pt")["model"]) == set(load(checkpoint)["model"])
+    again = run("blsp_kd", tmp_path / "kd", "--small", "--max-update", 2)
+    assert again.count("done before") == 4
+    run("blsp", tmp_path / "blsp", "--small", "--max-update", 1, "--stop-stage", 3)
+    assert not any("lora_" in n for n in load(tmp_path / "blsp" / "model" / "checkpoint_last.pt")["model"])
+    run("cascade", tmp_path / "cascade", "--small")
+    assert systems(tmp_path / "cascade" / "report", "qa") == {"cascade", "text"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("covost2", [], "--common-voice and --direction are needed"),
+        ("covost2", ["--direktion", "x"], "unknown option --direktion"),
+        ("blsp", [], "--train, --valid and --test must be given"),
+        ("cascade", [], "run.sh: --test must be given"),
+        ("blsp_kd", ["--gpus", "many"], "--gpus must be a whole number"),
+        ("x_opd", ["--from"], "--from needs a value"),
+    ],
+)
+def test_what_is_missing_is_said(name: str, options: list[str], message: str) -> None:
+    done = subprocess.run(["bash", str(EXAMPLES / name / "run.sh"), *options], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
