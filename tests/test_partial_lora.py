@@ -7,14 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    OlmoeConfig,
+    OPTConfig,
     Phi3Config,
     Phi3ForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
 )
 
 from blspkd_fairseq.modules.partial_lora import (
@@ -139,6 +146,52 @@ def test_chosen_target_modules() -> None:
     assert names == {"q_proj", "v_proj"}
     with pytest.raises(ValueError, match="no_such_layer"):
         add_partial_lora(llama(), target_modules=["no_such_layer"])
+
+    with pytest.raises(ValueError, match="no linear layers named foo: choose target modules from .*q_proj"):
+        add_partial_lora(llama(), target_modules=["q_proj", "foo"])
+    with pytest.raises(ValueError, match="dropout"):
+        add_partial_lora(llama(), dropout=-1.0)
+
+
+_SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtralConfig(**_SMALL, intermediate_size=24, num_key_value_heads=2, num_local_experts=4),
+        Qwen3MoeConfig(
+            **_SMALL, intermediate_size=24, moe_intermediate_size=12, num_key_value_heads=2, num_experts=4, head_dim=8,
+            num_experts_per_tok=2,
+        ),
+        OlmoeConfig(**_SMALL, intermediate_size=24, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2),
+        Qwen2MoeConfig(
+            **_SMALL, intermediate_size=24, moe_intermediate_size=12, shared_expert_intermediate_size=12,
+            num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        ),
+        OPTConfig(**_SMALL, ffn_dim=24, max_position_embeddings=32, word_embed_proj_dim=16, pad_token_id=0),
+    ],
+    ids=["mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "opt"],
+)  # fmt: skip
+def test_mixtures_of_experts_and_flattened_positions(config: PreTrainedConfig) -> None:
+    """peft would add its own LoRA to fused experts, on text, too; OPT gives its layers [B x L, D]."""
+    llm = AutoModelForCausalLM.from_config(config).eval()
+    expected = llm(IDS).logits
+    add_partial_lora(llm, rank=2, dropout=0.0)
+    for name, parameter in llm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert torch.equal(llm(IDS).logits, expected)
+    with speech_positions(llm, MASK):
+        changed = (llm(IDS).logits - expected).abs().amax(2) > 1e-6
+    assert not changed[0, :2].any() and changed[0, 2:].all()
+    assert not changed[1, :1].any() and changed[1, 1:].all()
+
+
+def test_a_mask_of_another_kind_is_refused() -> None:
+    for mask in (MASK.numpy(), MASK.tolist()):
+        with pytest.raises(ValueError, match="the speech mask must be a tensor"):
+            speech_positions(trained(llama()), mask)
 
 
 def test_a_mask_of_another_shape_raises() -> None:

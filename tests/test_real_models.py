@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import fairseq
@@ -106,3 +107,21 @@ def test_the_cascade_hears_real_recordings_and_tells_when_words_end(tmp_path: Pa
         assert abs(len(words) - len(row["src_text"].split())) <= 2
         # People speak two to five words a second: the last word begins near the end of speech, the first ends early.
         assert ends[0] < 1.5 and ends[-1] > 0.5 * len(utterance.waveform) / 16_000
+    # Recordings one after another: where each ends is known, and so is where its last word does.
+    silence = np.zeros(4_800, dtype=np.float32)
+    joined = np.concatenate([part for one in batch[:3] for part in (_trimmed(one.waveform), silence)])
+    known = np.cumsum([len(_trimmed(one.waveform)) + 4_800 for one in batch[:3]]) / 16_000 - 0.3
+    words = system._transcriber.word_ends(joined)
+    for transcript, end in zip([one.transcript for one in batch[:3]], known, strict=True):
+        last = _letters(transcript.split()[-1])
+        assert min(abs(found - end) for word, found in words if _letters(word) == last) < 0.2, (last, end, words)
+
+
+def _trimmed(waveform: np.ndarray) -> np.ndarray:
+    """Without the silence on both sides."""
+    loud = np.flatnonzero(np.abs(waveform) > 0.02 * np.abs(waveform).max())
+    return waveform[loud[0] : loud[-1] + 1]
+
+
+def _letters(word: str) -> str:
+    return "".join(letter for letter in word.lower() if letter.isalnum())

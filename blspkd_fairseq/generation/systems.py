@@ -200,24 +200,28 @@ class WhisperTranscriber:
 
     @torch.no_grad()
     def word_ends(self, waveform: np.ndarray) -> list[tuple[str, float]]:
-        """Words and the seconds at which they end, from cross-attention (Whisper's token timestamps)."""
+        """Words and the seconds at which they end, from cross-attention (Whisper's token timestamps).
+
+        transformers gives each token the time at which it ends, but 0 to the first one: a first word of one token is
+        left out. Punctuation, whose times mean nothing, is not timed.
+        """
         out = self.model.generate(
             **self._features([waveform]), return_token_timestamps=True, return_dict_in_generate=True
         )
         duration = len(waveform) / SAMPLE_RATE
-        ids, begins = out["sequences"][0].tolist(), out["token_timestamps"][0].tolist()
         tokenizer = self.processor.tokenizer
         words: list[tuple[str, float]] = []
-        # A token's time is its begin, so that it ends where the next one begins.
-        for token, end in zip(ids, [*begins[1:], duration], strict=True):
+        for token, end in zip(out["sequences"][0].tolist(), out["token_timestamps"][0].tolist(), strict=True):
             if token >= tokenizer.eos_token_id:  # from here on, Whisper's vocabulary has control tokens and times only
                 continue
             text = tokenizer.decode([token])
             if text.startswith(" ") or not words:
                 words.append((text, min(end, duration)))
-            else:
+            elif any(letter.isalnum() for letter in text):
                 words[-1] = (words[-1][0] + text, min(end, duration))
-        return [(text.strip(), end) for text, end in words if text.strip()]
+            else:
+                words[-1] = (words[-1][0] + text, words[-1][1])
+        return [(text.strip(), end) for text, end in words if text.strip() and end > 0]
 
     def _features(self, waveforms: Sequence[np.ndarray]) -> dict[str, Tensor]:
         made = self.processor.feature_extractor(

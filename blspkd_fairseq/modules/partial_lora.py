@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -50,6 +51,8 @@ class PartialLoraLinear(LoraLinear):
     """
 
     mask_state: _MaskState
+    takes_flat_input: bool
+    """Some LLMs (OPT) flatten positions to [B x L]. The inputs of an expert are flat, too, but not those of all."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # x: B x L x D
         mask = self.mask_state.mask
@@ -57,7 +60,7 @@ class PartialLoraLinear(LoraLinear):
             return self.base_layer(x, *args, **kwargs)
         if isinstance(mask, AllPositions):
             return super().forward(x, *args, **kwargs)
-        if mask.shape != x.shape[:-1]:
+        if mask.shape != x.shape[:-1] and not (self.takes_flat_input and x.shape[:-1] == (mask.numel(),)):
             raise ValueError(
                 f"the speech mask is {tuple(mask.shape)} but the layer's input has positions {tuple(x.shape[:-1])}: "
                 "set the mask of exactly this forward call (None for cached decoding steps, which see text only)"
@@ -99,13 +102,17 @@ def add_partial_lora(
     """
     if rank < 1:
         raise ValueError(f"the LoRA rank must be at least 1, got {rank}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"the LoRA dropout must be at least 0 and below 1, got {dropout}")
+    if target_modules is not None:
+        _check_targets(llm, target_modules)
     if getattr(llm, "partial_lora_state", None) is not None:
         raise ValueError("this LLM has Partial LoRA already")
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=list(target_modules) if target_modules else "all-linear",
+        target_modules=list(target_modules) if target_modules else _linear_layers(llm),
         bias="none",
     )
     config._register_custom_module({nn.Linear: PartialLoraLinear, Conv1D: PartialLoraLinear})
@@ -114,12 +121,37 @@ def add_partial_lora(
 
     state = _MaskState()
     llm.partial_lora_state = state
-    for module in llm.modules():
+    for name, module in llm.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, PartialLoraLinear):
+            raise ValueError(
+                f"{name} is a {type(module.get_base_layer()).__name__}, to which peft added a LoRA that would act on "
+                "text, too: give target_modules linear layers only, and load the LLM anew"
+            )
         if isinstance(module, PartialLoraLinear):
             module.mask_state = state
+            module.takes_flat_input = ".experts." not in name
             module.lora_A.float()
             module.lora_B.float()
     return llm
+
+
+def _check_targets(llm: PreTrainedModel, target_modules: Sequence[str]) -> None:
+    """peft passes over a name that fits nothing as long as another fits."""
+    layers = _linear_layers(llm)
+    unknown = [target for target in target_modules if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    if unknown:
+        known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        raise ValueError(
+            f"the LLM has no linear layers named {', '.join(unknown)}: choose target modules from {', '.join(known)}"
+        )
+
+
+def _linear_layers(llm: PreTrainedModel) -> list[str]:
+    """Full names of all linear layers but the output head; peft's own choice takes a mixture's fused experts, too."""
+    head = llm.get_output_embeddings()
+    return [
+        name for name, module in llm.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
 
 
 def speech_positions(llm: nn.Module, mask: PositionMask) -> AbstractContextManager[None]:
@@ -128,6 +160,8 @@ def speech_positions(llm: nn.Module, mask: PositionMask) -> AbstractContextManag
     ``None`` switches it off and :data:`ALL_POSITIONS` on everywhere. The mask must have the shape of every forward call
     inside the block; a layer raises a ``ValueError`` otherwise. Blocks nest; the outer mask returns at the end.
     """
+    if not isinstance(mask, (Tensor, AllPositions, type(None))):
+        raise ValueError(f"the speech mask must be a tensor [B, L], ALL_POSITIONS or None, not a {type(mask).__name__}")
     state = getattr(llm, "partial_lora_state", None)
     if state is None:
         if mask is None:

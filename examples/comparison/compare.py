@@ -41,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparison.prepare()
     if not args.prepare_only:
         comparison.measure_rates()
+        comparison.measure_untrained()
         for seed in args.seeds:
             for name in args.only or ROWS:
                 comparison.run_row(name, seed)
-        comparison.measure_untrained()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -103,7 +103,10 @@ class Comparison:
         if self.args.updates:
             return
         for name in self.args.only or ROWS:
-            if name not in self.rates:
+            same = [other for other in self.rates if ROWS[other].options == ROWS[name].options]
+            if same:
+                self.rates[name] = self.rates[same[0]]
+            elif name not in self.rates:
                 folder = self.args.out / "probe"
                 shutil.rmtree(folder, ignore_errors=True)
                 log = self.train(ROWS[name], folder, PROBE_UPDATES, seed=1, start=None, validate=False)
