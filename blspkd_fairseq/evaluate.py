@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if baseline not in systems:
         raise ValueError(f"--baseline {baseline!r} is no system: choose from {', '.join(systems)}")
     report = Report(settings=settings(args, baseline))
+    report.judgements = read_judgements(args)  # a file that is missing is said before hours of answers
     answers: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
     for kind in PROMPTS:
         if getattr(args, kind):
@@ -56,7 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.tasks[kind] = score_task(kind, given, options)
         if kind == "qa":
             export_voicebench(args.out / "voicebench", given)
-    report.judgements = read_judgements(args)
     if args.align:
         align(args, systems, report)
     write_report(report, args.out)
@@ -254,7 +254,10 @@ def read_judgements(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     judged: dict[str, dict[str, Any]] = {}
     for given in args.judged:
         name, path = named_path(given)
-        one = voicebench.read_judgements(path)
+        try:
+            one = voicebench.read_judgements(path)
+        except OSError as error:
+            raise ValueError(f"--judged {name}={path} cannot be read: {error.strerror}") from error
         interval = bootstrap_interval(one.statistics, one.score_of, args.samples, args.seed)
         judged.setdefault(name, {})[one.name] = interval
     return judged

@@ -157,8 +157,13 @@ class BlspKd:
         """
         single = _is_single(audio)
         utterances = _as_list(audio)
-        given = [transcript] if single else transcript
-        transcripts: Sequence[Any] = given if transcript is not None and given is not None else [None] * len(utterances)
+        transcripts: Sequence[Any] = [None] * len(utterances)
+        if transcript is not None:
+            if isinstance(transcript, str) != single:
+                raise ValueError("give one transcript (a string) for one utterance, and a list of them for a list")
+            transcripts = [transcript] if isinstance(transcript, str) else transcript
+            if len(transcripts) != len(utterances) or not all(isinstance(t, str) and t.strip() for t in transcripts):
+                raise ValueError(f"{len(utterances)} utterances need as many transcripts, none of them empty")
         aligned = [self._align(*pair) for pair in zip(utterances, transcripts, strict=True)]
         return aligned[0] if single else aligned
 
@@ -219,17 +224,18 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return checkpoint["cfg"]["model"], checkpoint["model"]
     except Exception as error:
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        raise ValueError(f"{path} is no checkpoint of this project, or is damaged: {reason}") from error
+        raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from error
 
 
 def _is_single(audio: Any) -> bool:
     if isinstance(audio, (str, os.PathLike)):
         return True
-    return isinstance(audio, tuple) and len(audio) == 2 and isinstance(audio[1], (int, float, np.integer))
+    return isinstance(audio, tuple) and len(audio) == 2 and isinstance(audio[1], (int, float, np.number))
 
 
 def _as_list(audio: Any) -> list[Any]:
+    if audio is None:
+        raise ValueError("there is no audio: give a path, or samples with their rate: (array, 16000)")
     return [audio] if _is_single(audio) else list(audio)
 
 
@@ -238,9 +244,13 @@ def _samples(audio: Audio) -> np.ndarray:
         return load_audio(audio)
     if not _is_single(audio):
         raise ValueError("give a path, or samples with their rate: (array, 16000)")
+    if not np.isfinite(audio[1]) or audio[1] != int(audio[1]):
+        raise ValueError(f"the rate of audio must be a whole number of Hz, got {audio[1]}")
     return prepare_waveform(audio[0], int(audio[1]))
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), max(1, size)):
+    if size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {size}")
+    for start in range(0, len(items), size):
         yield items[start : start + size]

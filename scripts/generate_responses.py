@@ -83,7 +83,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard", type=int, help="answer this shard only (0 to N - 1); without: join the shards")
     parser.add_argument("--backend", default="hf", choices=list(BACKENDS), help="what runs the LLM")
     parser.add_argument("--engine", default="local", choices=["local", "ray"], help="where: this machine, or Ray's")
-    parser.add_argument("--ray-address", help="of ray.init: auto, or HOST:PORT (default: a Ray on this machine)")
+    parser.add_argument(
+        "--ray-address",
+        default="local",
+        help="local: a new Ray on this machine; auto: the cluster it belongs to; or HOST:PORT",
+    )
     parser.add_argument("--workers", type=int, default=1, help="Ray workers, each of which holds the LLM")
     parser.add_argument("--gpus-per-worker", type=float, default=0)
     parser.add_argument("--cpus-per-worker", type=float, default=1)
@@ -92,6 +96,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--shard must be between 0 and --num-shards - 1 = {args.num_shards - 1}, got {args.shard}")
     if min(args.batch_size, args.max_new_tokens, args.workers) < 1:
         parser.error("--batch-size, --max-new-tokens and --workers must be at least 1")
+    if args.rows < 0:
+        parser.error(f"--rows must be at least 1 (0: all), got {args.rows}")
+    if args.temperature <= 0 or not 0 < args.top_p <= 1:
+        parser.error("--sampling needs --temperature above 0 and --top-p above 0, at most 1")
+    if args.output.resolve() == args.input.resolve():
+        parser.error(f"--output {args.output} is the --input, which would be lost: give it another name")
     return args
 
 

@@ -12,6 +12,7 @@ Cells of a TSV are taken as they are: quotes are part of the text. A killed run 
 """
 
 import argparse
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     options = options_from(args)
     lists = {name: Path(path) for name, path in pairs(args.list, "--list").items()}
+    wrong = [name for name in lists if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name)]
+    if wrong:
+        raise CorpusError(f"--list {wrong[0]}=...: a split is named by letters, digits, '.', '-' and '_' only")
     names = pairs(args.column, "--column")
     unknown = [name for name in names if name not in IMPORT_COLUMNS]
     if unknown:
@@ -40,7 +44,11 @@ def pairs(values: list[str], option: str) -> dict[str, str]:
     wrong = [value for value in values if not all(value.partition("="))]
     if wrong:
         raise CorpusError(f"{option} {wrong[0]} is not of the form NAME=VALUE")
-    return {name: value for name, _, value in (value.partition("=") for value in values)}
+    given = [value.partition("=")[::2] for value in values]
+    twice = [name for place, (name, _) in enumerate(given) if name in dict(given[:place])]
+    if twice:
+        raise CorpusError(f"{option} {twice[0]}=... is given twice: one of them would be lost")
+    return dict(given)
 
 
 def common_folder(lists: dict[str, Path]) -> Path:

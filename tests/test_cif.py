@@ -135,8 +135,10 @@ def test_shapes_are_checked() -> None:
         {"features": features, "alpha": alpha[:, :4]},
         {"features": features, "alpha": alpha, "padding_mask": torch.zeros(2, 4, dtype=torch.bool)},
         {"features": features, "alpha": alpha, "target_lengths": torch.tensor([1])},
+        {"features": features, "alpha": alpha, "target_lengths": torch.tensor([1, -1])},
+        {"features": features, "alpha": alpha, "padding_mask": torch.zeros(2, 5)},
     ):
-        with pytest.raises(ValueError, match="must be|needs"):
+        with pytest.raises(ValueError, match="must be|must not be|needs"):
             continuous_integrate_and_fire(**wrong)
 
 

@@ -108,7 +108,8 @@ BAD_CELLS = {
     "too long": ({"n_frames": 500_000}, "line 3.*31.2 s.*--skip-bad-audio"),
     "truncated": ({"n_frames": 100_000}, "line 3.*truncated"),
     "no number": ({"n_frames": "many"}, "line 3.*n_frames"),
-    "unknown prompt": ({"prompt": "nonesuch"}, "nonesuch"),
+    "unknown prompt": ({"prompt": "nonesuch"}, "line 3.*nonesuch"),
+    "another text": ({"src_text": "word " * 200}, "line 3.* tokens of transcript for 0.7 s of audio"),
 }
 
 

@@ -223,10 +223,15 @@ def test_more_or_fewer_rows_than_answers_give_no_score(setting: Setting, tmp_pat
         (["--text", "--baseline", "b"], "no system: choose from text"),
         (["--text", "--conditions", "pink:3"], "unknown"),
         (["--text", "--asr-prompt", "sing"], "no prompt 'sing'"),
+        (["--text", "--judged", "x=/none.json"], "/none.json"),
+        (["--text", "--llm", "/none/llm"], "there is no model '/none/llm'"),
+        (["--cascade", "/none/whisper", "--text"], "there is no model '/none/whisper'"),
+        (["--cascade", "LLM", "--text"], "is a llama model and no Whisper"),
     ],
 )
 def test_bad_options_are_named(setting: Setting, tmp_path: Path, options: list[str], message: str) -> None:
     options = [o.replace("=A", f"={setting.root}/a/checkpoint_last.pt") for o in options]
+    options = [o.replace("LLM", str(setting.root / "llm")) for o in options]
     with pytest.raises(ValueError, match=message):
         evaluate.main(setting.arguments(tmp_path, *options))
     assert not (tmp_path / "report.md").exists()

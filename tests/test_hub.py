@@ -67,6 +67,22 @@ def test_instructions_and_decoding_options(model: BlspKd, trained: Trained) -> N
         model.generate(audio, beam=1, n_best=2)
     with pytest.raises(ValueError, match="rate"):
         model.generate([np.zeros(16_000)])
+    samples = np.zeros(16_000)
+    for wrong, message in (
+        ({"audio": samples}, "rate"),
+        ({"audio": None}, "there is no audio"),
+        ({"audio": (samples, float("nan"))}, "whole number of Hz, got nan"),
+        ({"audio": (samples, 0.5)}, "whole number of Hz"),
+        ({"audio": audio, "instruction": None}, "a prompt is a name or a text, not None"),
+        ({"audio": audio, "batch_size": 0}, "batch size must be at least 1"),
+        ({"audio": audio, "beam": 0}, "beam must be at least 1"),
+        ({"audio": audio, "beam": 2, "length_penalty": float("nan")}, "length penalty finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**wrong)
+    assert model.generate((samples, np.float32(16_000)), max_new_tokens=2) == model.generate(
+        (samples, 16_000), max_new_tokens=2
+    )
 
 
 def test_alignment_covers_the_speech_in_order(model: BlspKd, trained: Trained) -> None:
@@ -74,6 +90,13 @@ def test_alignment_covers_the_speech_in_order(model: BlspKd, trained: Trained) -
     times = [0.0] + [token.end for token in tokens]
     assert times == sorted(times) and [t.start for t in tokens] == times[:-1]
     assert tokens[-1].end == pytest.approx(1.1, abs=0.03)
+    two = trained.audio[:2]
+    assert [len(aligned) for aligned in model.align(two, ["Play it.", "Stop."])] == [
+        len(model.chat.encode_text(text)) for text in ("Play it.", "Stop.")
+    ]
+    for audio, transcript in ((two, "Hi"), (two, ["x"]), (two[0], ["x"]), (two[0], " "), (two, ["x", ""])):
+        with pytest.raises(ValueError, match="transcript"):
+            model.align(audio, transcript)
 
 
 @pytest.mark.parametrize("from_folder", [True, False])

@@ -372,6 +372,33 @@ def test_duplicated_ids_name_both(tmp_path: Path) -> None:
         import_corpus.main([*lists, "--output", str(tmp_path / "out"), "--processes", "1"])
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train", "train"], "--list train=... is given twice"),
+        (["../evil"], "a split is named by letters"),
+        (["a/b"], "a split is named by letters"),
+    ],
+)
+def test_names_of_splits(tmp_path: Path, names: list[str], message: str) -> None:
+    path = listing(tmp_path, [{"path": "a.wav", "text": "a"}])
+    lists = [option for name in names for option in ("--list", f"{name}={path}")]
+    with pytest.raises(ValueError, match=message):
+        import_corpus.main([*lists, "--output", str(tmp_path / "out"), "--processes", "1"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recording_that_changed_is_noticed_and_one_that_went_is_not_missed(tmp_path: Path) -> None:
+    speech(tmp_path / "a.wav")
+    path = listing(tmp_path, [{"path": "a.wav", "text": "a"}])
+    run_import(path, tmp_path / "out")
+    (tmp_path / "a.wav").rename(tmp_path / "b.wav")
+    run_import(path, tmp_path / "out")
+    (tmp_path / "a.wav").write_bytes((tmp_path / "b.wav").read_bytes() + b"more")
+    with pytest.raises(ValueError, match=r"bytes, but the corpus now has it in a\.wav of \d+ bytes: delete"):
+        run_import(path, tmp_path / "out")
+
+
 def test_other_options_for_the_same_output_are_refused(tmp_path: Path) -> None:
     speech(tmp_path / "a.wav")
     path = listing(tmp_path, [{"path": "a.wav", "text": "a"}])
@@ -379,7 +406,7 @@ def test_other_options_for_the_same_output_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_seconds"):
         run_import(path, tmp_path / "out", "--max-seconds", "5")
     listing(tmp_path, [{"path": "a.wav", "text": "a", "start": 0.1, "id": "a"}])
-    with pytest.raises(ValueError, match="from a.wav, but the corpus now has it in a.wav 0.1"):
+    with pytest.raises(ValueError, match=r"from a.wav of \d+ bytes, but the corpus now has it in a.wav 0.1"):
         run_import(path, tmp_path / "out")
 
 

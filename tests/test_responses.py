@@ -331,10 +331,35 @@ def test_missing_engines_say_how_to_get_them(llm: Path, monkeypatch: pytest.Monk
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path: Path, llm: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for option in (("--num-shards", 2, "--shard", 2), ("--batch-size", 0), ("--num-shards", 0)):
+    for option in (
+        ("--num-shards", 2, "--shard", 2), ("--batch-size", 0), ("--num-shards", 0), ("--rows", -1), ("--top-p", 0),
+        ("--input", tmp_path / "same.tsv", "--output", tmp_path / "same.tsv"),
+    ):  # fmt: skip
         with pytest.raises(SystemExit):
             generate_responses.parse(arguments(tmp_path, llm, *option))
-    assert "--shard must be" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--shard must be" in said and "--rows must be" in said and "same.tsv is the --input, which would" in said
+
+
+def test_a_model_that_is_not_there_leaves_nothing_behind(tmp_path: Path, llm: Path) -> None:
+    tiny.write_split(tmp_path, "train", 2)
+    options = ["--input", tmp_path / "train.tsv", "--output", tmp_path / "out.tsv", "--llm", "/nonexistent/model"]
+    with pytest.raises(ValueError, match="there is no model '/nonexistent/model': give a local directory"):
+        generate_responses.main(list(map(str, options)))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_cluster_that_cannot_be_reached_is_named(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster\nmore")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(
+        ValueError, match=r"no Ray cluster can be reached at '10\.0\.0\.1:6379'.*RAY_AUTH_TOKEN.*Failed"
+    ):
+        list(responses.answer_with_ray(ResponseSettings(str(llm)), [], address="10.0.0.1:6379"))
 
 
 def test_the_settings_beside_the_store_can_be_read(undisturbed: tuple[Path, bytes]) -> None:

@@ -22,8 +22,9 @@ def data(tmp_path: Path) -> Path:
 
 def change(path: Path, row: int, **cells: str) -> None:
     manifest = Manifest.load(path)
-    rows = [{**cell, **cells} if i == row else cell for i, cell in enumerate(manifest)]
-    write_manifest(path, rows, manifest.columns)
+    columns = [*manifest.columns, *(name for name in cells if name not in manifest.columns)]
+    rows = [dict.fromkeys(columns, "") | cell | (cells if i == row else {}) for i, cell in enumerate(manifest)]
+    write_manifest(path, rows, columns)
 
 
 def test_good_data_passes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +48,8 @@ def test_good_data_passes(data: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ({"n_frames": "90000"}, "train.tsv line 4 (id train-2): audio/train-2.flac holds"),
         ({"n_frames": "100"}, "n_frames is 100, but audio/train-2.flac has 13760 samples"),
         ({"audio": "audio/valid-2.flac"}, "valid.tsv shares 1 of its 6 recordings with"),
+        ({"prompt": "nope"}, "train.tsv line 4 (id train-2): there is no prompt 'nope'"),
+        ({"cut": "x"}, "train.tsv line 4 (id train-2): cut is 'x': write 1"),
     ],
 )
 def test_problems_are_found(data: Path, cells: dict[str, str], expected: str) -> None:
@@ -67,6 +70,7 @@ def test_problems_are_found(data: Path, cells: dict[str, str], expected: str) ->
         ({"src_text": "this is  SENTENCE number 0"}, "1 rows repeat the sentence of another: line 4 has"),
         ({"src_text": "ANOTHER text has the number 3!"}, "shares 1 of its 6 sentences with"),
         ({"speaker": "speaker of valid"}, "shares 1 of its 1 speakers with"),
+        ({"src_text": "word " * 200}, "train.tsv line 4 (id train-2): 1000 characters in 0.9 s"),
     ],
 )
 def test_warnings_do_not_fail(data: Path, cells: dict[str, str], expected: str) -> None:
@@ -97,6 +101,13 @@ def test_a_sample_is_repeatable_and_its_size_said(data: Path, capsys: pytest.Cap
     assert validate(data, audio="none").problems == []
     assert main([str(data), "--sample", "2", "--audio", "all"]) == 1
     assert "train: audio of 6 rows decoded" in capsys.readouterr().out
+
+
+def test_rows_that_training_would_refuse_as_too_long_are_counted(data: Path) -> None:
+    samples = write_speech(data / "audio" / "long.flac", 31, seed=1)
+    change(data / "train.tsv", 2, audio="audio/long.flac", n_frames=str(samples))
+    (warning,) = validate(data).warnings
+    assert "train.tsv: 1 rows last over 30 s, more than training takes: line 4" in warning
 
 
 def test_no_manifest_is_told(tmp_path: Path) -> None:

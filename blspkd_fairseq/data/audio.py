@@ -296,7 +296,8 @@ def _scaled(array: np.ndarray, name: str) -> np.ndarray:
 
 def _check_seconds(seconds: float, name: str, max_seconds: float | None) -> None:
     if max_seconds is not None and seconds > max_seconds:
-        raise AudioError(f"{name} is {seconds:.2f} s long; the limit is {max_seconds:g} s: cut it into segments")
+        shown = f"{seconds:.2f}" if seconds - max_seconds >= 0.01 else f"{seconds:.5f}"
+        raise AudioError(f"{name} is {shown} s long; the limit is {max_seconds:g} s: cut it into segments")
 
 
 def _check_length(found: int, declared: int, rate: int, name: str, who: str) -> None:

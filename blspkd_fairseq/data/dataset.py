@@ -19,13 +19,15 @@ from fairseq.data import FairseqDataset  # noqa: E402
 from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, load_audio  # noqa: E402
 from blspkd_fairseq.data.chat import ChatFormat  # noqa: E402
 from blspkd_fairseq.data.manifest import Manifest, ManifestError  # noqa: E402
-from blspkd_fairseq.data.prompts import resolve_prompt  # noqa: E402
+from blspkd_fairseq.data.prompts import PromptError, resolve_prompt  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 # What fairseq-generate takes when neither --max-tokens nor --batch-size is given is meant for text: .75 s of samples.
 _FAIRSEQ_MAX_TOKENS = 12_000
 _MAX_TOKENS = 120 * SAMPLE_RATE
+# More tokens than Whisper has frames; people speak two to six a second.
+_ANY_TOKENS, _TOKENS_PER_SECOND = 64, 50
 
 
 class Utterance(NamedTuple):
@@ -62,7 +64,7 @@ class SpeechTextDataset(FairseqDataset):
         audio_root: folder that holds all audio; default: relative paths start at the manifest, absolute ones anywhere.
         max_seconds: rows that are longer are an error.
         shuffle: train in a new random order every epoch; batches hold utterances of similar length.
-        skip_bad_audio: leave out rows whose audio is too long, missing or unreadable, in place of stopping there.
+        skip_bad_audio: leave out rows whose audio is too long, missing, unreadable or of another text.
     """
 
     def __init__(
@@ -123,15 +125,28 @@ class SpeechTextDataset(FairseqDataset):
                 raise AudioError(message) from error
             logger.warning(f"left out: {message}")
             return None
-        prompt = self._prompt(row)
+        try:
+            prompt = self._prompt(row)
+        except PromptError as error:
+            raise ManifestError(f"{self.manifest.location(index)}: {error}") from error
         before, after = self.chat.prompt_ids(prompt)
         response = row.get("tgt_text", "")
+        transcript = self.chat.encode_text(row.get("src_text", ""))
+        if len(transcript) > max(_ANY_TOKENS, _TOKENS_PER_SECOND * len(samples) / SAMPLE_RATE):
+            message = (
+                f"{self.manifest.location(index)}: {len(transcript)} tokens of transcript for "
+                f"{len(samples) / SAMPLE_RATE:.1f} s of audio: it is not the text of this audio, or lacks its end"
+            )
+            if not self.skip_bad_audio:
+                raise ManifestError(message)
+            logger.warning(f"left out: {message}")
+            return None
         return Utterance(
             index,
             row,
             torch.from_numpy(samples),
             list(before),
-            self.chat.encode_text(row.get("src_text", "")),
+            transcript,
             list(after),
             self.chat.response_ids(response, finished=row.get("cut", "") != "1") if response else [],
             prompt,

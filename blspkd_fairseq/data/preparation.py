@@ -209,7 +209,11 @@ def _key(split: str, item: Entry) -> str:
 def _source(corpus: Corpus, entry: Entry) -> str:
     """What a record was made of, so that records of an earlier state of the corpus are noticed."""
     span = "" if entry.start is None and entry.end is None else f" {entry.start}-{entry.end}"
-    return os.path.relpath(entry.audio, corpus.root) + span
+    try:
+        size = f" of {os.stat(entry.audio).st_size} bytes"
+    except OSError:
+        size = ""  # its audio may be gone once it is prepared
+    return os.path.relpath(entry.audio, corpus.root) + span + size
 
 
 def _remove_partial_files(output: Path) -> None:
@@ -235,7 +239,7 @@ class _Outcomes:
     def _record(self, key: str, entry: Entry) -> dict[str, Any]:
         record = self.store[key]
         source = _source(self.corpus, entry)
-        if record["source"] != source:
+        if record["source"] != source and record["source"].rpartition(" of ")[0] != source:
             raise PreparationError(
                 f"{self.store.path} has {entry.id!r} from {record['source']}, but the corpus now has it in {source}: "
                 "delete the whole output and start again"

@@ -54,6 +54,8 @@ def resolve_prompt(name_or_text: str, src_lang: str = "", tgt_lang: str = "") ->
     Raises:
         PromptError: an unknown name, several slots, or a language that is unknown or missing.
     """
+    if not isinstance(name_or_text, str):
+        raise PromptError(f"a prompt is a name or a text, not {name_or_text!r}")
     template = PROMPTS.get(name_or_text) or _own_text(name_or_text)
     for slot, language in (("src_lang", src_lang), ("tgt_lang", tgt_lang)):
         if f"{{{slot}}}" in template:

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, load_audio
+from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio
 from blspkd_fairseq.data.manifest import Manifest, ManifestError
+from blspkd_fairseq.data.prompts import PromptError, resolve_prompt
 
 _TEXTS = ("src_text", "tgt_text")
 _SHOWN = 20  # of each kind of finding
@@ -120,7 +121,13 @@ class _Facts:
 def _check_rows(manifest: Manifest, findings: Findings) -> _Facts:
     facts = _Facts()
     repeated: dict[str, list[str]] = {"audio": [], "sentence": []}
+    long = [f"line {index + 2}" for index in np.flatnonzero(manifest.n_frames > MAX_SECONDS * SAMPLE_RATE)]
+    if long:
+        findings.warnings.append(
+            f"{manifest.path}: {len(long)} rows last over {MAX_SECONDS:g} s, more than training takes: {_some(long)}"
+        )
     for index, row in enumerate(manifest):
+        _check_cells(manifest, index, row, findings)
         for column in _TEXTS:
             if column in row and not row[column].strip():
                 findings.problems.append(f"{manifest.location(index)}: {column} is empty: fill it in or remove the row")
@@ -138,6 +145,25 @@ def _check_rows(manifest: Manifest, findings: Findings) -> _Facts:
                 f"{manifest.path}: {len(places)} rows repeat the {kind} of another: {_some(places)}"
             )
     return facts
+
+
+def _check_cells(manifest: Manifest, index: int, row: dict[str, str], findings: Findings) -> None:
+    """What training would stop at."""
+    where = manifest.location(index)
+    if row.get("cut", "") not in ("", "0", "1"):
+        findings.problems.append(f"{where}: cut is {row['cut']!r}: write 1 where the response was cut, or 0")
+    if row.get("prompt"):
+        try:
+            resolve_prompt(row["prompt"], row.get("src_lang", ""), row.get("tgt_lang", ""))
+        except PromptError as error:
+            findings.problems.append(f"{where}: {error}")
+    seconds = manifest.n_frames[index] / SAMPLE_RATE
+    length = len(row.get("src_text", ""))
+    if length > _CHARACTERS_PER_SECOND * max(1.0, seconds):
+        findings.warnings.append(f"{where}: {length} characters in {seconds:.1f} s: is this the text of this audio?")
+
+
+_CHARACTERS_PER_SECOND = 60  # people speak fewer than 30
 
 
 def _compare_splits(splits: dict[str, Manifest], facts: dict[str, _Facts], findings: Findings) -> None:

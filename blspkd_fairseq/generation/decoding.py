@@ -1,5 +1,6 @@
 """From speech (or its transcript) and a prompt to text, by the LLM's own decoding."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,6 +40,10 @@ class DecodingOptions:
     no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
+        if self.beam < 1 or not math.isfinite(self.length_penalty):
+            raise ValueError(
+                f"the beam must be at least 1 and the length penalty finite, got {self.beam}, {self.length_penalty}"
+            )
         if not 1 <= self.n_best <= self.beam:
             raise ValueError(f"n-best must be between 1 and the beam size ({self.beam}), got {self.n_best}")
         if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:

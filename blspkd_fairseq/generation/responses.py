@@ -142,12 +142,23 @@ def is_refusal(answer: str) -> bool:
 
 
 def model_identity(name: str) -> str:
-    """Recognises a model by its files: the last part of its name and a hash (or, from the hub, the revision)."""
+    """Recognises a model by its files: the last part of its name and a hash (or, from the hub, the revision).
+
+    Raises:
+        ValueError: there is no such model.
+    """
     folder = Path(name)
     if not folder.is_dir():
         from transformers import AutoConfig
 
-        return f"{name}@{getattr(AutoConfig.from_pretrained(name), '_commit_hash', None) or 'unknown'}"
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"there is no model {name!r}: give a local directory or the name of a Hugging Face model that this "
+                f"machine can reach. {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+        return f"{name}@{getattr(config, '_commit_hash', None) or 'unknown'}"
     digest = hashlib.sha256()
     for path in sorted(
         p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja")
@@ -257,7 +268,7 @@ def answer_with_ray(
     settings: ResponseSettings,
     batches: Iterable[list[Request]],
     backend: str = "hf",
-    address: str | None = None,
+    address: str = "local",
     workers: int = 1,
     gpus_per_worker: float = 0,
     cpus_per_worker: float = 1,
@@ -267,19 +278,31 @@ def answer_with_ray(
     Args:
         settings, backend: as for one machine; every worker loads the LLM once.
         batches: which rows are answered together; the same batches as on one machine give the same answers.
-        address: of ``ray.init``: None starts a local Ray, "auto" joins the cluster this machine belongs to.
+        address: "local" starts a Ray on this machine, "auto" joins the cluster that it belongs to, HOST:PORT any other.
         workers: how many hold the LLM.
         gpus_per_worker, cpus_per_worker: what each of them reserves.
 
     Raises:
-        ValueError: Ray is not installed.
+        ValueError: Ray is not installed, or its cluster cannot be reached.
     """
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise ValueError(f"--engine ray needs Ray (pip install 'blspkd-fairseq[ray]'): {error}") from error
-    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
+    try:
+        ray.init(
+            address=address,
+            ignore_reinit_error=True,
+            log_to_driver=False,
+            **({"include_dashboard": False} if address == "local" else {}),
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(
+            f"no Ray cluster can be reached at {address!r}: is it running (`ray status` on its head), and does this "
+            "process have its token, if it asks for one (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)? "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
     rows = [{"batch": [tuple(request) for request in batch]} for batch in batches]
     if not rows:
         return

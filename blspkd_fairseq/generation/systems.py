@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel, WhisperForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, WhisperForConditionalGeneration
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.chat import ChatFormat
@@ -184,6 +184,14 @@ class WhisperTranscriber:
     def __init__(self, name: str) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
+        try:
+            kind = AutoConfig.from_pretrained(name).model_type
+        except (OSError, ValueError) as error:
+            raise ValueError(f"there is no model {name!r}: give a Whisper by Hugging Face name or directory") from error
+        if kind != "whisper":
+            raise ValueError(
+                f"{name} is a {kind} model and no Whisper: give a Whisper by Hugging Face name or directory"
+            )
         self.processor = AutoProcessor.from_pretrained(name)
         self.model: Any = WhisperForConditionalGeneration.from_pretrained(name, dtype=dtype).to(device).eval()
 

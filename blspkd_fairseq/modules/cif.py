@@ -120,7 +120,9 @@ def _plan(features: Tensor, alpha: Tensor, padding_mask: Tensor | None, target_l
     silent = alpha_sum <= 0
     scale = lengths / alpha_sum.masked_fill(silent, 1.0)
     ends = (alpha * scale.unsqueeze(1)).cumsum(1)  # B x T, running sum after each frame
-    tokens = int(lengths.max()) if lengths.numel() else 0
+    fewest, tokens = (int(bound) for bound in lengths.aminmax()) if lengths.numel() else (0, 0)
+    if fewest < 0:
+        raise ValueError(f"target_lengths must not be negative, got {fewest}")
     valid = torch.arange(tokens, device=alpha.device) < lengths.unsqueeze(1)  # B x U
 
     boundaries = _boundaries(ends.detach(), tokens) * (valid & ~silent.unsqueeze(1))
@@ -188,5 +190,7 @@ def _check_shapes(features: Tensor, alpha: Tensor, padding_mask: Tensor | None, 
         )
     if padding_mask is not None and padding_mask.shape != alpha.shape:
         raise ValueError(f"padding_mask must be {tuple(alpha.shape)} like alpha, got {tuple(padding_mask.shape)}")
+    if padding_mask is not None and padding_mask.dtype != torch.bool:
+        raise ValueError(f"padding_mask must be bool, True on padding, got {padding_mask.dtype}")
     if target_lengths is not None and target_lengths.shape != alpha.shape[:1]:
         raise ValueError(f"target_lengths must be [{alpha.shape[0]}], got {tuple(target_lengths.shape)}")
