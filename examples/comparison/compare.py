@@ -102,7 +102,7 @@ class Comparison:
         self.rates = json.loads(path.read_text()) if path.exists() else {}
         if self.args.updates:
             return
-        for name in self.args.only or ROWS:
+        for name in with_starts(self.args.only or list(ROWS)):
             same = [other for other in self.rates if ROWS[other].options == ROWS[name].options]
             if same:
                 self.rates[name] = self.rates[same[0]]
@@ -225,6 +225,15 @@ class Comparison:
                 options = ["--cascade", self.args.speech_encoder] if name == "cascade" else []
                 self.args.results.mkdir(parents=True, exist_ok=True)
                 python(HERE / "measure.py", "--data", self.data, "--llm", self.args.llm, *options, "--out", result)
+
+
+def with_starts(names: Sequence[str]) -> list[str]:
+    """The rows, each after those that it begins with."""
+    ordered: list[str] = []
+    for name in names:
+        start = ROWS[name].start
+        ordered += [row for row in (with_starts([start]) if start else []) + [name] if row not in ordered]
+    return ordered
 
 
 def curve(log: str) -> list[dict[str, float]]:
