@@ -58,6 +58,8 @@ recipe() {
         [ "$max_update" -gt 0 ] || max_update=20
     fi
     [ "$max_update" -gt 0 ] || max_update=2600  # an epoch of 3,000 hours
+    # The rate must reach its peak before training ends; short trials would not get there.
+    [ "$warm_up" -lt "$max_update" ] || { warm_up=$((max_update / 10)); echo "warm-up: $warm_up updates"; }
     if [ -n "$trained" ]; then
         stage_of 1 "data" make_data
         [ -z "$needs_responses" ] || stage_of 2 "responses of the LLM to the transcripts" make_responses

@@ -19,6 +19,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# For the real models. Two processes of two threads on two cores wait for each other most of the time.
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
 import blspkd_fairseq  # noqa: E402, F401  (hides a broken torchaudio before any test imports transformers)
 
 
@@ -32,4 +35,4 @@ def repeatable(request: pytest.FixtureRequest) -> None:
     numpy.random.seed(0)
     torch.manual_seed(0)
     is_real = request.node.get_closest_marker("real") is not None
-    torch.set_num_threads(os.cpu_count() or 1 if is_real else 1)
+    torch.set_num_threads(THREADS if is_real else 1)

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "scripts")]
 
+import generate_responses  # noqa: E402
 from systems import HIDDEN, ROWS, UNTRAINED, Row  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -90,9 +91,9 @@ class Comparison:
         for split in ("train", "valid", "heard", "unheard", "real"):
             output = self.data / "responses" / f"{split}.tsv"
             if not output.exists():
-                options = ["--max-new-tokens", 16, "--batch-size", 64]
-                inputs = ["--llm", args.llm, "--input", self.data / f"{split}.tsv", "--output", output]
-                python(ROOT / "scripts" / "generate_responses.py", *inputs, *options)
+                options = ["--max-new-tokens", 16, "--batch-size", 64, "--llm", args.llm]
+                inputs = ["--input", self.data / f"{split}.tsv", "--output", output]
+                generate_responses.main(list(map(str, [*inputs, *options])))
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

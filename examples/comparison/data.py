@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=fetch_recordings.default_cache())
     parser.add_argument("--sentences", type=int, default=2400, help="of the training set")
-    parser.add_argument("--test-sentences", type=int, default=100, help="of each test set")
+    parser.add_argument("--test-sentences", type=int, default=100, help="of each test set; of questions, 32 at most")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(arguments)
     make(args.out, args.cache, args.sentences, args.test_sentences, args.processes)
@@ -73,7 +73,7 @@ def make(out: Path, cache: Path, train: int, test: int, processes: int) -> None:
         for split, count in (("train", train), ("valid", 60), ("test", test))
     }
     heard = [make_speech.Clip(text, training_voice(text), 1.0) for text in texts["test"]]
-    questions = [QUESTION.format(country=country) for country in sorted(capitals)]
+    questions = [QUESTION.format(country=country) for country in sorted(capitals)][:test]
     manifests = {
         "train": [make_speech.Clip(text, training_voice(text), make_speech._tempo(text)) for text in texts["train"]],
         "valid": [make_speech.Clip(text, training_voice(text), 1.0) for text in texts["valid"]],

@@ -67,6 +67,8 @@ else
     bash "$root/scripts/venv.sh" quickstart
     [ "$max_update" -gt 0 ] || max_update=2000
 fi
+# The rate must reach its peak before training ends; short trials would not get there.
+[ "$warm_up" -lt "$max_update" ] || { warm_up=$((max_update / 10)); echo "warm-up: $warm_up updates"; }
 PATH=$(realpath -m "${BLSPKD_VENV:-$root/.venv}")/bin:$PATH
 cd "$root"
 if [ -n "$small" ]; then
