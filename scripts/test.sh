@@ -41,4 +41,4 @@ if [[ $models == yes ]]; then
 fi
 # A file at a time in each process: the tests of a file share what they have trained.
 workers=$(nproc)
-"$py" -m pytest -q -n $((workers < 8 ? workers : 8)) --dist loadfile ${pytest_args[@]+"${pytest_args[@]}"}
+"$py" -m pytest -q -n $((workers < 8 ? workers : 8)) --dist loadfile --no-loadscope-reorder ${pytest_args[@]+"${pytest_args[@]}"}

@@ -25,6 +25,11 @@ THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKE
 import blspkd_fairseq  # noqa: E402, F401  (hides a broken torchaudio before any test imports transformers)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that the last ones do not keep one process busy while the others wait."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 @pytest.fixture(autouse=True)
 def repeatable(request: pytest.FixtureRequest) -> None:
     """Seeds every generator; tests on the real models get all cores."""
