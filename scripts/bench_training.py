@@ -30,6 +30,7 @@ from blspkd_fairseq.data.dataset import pad_ids, pad_waveforms
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import AdapterOutput
+from blspkd_fairseq.modules.cif import quantity_loss
 from blspkd_fairseq.modules.distillation_loss import linear_kl_div
 from blspkd_fairseq.modules.partial_lora import PartialLoraLinear, speech_positions
 from blspkd_fairseq.modules.sequence import Segment, predicts
@@ -179,7 +180,7 @@ def project_loss(model: SpeechLLM, batch: dict[str, Any]) -> Tensor:
     output = model(**batch)
     weight, bias = model.head
     assert output.input is not None and output.response is not None
-    return quantity_loss(output.adapter, batch) + sum(
+    return mean_quantity_loss(output.adapter, batch) + sum(
         linear_kl_div(compared.student, compared.teacher, weight, bias).mean()
         for compared in (output.input, output.response)
     )
@@ -197,7 +198,7 @@ def slower_loss(model: SpeechLLM, batch: dict[str, Any], levers: Levers) -> Tens
         _, teacher = run(model, text, transcript, False)
     masks = [segment == 1, predicts(segment, 3) if levers.pad_once else predicts_over_gaps(segment)]
     weight, bias = model.head
-    total = quantity_loss(adapter, batch)
+    total = mean_quantity_loss(adapter, batch)
     if not levers.head_on_kept_positions:
         student_logits, teacher_logits = F.linear(student, weight, bias), F.linear(teacher, weight, bias)
         return total + sum(plain_kl(student_logits[mask], teacher_logits[mask]) for mask in masks)
@@ -256,9 +257,9 @@ def plain_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
 
 
-def quantity_loss(adapter: AdapterOutput, batch: dict[str, Any]) -> Tensor:
+def mean_quantity_loss(adapter: AdapterOutput, batch: dict[str, Any]) -> Tensor:
     assert adapter.alpha_sum is not None
-    return (adapter.alpha_sum / batch["text"]["transcript_lengths"] - 1).abs().mean()
+    return quantity_loss(adapter.alpha_sum, batch["text"]["transcript_lengths"]).mean()
 
 
 def synchronize(device: str) -> None:

@@ -216,6 +216,18 @@ def test_the_importance_ratio_is_1_the_first_time_and_not_later(world: World) ->
     assert second != first
 
 
+def test_rollouts_take_the_frames_that_training_has_cached(world: World) -> None:
+    model = world.build().train()
+    model.speech_llm.cache_features = True
+    sample = world.sample(model, [0, 1])
+    criterion, plain = criterion_of(model), world.build().train()
+    heard = []
+    model.speech_llm.speech_encoder.register_forward_pre_hook(lambda _, args: heard.append(len(args[1])))
+    losses = [float(criterion(model, sample)[0].detach()) for _ in range(2)]
+    assert heard == [2]  # the first roll-outs; nothing later
+    assert losses == pytest.approx([float(criterion_of(plain)(plain, sample)[0].detach())] * 2, rel=1e-5)
+
+
 def test_reading_text_is_the_teacher_itself_without_lora_everywhere(world: World) -> None:
     """L_im is 0 under Partial LoRA, which is why no text roll-outs are drawn there."""
     for scope, zero in (("none", True), ("speech", True), ("all", False)):

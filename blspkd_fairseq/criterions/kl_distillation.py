@@ -14,7 +14,9 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
+from blspkd_fairseq.modules.cif import quantity_loss
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_kl_div_with_agreement
+from blspkd_fairseq.modules.sequence import is_valid, mean_per_row
 from blspkd_fairseq.modules.speech_llm import Distillation, SpeechLlmOutput
 
 
@@ -153,7 +155,7 @@ class KlDistillationCriterion(FairseqCriterion):
                 losses[f"{name}_ce"] = self._mean_per_utterance(f"{name}_ce", ce, compared.rows, sample, sums)
         losses |= self._token_terms(terms, output, model, sample, sums)
         if output.adapter.alpha_sum is not None:
-            losses["quantity"] = (output.adapter.alpha_sum / text["transcript_lengths"] - 1).abs()
+            losses["quantity"] = quantity_loss(output.adapter.alpha_sum, text["transcript_lengths"])
             sums["quantity_sum"] = losses["quantity"].sum()
             counted = output.adapter.alpha_sum.detach().round().clamp(min=1)
             sums["count_errors"] = (counted - text["transcript_lengths"]).abs().sum()
@@ -200,7 +202,7 @@ class KlDistillationCriterion(FairseqCriterion):
         if not wanted:
             return {}
         text = sample["net_input"]["text"]
-        valid = _valid(text["transcript"], text["transcript_lengths"])
+        valid = is_valid(text["transcript"], text["transcript_lengths"])
         ids, hidden, rows = text["transcript"][valid], output.adapter.embeddings[valid], valid.nonzero()[:, 0]
         losses = {}
         if "token_ce" in wanted:
@@ -232,9 +234,7 @@ class KlDistillationCriterion(FairseqCriterion):
         """``[B]`` means of per-token values ``[N]``; utterance ``rows[i]`` owns ``values[i]``."""
         sums[f"{name}_sum"] = values.detach().sum()
         sums[f"{name}_tokens"] = torch.tensor(float(len(values)), device=values.device)
-        totals = values.new_zeros(sample["nsentences"]).index_add(0, rows, values)
-        counts = torch.bincount(rows, minlength=sample["nsentences"])
-        return totals / counts.clamp(min=1)
+        return mean_per_row(values, rows, sample["nsentences"])
 
     @staticmethod
     def _check_alpha(output: SpeechLlmOutput, sample: dict[str, Any]) -> None:
@@ -300,11 +300,6 @@ _SUMS = [
     "quantity_sum",
     "count_errors",
 ]
-
-
-def _valid(ids: Tensor, lengths: Tensor) -> Tensor:
-    """``[B, N]`` bool: where a row has ids."""
-    return torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
 
 
 def _check(cfg: KlDistillationConfig, weights: dict[str, float]) -> None:

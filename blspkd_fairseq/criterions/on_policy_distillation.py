@@ -28,8 +28,9 @@ from torch import Tensor
 from blspkd_fairseq.data.dataset import pad_ids
 from blspkd_fairseq.generation.rollouts import RolloutOptions, roll_out, rollout_seed
 from blspkd_fairseq.modules.build import SpeechLlmConfig, load_chat_format, load_llm
+from blspkd_fairseq.modules.cif import quantity_loss
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_jensen_shannon
-from blspkd_fairseq.modules.sequence import Segment
+from blspkd_fairseq.modules.sequence import Segment, mean_per_row
 from blspkd_fairseq.modules.speech_llm import ChatLLM, Distillation
 
 ESTIMATORS = ("sampled", "exact")
@@ -120,7 +121,6 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         output = model(**inputs, positions=("response",), teacher=not self._teacher)
 
         sums: dict[str, Tensor] = {}
-        count = sample["nsentences"]
         loss = output.adapter.embeddings.sum() * 0.0
         for path, compared, weight in (
             ("speech", output.response, 1 - self.cfg.im_weight),
@@ -129,14 +129,14 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
             if compared is not None:
                 texts = inputs["text"] if path == "speech" else inputs["text_replies"]
                 values = self._divergence(path, compared, texts, model, rolled.get(path), sums)
-                loss = loss + weight * _mean_per_response(
-                    values, compared.rows, len(texts["response_lengths"])
-                ).sum() / (self.cfg.rollouts if rolled else 1)
+                responses = len(texts["response_lengths"])
+                means = mean_per_row(values, compared.rows, responses)
+                loss = loss + weight * means.sum() * sample["nsentences"] / responses
         if output.adapter.alpha_sum is not None:
-            quantity = (output.adapter.alpha_sum / sample["net_input"]["text"]["transcript_lengths"] - 1).abs()
+            quantity = quantity_loss(output.adapter.alpha_sum, sample["net_input"]["text"]["transcript_lengths"])
             sums["quantity_sum"] = quantity.detach().sum()
             loss = loss + self.cfg.quantity_weight * quantity.sum()
-        return loss, count, self._log(loss, sums, sample, rolled, rollout_seconds)
+        return loss, sample["nsentences"], self._log(loss, sums, sample, rolled, rollout_seconds)
 
     # ---- roll-outs ---------------------------------------------------------------------------------------------
 
@@ -162,29 +162,11 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
             speech_llm.train(was_training)
 
     def _rollouts_of(self, path: str, model: Any, sample: dict[str, Any], training: bool) -> "list[_Rollouts]":
-        inputs, keys = sample["net_input"], sample["net_input"]["keys"]
+        keys = sample["net_input"]["keys"]
         lifetime = self.cfg.rollout_lifetime if training else 1
         new = [row for row, key in enumerate(keys) if lifetime == 1 or (path, key) not in self._kept]
-        fresh: dict[int, _Rollouts] = {}
-        if new:
-            if path == "speech":
-                rows = torch.tensor(new, device=inputs["src_tokens"].device)
-                with torch.no_grad():
-                    adapter = model.speech_llm.adapt(inputs["src_tokens"][rows], inputs["src_lengths"][rows])
-                heard = Segment(adapter.embeddings.to(model.speech_llm.llm.dtype), adapter.lengths)
-            else:
-                text = inputs["text"]
-                heard = Segment(model.speech_llm.embed(text["transcript"][new]), text["transcript_lengths"][new])
-            update = model.num_updates if training else -1
-            copies = range(self.cfg.rollouts)
-            seeds = [rollout_seed(self.cfg.seed, path, update, keys[row], j) for row in new for j in copies]
-            prompts = [sample["prompts"][row] for row in new]
-            ids = roll_out(
-                model.speech_llm, self.task.chat, heard, prompts, seeds, self.options, is_speech=path == "speech"
-            )
-            for place, row in enumerate(new):
-                fresh[row] = _Rollouts(ids[place * self.cfg.rollouts : (place + 1) * self.cfg.rollouts])
-        used = [fresh[row] if row in fresh else self._kept[path, key] for row, key in enumerate(keys)]
+        drawn = dict(zip(new, self._draw(path, model, sample, new, training), strict=True))
+        used = [drawn[row] if row in drawn else self._kept[path, key] for row, key in enumerate(keys)]
         for key, rollouts in zip(keys, used, strict=True):
             rollouts.uses += 1
             if rollouts.uses < lifetime:
@@ -192,6 +174,29 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
             else:
                 self._kept.pop((path, key), None)
         return used
+
+    def _draw(
+        self, path: str, model: Any, sample: dict[str, Any], rows: list[int], training: bool
+    ) -> "list[_Rollouts]":
+        """New roll-outs of these rows of the batch."""
+        if not rows:
+            return []
+        inputs = sample["net_input"]
+        keys = [inputs["keys"][row] for row in rows]
+        if path == "speech":
+            with torch.no_grad():
+                speech = inputs["src_tokens"][rows], inputs["src_lengths"][rows]
+                adapter = model.speech_llm.adapt(*speech, keys=keys, from_cache=training)
+            heard = Segment(adapter.embeddings.to(model.speech_llm.llm.dtype), adapter.lengths)
+        else:
+            text = inputs["text"]
+            heard = Segment(model.speech_llm.embed(text["transcript"][rows]), text["transcript_lengths"][rows])
+        update, copies = model.num_updates if training else -1, self.cfg.rollouts
+        seeds = [rollout_seed(self.cfg.seed, path, update, key, j) for key in keys for j in range(copies)]
+        prompts = [sample["prompts"][row] for row in rows]
+        is_speech = path == "speech"
+        ids = roll_out(model.speech_llm, self.task.chat, heard, prompts, seeds, self.options, is_speech)
+        return [_Rollouts(ids[start : start + copies]) for start in range(0, len(ids), copies)]
 
     # ---- losses ------------------------------------------------------------------------------------------------
 
@@ -317,12 +322,6 @@ def _with_responses(text: dict[str, Tensor], rolled: "Sequence[_Rollouts]", repe
     }
     lengths = torch.tensor([len(one) for one in ids], device=device)
     return {**repeated, "response": pad_ids(ids).to(device), "response_lengths": lengths}
-
-
-def _mean_per_response(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """``[count]`` means of per-token values ``[N]``; response ``rows[i]`` owns ``values[i]``."""
-    totals = values.new_zeros(count).index_add(0, rows, values)
-    return totals / torch.bincount(rows, minlength=count).clamp(min=1)
 
 
 def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:

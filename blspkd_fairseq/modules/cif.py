@@ -92,6 +92,11 @@ def parallel_integrate_and_fire(
     return CifOutput(embeddings, plan.lengths, plan.alpha_sum, plan.boundaries)
 
 
+def quantity_loss(alpha_sum: Tensor, tokens: Tensor) -> Tensor:
+    """``[B]`` |sum(alpha) / n - 1|, which teaches alpha to count n tokens (BLSP-KD, arXiv 2405.19041, L_CIF)."""
+    return (alpha_sum / tokens - 1).abs()
+
+
 class _Plan(NamedTuple):
     """``ends`` [B, T] are running sums of the rescaled weights, ``tokens`` is U; the rest is that of CifOutput."""
 

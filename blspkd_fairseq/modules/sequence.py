@@ -46,3 +46,14 @@ def predicts(segment: Tensor, index: int) -> Tensor:
     """``[B, L]`` bool: positions whose *next* token belongs to segment ``index`` (the shifted mask of a causal LM)."""
     following = torch.nn.functional.pad(segment[:, 1:], (0, 1), value=-1)
     return following == index
+
+
+def is_valid(ids: Tensor, lengths: Tensor) -> Tensor:
+    """``[B, N]`` bool: where rows of padded ``ids`` [B, N] have entries."""
+    return torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+
+
+def mean_per_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """``[count]`` means of ``values`` [N]; ``values[i]`` belongs to row ``rows[i]``, and a row without any has 0."""
+    totals = values.new_zeros(count).index_add(0, rows, values)
+    return totals / torch.bincount(rows, minlength=count).clamp(min=1)

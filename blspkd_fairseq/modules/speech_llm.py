@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.fingerprint import fingerprint
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, speech_positions
-from blspkd_fairseq.modules.sequence import Segment, Sequence, concatenate, predicts
+from blspkd_fairseq.modules.sequence import Segment, Sequence, concatenate, is_valid, predicts
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
 
 LORA_SCOPES = ("speech", "all", "none")
@@ -243,13 +243,15 @@ class SpeechLLM(ChatLLM):
         lengths: Tensor,
         target_lengths: Tensor | None = None,
         keys: Seq[int] | None = None,
+        from_cache: bool = False,
     ) -> AdapterOutput:
         """Speech embeddings of waveforms ``[B, S]`` (fp32, 16 kHz) of ``lengths`` [B] samples.
 
-        ``target_lengths`` [B] are the tokens of each utterance in training; ``keys`` name utterances for the cache.
+        ``target_lengths`` [B] are the tokens of each utterance in training; ``keys`` name utterances for the cache,
+        which evaluation passes by unless ``from_cache`` says that these are training utterances (roll-outs).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_speech_encoder):
-            if self.cache_features and self.training and keys is not None:
+            if keys is not None and (self.training or from_cache) and self.cache_features:
                 features, padding_mask = self._cached_features(waveforms, lengths, keys)
             else:
                 features, padding_mask = self.speech_encoder(waveforms, lengths)
@@ -326,14 +328,10 @@ def _compare(
     text: Mapping[str, Tensor], name: str, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
 ) -> Distillation:
     segment = "transcript" if name == "input" else "response"
-    valid = _valid(text[segment], text[f"{segment}_lengths"])
+    valid = is_valid(text[segment], text[f"{segment}_lengths"])
     return Distillation(student[name], teacher.get(name), valid.nonzero()[:, 0], text[segment][valid])
 
 
 def _select(segment: Tensor, name: str) -> Tensor:
     """Input positions are the speech positions themselves, response positions those that predict the response."""
     return segment == _SPEECH if name == "input" else predicts(segment, _RESPONSE)
-
-
-def _valid(ids: Tensor, lengths: Tensor) -> Tensor:
-    return torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
