@@ -1,7 +1,6 @@
 """Trained models in Python, without fairseq: :class:`BlspKd`."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,25 +8,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blspkd_fairseq import compat
 from blspkd_fairseq.data.audio import load_audio, prepare_waveform
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
+from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
-from blspkd_fairseq.modules.trained_state import load_trained_state_dict, trained_state_dict
+from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained, write_trained
 from blspkd_fairseq.modules.whisper_encoder import FRAMES_PER_SECOND
 
 Audio = str | Path | tuple[Any, int]
 """A path (or ``shard.zip:offset:length``), or samples [S] (numpy, torch or list) with their rate in Hz."""
-
-_CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
 class AlignedToken(NamedTuple):
@@ -72,7 +66,7 @@ class BlspKd:
         Raises:
             ValueError: nothing to load there, an unknown option, or other base models than in training.
         """
-        options, state = _read(Path(checkpoint_or_dir))
+        options, state = read_trained(Path(checkpoint_or_dir))
         names = {field.name for field in dataclasses.fields(SpeechLlmConfig)}
         unknown = sorted(set(overrides) - names)
         if unknown:
@@ -82,16 +76,19 @@ class BlspKd:
         load_trained_state_dict(model, state)
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), chat, config)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` (what was trained: a few MB) for :meth:`from_pretrained`."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.cpu().contiguous() for name, tensor in trained_state_dict(self.model).items()}
-        partial = target / f"{_WEIGHTS}.partial"
-        save_file(state, partial)
-        os.replace(partial, target / _WEIGHTS)
-        text = json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
-        (target / _CONFIG).write_text(text, encoding="utf-8")
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: str = "float32") -> None:
+        """Writes ``config.json`` and ``model.safetensors`` (what was trained: a few MB) for :meth:`from_pretrained`.
+
+        Args:
+            folder: made if it is not there.
+            dtype: of the weights: float32, or float16 or bfloat16 for half the size.
+
+        Raises:
+            ValueError: an unknown dtype.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
+        write_trained(Path(folder), dataclasses.asdict(self.config), self.model, DTYPES[dtype])
 
     # ---- answers -----------------------------------------------------------------------------------------------
 
@@ -205,26 +202,7 @@ def read_options(checkpoint_or_dir: str | os.PathLike[str]) -> Mapping[str, Any]
     Raises:
         ValueError: there is no model at this path.
     """
-    return _read(Path(checkpoint_or_dir))[0]
-
-
-def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    """Options and trained weights of a checkpoint or folder."""
-    if path.is_dir():
-        if (path / _WEIGHTS).exists() and (path / _CONFIG).exists():
-            return json.loads((path / _CONFIG).read_text(encoding="utf-8")), load_file(path / _WEIGHTS)
-        found = [path / name for name in _CHECKPOINTS if (path / name).exists()]
-        if not found:
-            raise ValueError(f"{path} holds neither {_CONFIG} and {_WEIGHTS} nor {' or '.join(_CHECKPOINTS)}")
-        path = found[0]
-    if not path.exists():
-        raise ValueError(f"no checkpoint at {path}")
-    compat.allow_safe_checkpoint_globals()
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint["cfg"]["model"], checkpoint["model"]
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from error
+    return read_trained(Path(checkpoint_or_dir))[0]
 
 
 def _is_single(audio: Any) -> bool:

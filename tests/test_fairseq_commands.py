@@ -141,6 +141,7 @@ def test_warm_up_then_distillation(world: World, tmp_path: Path) -> None:
     for option in (
         ["--restore-file", warm, "--reset-optimizer", "--reset-dataloader", "--reset-meters"],
         ["--finetune-from-model", warm],
+        ["--pretrained-model", warm.parent],
     ):
         save_dir = tmp_path / option[0].strip("-")
         log = world.train(save_dir, "--max-update", 5, "--disable-validation", "--lr", 0, *option)

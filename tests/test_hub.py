@@ -111,6 +111,25 @@ def test_saved_and_loaded_it_answers_the_same(
     assert again.generate(trained.audio, max_new_tokens=8) == model.generate(trained.audio, max_new_tokens=8)
 
 
+def test_half_the_size(model: BlspKd, trained: Trained, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "half", dtype="float16")
+    whole, half = (BlspKd.from_pretrained(tmp_path / name).model for name in ("whole", "half"))
+    for (name, one), other in zip(whole.named_parameters(), half.parameters(), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6, msg=name)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.75 * sizes[0]  # names and fingerprints keep their size
+    with pytest.raises(ValueError, match="dtype 'int8' is unknown: choose from float32"):
+        model.save_pretrained(tmp_path, dtype="int8")
+
+
+def test_base_models_in_the_home_folder(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(trained.root))
+    again = BlspKd.from_pretrained(trained.checkpoint, llm="~/llm", speech_encoder="~/whisper")
+    assert again.config.llm == "~/llm"
+
+
 def test_other_base_models_and_wrong_options_are_said_plainly(trained: Trained, tmp_path: Path) -> None:
     other_llm = save_llm(tmp_path / "llm", seed=5)
     with pytest.raises(ValueError, match="another LLM.*--llm"):

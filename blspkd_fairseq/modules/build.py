@@ -1,5 +1,6 @@
 """Options of the model, and the model built from them and from pretrained parts."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,7 +183,7 @@ def _load_speech_encoder(config: SpeechLlmConfig) -> SpeechEncoder:
 
 def _from_pretrained(cls: Any, name: str, option: str, what: str, **options: Any) -> Any:
     try:
-        return cls.from_pretrained(name, **options)
+        return cls.from_pretrained(os.path.expanduser(name), **options)
     except (OSError, KeyError) as error:
         raise ValueError(
             f"cannot load the {what} {name!r}: give --{option} (or, for a checkpoint that names it, --model-overrides "

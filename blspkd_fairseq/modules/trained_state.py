@@ -1,14 +1,22 @@
 """Checkpoints of a model most of which is frozen: what was trained, and by which frozen models."""
 
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blspkd_fairseq import compat
 from blspkd_fairseq.modules.fingerprint import fingerprint, same_fingerprint
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
 _FINGERPRINT = "frozen."
+_CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
 def trained_state_dict(model: SpeechLLM) -> dict[str, Tensor]:
@@ -68,6 +76,42 @@ def load_trained_state_dict(model: SpeechLLM, state: Mapping[str, Tensor]) -> No
                 parameter.copy_(weights[name])
             elif "lora_B" in name:
                 parameter.zero_()
+
+
+def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """Options and trained weights of a checkpoint of fairseq-train, a folder with one, or one of :func:`write_trained`.
+
+    Raises:
+        ValueError: there is no model at this path.
+    """
+    if path.is_dir():
+        if (path / _WEIGHTS).exists() and (path / _CONFIG).exists():
+            return json.loads((path / _CONFIG).read_text(encoding="utf-8")), load_file(path / _WEIGHTS)
+        found = [path / name for name in _CHECKPOINTS if (path / name).exists()]
+        if not found:
+            raise ValueError(f"{path} holds neither {_CONFIG} and {_WEIGHTS} nor {' or '.join(_CHECKPOINTS)}")
+        path = found[0]
+    if not path.exists():
+        raise ValueError(f"no checkpoint at {path}")
+    compat.allow_safe_checkpoint_globals()
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint["cfg"]["model"], checkpoint["model"]
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from error
+
+
+def write_trained(folder: Path, options: Mapping[str, Any], model: SpeechLLM, dtype: torch.dtype) -> None:
+    """Writes options and trained weights, these in ``dtype``, for :func:`read_trained`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: (tensor if name.startswith(_FINGERPRINT) else tensor.to(dtype)).cpu().contiguous()
+        for name, tensor in trained_state_dict(model).items()
+    }
+    partial = folder / f"{_WEIGHTS}.partial"
+    save_file(state, partial)
+    os.replace(partial, folder / _WEIGHTS)
+    (folder / _CONFIG).write_text(json.dumps(dict(options), indent=2) + "\n", encoding="utf-8")
 
 
 def _part(name: str) -> str:

@@ -22,6 +22,7 @@ from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.metrics import BleuCounts, bleu_counts, bleu_score, word_errors
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
 from blspkd_fairseq.generation.fairseq_generator import LlmDictionary, LlmGenerator
+from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained
 
 _BLEU_ORDER = 4
 
@@ -45,6 +46,13 @@ class BlspKdConfig(FairseqDataclass):
     skip_bad_audio: bool = field(
         default=False,
         metadata={"help": "leave out training rows whose audio is too long, missing or unreadable, and say so"},
+    )
+    pretrained_model: str = field(
+        default="",
+        metadata={
+            "help": "begin with the trained parts of this model: a folder of save_pretrained or a checkpoint, of the "
+            "same adapter and LoRA"
+        },
     )
     eval_wer: bool = field(
         default=False, metadata={"help": "validation: WER of repeating the transcript (wer, wer_raw)"}
@@ -103,6 +111,8 @@ class BlspKdTask(FairseqTask):
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         model = super().build_model(cfg, from_checkpoint)
+        if self.cfg.pretrained_model and not from_checkpoint:
+            load_trained_state_dict(model.speech_llm, read_trained(Path(self.cfg.pretrained_model))[1])
         self.dictionary.chat = model.chat
         self._adapter = model.speech_llm.adapter
         return model
