@@ -1,11 +1,12 @@
 """Trains and measures every row of the comparison, in pieces that resume, and writes the report.
 
-    python examples/comparison/compare.py --out out/comparison --minutes 4 --seeds 1 2 3
+    python examples/comparison/compare.py --out out/comparison --minutes 12 --seeds 1 2 3
 
-A piece is the training or the measuring of one row with one seed; what is there already is not made again, so that the
-same command goes on where it was killed, and more seeds add to what there is. --only trains some rows, and those that
-they begin with. Every row trains for the same time: so many updates as fit into --minutes by the seconds per update
-that are measured first, one row after the other, on this machine (OUT/rates.json).
+The first seed trains every row, the others the main ones. A piece is the training or the measuring of one row with one
+seed; what is there already is not made again, so that the same command goes on where it was killed, and more seeds add
+to what there is. --only trains some rows with all seeds, and those that they begin with. Every row trains for the same
+time: so many updates as fit into --minutes by the seconds per update that are measured first on this machine
+(OUT/rates.json). As many rows run at a time as there are cores, each on its own: their minutes are CPU minutes.
 """
 
 import argparse
@@ -15,8 +16,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +29,15 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "scripts")]
 
 import generate_responses  # noqa: E402
-from systems import HIDDEN, ROWS, UNTRAINED, Row  # noqa: E402
+from systems import DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, MAIN, ROWS, UNTRAINED, Row, searched  # noqa: E402
+
+from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PROBE_UPDATES = 8
 FIRST_COUNTED = 2  # updates before it warm up memory and caches
-LEARNING_RATES = {"scratch": 1e-3, "on": 3e-4, "on_policy": 1e-4}
+SEARCH_SHARE = 1 / 3  # of a row's minutes, for each learning rate that is tried
 VALIDATIONS = 5  # points of a learning curve
 
 
@@ -43,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.prepare_only:
         comparison.measure_rates()
         comparison.measure_untrained()
-        for seed in args.seeds:
-            for name in args.only or ROWS:
-                comparison.run_row(name, seed)
+        comparison.run_rows()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -58,13 +62,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--llm", default=str(cache / "smollm2-135m-instruct"))
     parser.add_argument("--sentences", type=int, default=2400, help="of the training set")
     parser.add_argument("--test-sentences", type=int, default=100, help="of each test set")
-    parser.add_argument("--minutes", type=float, default=4.0, help="training time of each row")
+    parser.add_argument("--minutes", type=float, default=12.0, help="training time of each row")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--only", nargs="+", choices=list(ROWS), help="rows to train (default: all)")
-    parser.add_argument("--updates", type=int, default=0, help="updates of a whole training, in place of --minutes")
+    parser.add_argument(
+        "--updates", type=int, default=0, help="of a whole training, in place of --minutes; no search of learning rates"
+    )
+    parser.add_argument("--jobs", type=int, default=0, help="rows at the same time; by default one for each CPU core")
     parser.add_argument("--prepare-only", action="store_true", help="make the data and stop")
     args = parser.parse_args(arguments)
     args.results = args.results or args.out / "results"
+    cores = len(os.sched_getaffinity(0))
+    args.jobs = args.jobs or (1 if torch.cuda.is_available() else cores)
+    # A small model keeps one thread busy and two by far not: a row for each core makes the most of them, and the time
+    # of a training is CPU time then.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // args.jobs))
     if args.minutes <= 0 or args.updates < 0:
         parser.error("--minutes must be positive and --updates not negative")
     return args
@@ -76,7 +88,9 @@ class Comparison:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.data = args.out / "data"
+        self.names = with_starts(args.only or list(ROWS))
         self.rates: dict[str, float] = {}
+        self.search_locks = {name: threading.Lock() for name in LEARNING_RATES}
         self.device = [] if torch.cuda.is_available() else ["--cpu"]
 
     # ---- data --------------------------------------------------------------------------------------------------------
@@ -95,48 +109,91 @@ class Comparison:
                 inputs = ["--input", self.data / f"{split}.tsv", "--output", output]
                 generate_responses.main(list(map(str, [*inputs, *options])))
 
+        for folder in (self.data, self.data / "responses"):
+            whole = Manifest.load(folder / "train.tsv")
+            for divisor in DIVISORS:
+                part = folder / f"train_{divisor}.tsv"
+                if not part.exists():
+                    rows = [whole[i] for i in range(max(1, len(whole) // divisor))]
+                    write_manifest(part, rows, list(rows[0]))
+
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def measure_rates(self) -> None:
-        """Seconds per update of every row, from a few updates."""
+        """Seconds per update of every row, from a few updates, under the load that the trainings will have."""
         path = self.args.out / "rates.json"
         self.rates = json.loads(path.read_text()) if path.exists() else {}
-        if self.args.updates:
-            return
-        for name in with_starts(self.args.only or list(ROWS)):
-            same = [other for other in self.rates if ROWS[other].options == ROWS[name].options]
-            if same:
-                self.rates[name] = self.rates[same[0]]
-            elif name not in self.rates:
-                folder = self.args.out / "probe"
-                shutil.rmtree(folder, ignore_errors=True)
-                log = self.train(ROWS[name], folder, PROBE_UPDATES, seed=1, start=None, validate=False)
-                walls = [float(wall) for wall in re.findall(r"num_updates=\d+.*? wall=([\d.]+)", log)]
-                counted = walls[FIRST_COUNTED:]
-                self.rates[name] = max(1e-3, (counted[-1] - counted[0]) / (len(counted) - 1))
-                write_json(path, self.rates)
-                print(f"{name}: {self.rates[name]:.2f} s per update", flush=True)
+        if not self.args.updates:
+            names = dict.fromkeys(twin(name) for name in self.names)
+            with ThreadPoolExecutor(self.args.jobs) as pool:
+                list(pool.map(self.measure_rate, names))
 
-    def run_row(self, name: str, seed: int) -> None:
-        """Trains a row and what it begins with, and measures it."""
-        row, folder = ROWS[name], self.folder(name, seed)
-        result = self.args.results / f"{name}-seed{seed}.json"
-        if result.exists():
+    def measure_rate(self, name: str) -> None:
+        if name in self.rates:
             return
-        if row.start:
-            self.run_row(row.start, seed)
+        folder = self.args.out / f"probe-{name}"
+        log = self.train(ROWS[name], folder, PROBE_UPDATES, seed=1, start=None, rate=1e-4, validate=False)
+        shutil.rmtree(folder)
+        walls = [float(wall) for wall in re.findall(r"num_updates=\d+.*? wall=([\d.]+)", log)]
+        counted = walls[FIRST_COUNTED:]
+        self.rates[name] = max(1e-3, (counted[-1] - counted[0]) / (len(counted) - 1))
+        write_json(self.args.out / "rates.json", self.rates)
+        print(f"{name}: {self.rates[name]:.2f} s per update", flush=True)
+
+    def run_rows(self) -> None:
+        """All rows of all seeds, --jobs at a time; a row waits for the one that it goes on from."""
+        running: dict[tuple[str, int], Future[None]] = {}
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            for name, seed in self.pieces():
+                before = running.get((ROWS[name].start, seed))
+                running[name, seed] = pool.submit(self.run_row, name, seed, before)
+            try:
+                for done in as_completed(running.values()):
+                    done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def pieces(self) -> list[tuple[str, int]]:
+        """Rows and seeds in the order of their worth: all rows once, main rows with more seeds, then less data."""
+        first, *others = self.args.seeds
+        main = [name for name in self.names if name in with_starts(MAIN)]
+        rest = [name for name in self.names if name not in main and name not in LESS_DATA]
+        less = [name for name in self.names if name in LESS_DATA]
+        again = self.names if self.args.only else main
+        return [
+            *((name, first) for name in main + rest),
+            *((n, seed) for seed in others for n in again),
+            *((name, first) for name in less),
+        ]
+
+    def run_row(self, name: str, seed: int, before: "Future[None] | None") -> None:
+        """Trains a row, once what it begins with is there, and measures it."""
+        folder, result = self.folder(name, seed), self.args.results / f"{name}-seed{seed}.json"
+        if before is not None:
+            before.result()
+        if not self.is_needed(name, seed):
+            return
         if not (folder / "done.json").exists():
-            if row.start and not (self.folder(row.start, seed) / "done.json").exists():
-                self.train_row(row.start, seed)
             self.train_row(name, seed)
-        if name not in HIDDEN:
+        if name not in HIDDEN and not result.exists():
             self.args.results.mkdir(parents=True, exist_ok=True)
             measured = self.args.out / f"{name}-seed{seed}.json"
             python(
                 HERE / "measure.py", "--data", self.data, "--checkpoint", folder / "checkpoint_last.pt",
-                "--whisper", self.args.speech_encoder, "--out", measured,
+                "--whisper", self.args.speech_encoder, "--out", measured, *self.robustness(name),
             )  # fmt: skip
             write_json(result, json.loads(measured.read_text()) | json.loads((folder / "done.json").read_text()))
+
+    @staticmethod
+    def robustness(name: str) -> list[str]:
+        return ["--robustness"] if name in (*MAIN, *UNTRAINED) else []
+
+    def is_needed(self, name: str, seed: int) -> bool:
+        """Whether it is still to be measured, or a row that goes on from it."""
+        if name not in HIDDEN and not (self.args.results / f"{name}-seed{seed}.json").exists():
+            return True
+        return any(ROWS[other].start == name and self.is_needed(other, seed) for other in self.names)
 
     def train_row(self, name: str, seed: int) -> None:
         row, folder = ROWS[name], self.folder(name, seed)
@@ -144,8 +201,10 @@ class Comparison:
         shutil.rmtree(folder, ignore_errors=True)
         start = self.folder(row.start, seed) / "checkpoint_last.pt" if row.start else None
         print(f"\n== {name}, seed {seed}: {updates} updates ({time.strftime('%H:%M:%S')})", flush=True)
+        rate = self.learning_rate(name, start)
+        before = json.loads(start.with_name("done.json").read_text()) if start else {}
         begin = time.monotonic()
-        log = self.train(row, folder, updates, seed, start, validate=True)
+        log = self.train(row, folder, updates, seed, start, rate, validate=True)
         done = {
             "row": name,
             "seed": seed,
@@ -153,17 +212,40 @@ class Comparison:
             "batch": self.batch(row),
             "training_seconds": round(time.monotonic() - begin, 1),
             "train_wall": float(re.findall(r"train_wall[= ]([\d.]+)", log)[-1]),
+            "utterances_before": before.get("utterances_before", 0) + before.get("updates", 0) * before.get("batch", 0),
+            "wall_before": before.get("wall_before", 0.0) + before.get("train_wall", 0.0),
             "rollout_wall": sum(float(wall) for wall in re.findall(r"\| train \|.*? rollout_wall ([\d.]+)", log)),
-            "command": self.shown_command(row, updates, seed),
+            "command": self.shown_command(row, updates, seed, rate),
             "curve": curve(log),
             "machine": machine(),
         }
         write_json(folder / "done.json", done)
 
-    def updates_of(self, name: str) -> int:
+    def updates_of(self, name: str, part: float = 1.0) -> int:
         """Of this row alone: what fits into its share of the minutes."""
-        whole = self.args.updates or 60 * self.args.minutes / self.rates[name]
-        return max(1, round(whole * ROWS[name].share))
+        whole = self.args.updates or 60 * self.args.minutes / self.rates[twin(name)]
+        return max(1, round(whole * part * ROWS[name].share))
+
+    def learning_rate(self, name: str, start: Path | None) -> float:
+        """The best of those that are tried on the row that stands for this one, by its validation loss."""
+        like = searched(name)
+        if self.args.updates:
+            return LEARNING_RATES[like][1]
+        path = self.args.results / f"search-{like}.json"
+        with self.search_locks[like]:
+            found = json.loads(path.read_text()) if path.exists() else {"minutes": self.args.minutes, "losses": {}}
+            for rate in LEARNING_RATES[like]:
+                if str(rate) not in found["losses"]:
+                    updates = self.updates_of(like, SEARCH_SHARE)
+                    print(f"\n== {like} at learning rate {rate}: {updates} updates", flush=True)
+                    log = self.train(
+                        ROWS[like], self.args.out / f"search-{like}", updates, 1, start, rate, validate=True
+                    )
+                    points = curve(log)
+                    found["losses"][str(rate)] = points[-1]["loss"] if points else float("nan")
+                    self.args.results.mkdir(parents=True, exist_ok=True)
+                    write_json(path, found)
+            return min(LEARNING_RATES[like], key=lambda rate: (isnan(loss := found["losses"][str(rate)]), loss))
 
     def folder(self, name: str, seed: int) -> Path:
         return self.args.out / "models" / f"{name}-seed{seed}"
@@ -172,27 +254,29 @@ class Comparison:
     def batch(row: Row) -> int:
         return 48 if row.transcripts else 16
 
-    def options(self, row: Row, updates: int, seed: int) -> list[str]:
+    def options(self, row: Row, updates: int, seed: int, rate: float) -> list[str]:
         """Options of ``fairseq-train`` that make this row."""
-        kind = "on_policy" if "on_policy" in row.options else "on" if row.start else "scratch"
         cached = [] if "unfreeze" in row.options else ["--cache-encoder-features"]
         criterion = [] if "--criterion" in row.options else ["--criterion", "kl_distillation"]
         shared = f"""
             --arch blsp_kd --speech-encoder-dtype bfloat16 --adapter-pre-layers 2 --adapter-post-layers 2
-            --adapter-heads 6 --optimizer adam --clip-norm 1.0 --lr {LEARNING_RATES[kind]}
+            --adapter-heads 6 --optimizer adam --clip-norm 1.0 --lr {rate}
             --lr-scheduler polynomial_decay --warmup-updates {max(1, updates // 10)}
             --total-num-update {updates} --max-update {updates}
             --batch-size {self.batch(row)} --seed {seed}
         """
-        return [*shared.split(), *cached, *criterion, *row.options.split()]
+        subset = ["--train-subset", f"train_{row.data_divisor}"] if row.data_divisor > 1 else []
+        return [*shared.split(), *subset, *cached, *criterion, *row.options.split()]
 
-    def shown_command(self, row: Row, updates: int, seed: int) -> str:
+    def shown_command(self, row: Row, updates: int, seed: int, rate: float) -> str:
         folder = "data" if row.transcripts else "data/responses"
         return f"fairseq-train {folder} --user-dir blspkd_fairseq --task blsp_kd " + " ".join(
-            self.options(row, updates, seed)
+            self.options(row, updates, seed, rate)
         )
 
-    def train(self, row: Row, folder: Path, updates: int, seed: int, start: Path | None, validate: bool) -> str:
+    def train(
+        self, row: Row, folder: Path, updates: int, seed: int, start: Path | None, rate: float, validate: bool
+    ) -> str:
         """Runs ``fairseq-train`` and returns its log, which it also leaves in the folder."""
         data = self.data if row.transcripts else self.data / "responses"
         command = [
@@ -200,7 +284,7 @@ class Comparison:
             "--task", "blsp_kd", "--audio-root", str(self.data), *self.device, "--save-dir", str(folder),
             "--speech-encoder", self.args.speech_encoder, "--llm", self.args.llm, "--num-workers", "0",
             "--no-epoch-checkpoints", "--log-format", "simple", "--log-interval", "1" if not validate else "10",
-            *self.options(row, updates, seed),
+            *self.options(row, updates, seed, rate),
         ]  # fmt: skip
         command += ["--finetune-from-model", str(start)] if start else []
         if validate:
@@ -224,6 +308,7 @@ class Comparison:
             result = self.args.results / f"{name}.json"
             if not result.exists():
                 options = ["--cascade", self.args.speech_encoder] if name == "cascade" else []
+                options += self.robustness(name)
                 self.args.results.mkdir(parents=True, exist_ok=True)
                 python(HERE / "measure.py", "--data", self.data, "--llm", self.args.llm, *options, "--out", result)
 
@@ -235,6 +320,11 @@ def with_starts(names: Sequence[str]) -> list[str]:
         start = ROWS[name].start
         ordered += [row for row in (with_starts([start]) if start else []) + [name] if row not in ordered]
     return ordered
+
+
+def twin(name: str) -> str:
+    """The first row with the same options, whose speed it shares."""
+    return next(other for other in ROWS if ROWS[other].options == ROWS[name].options)
 
 
 def curve(log: str) -> list[dict[str, float]]:
@@ -251,7 +341,8 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{torch.get_num_threads()} threads of {models[0] if models else 'a CPU'}"
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    return f"{threads} thread{'s' * (threads > 1)} of {models[0] if models else 'a CPU'} for each row"
 
 
 def python(script: Path, *arguments: Any) -> None:

@@ -15,15 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from blspkd_fairseq import BlspKd
-from blspkd_fairseq.data.audio import load_audio
+from blspkd_fairseq.data.audio import SAMPLE_RATE, load_audio
 from blspkd_fairseq.data.dataset import SpeechTextDataset
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.alignment import boundary_differences
+from blspkd_fairseq.evaluation.robustness import Voices, degrade, parse_condition
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
 from blspkd_fairseq.generation.systems import CascadeSystem, System, TextSystem, Utterance, WhisperTranscriber
 from blspkd_fairseq.modules.build import SpeechLlmConfig
@@ -34,6 +36,7 @@ QUESTIONS = ("questions_heard", "questions_unheard")
 # What is asked, and how long the answer may be. Training sees "continue" alone.
 ASKED = {"repeat": 28, "continue": 16}
 QUESTION_TOKENS = 20
+CONDITIONS = ("white:20", "white:10", "white:0", "babble:20", "babble:10", "babble:0")  # of the heard set, repeated
 BATCH = 50
 
 
@@ -54,6 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--llm", default="", help="for systems that are not trained")
     parser.add_argument("--cascade", default="", help="Whisper before the LLM")
     parser.add_argument("--whisper", default="", help="whose word ends CIF's boundaries are compared with")
+    parser.add_argument("--robustness", action="store_true", help="measure the heard set under noise, too")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args(arguments)
 
@@ -67,27 +71,49 @@ def measure_untrained(args: argparse.Namespace) -> dict[str, Any]:
     system.load()
     results: dict[str, Any] = {"sets": {}}
     for name in tqdm((*SETS, *QUESTIONS), desc=args.out.stem, unit="set"):
-        data = Manifest.load(args.data / f"{name}.tsv")
+        data = Manifest.load(manifest_of(args.data, name))
         found = {asked: ask(system, data, args.data, asked, tokens) for asked, tokens in asked_of(name).items()}
         results["sets"][name] = {"id": [data[i]["id"] for i in range(len(data))], **found}
+    if args.robustness and system.hears:
+        data = Manifest.load(manifest_of(args.data, "heard"))
+        results["conditions"] = {
+            condition: ask(system, data, args.data, "repeat", ASKED["repeat"], condition)
+            for condition in tqdm(CONDITIONS, desc="under noise", unit="condition")
+        }
     return results
+
+
+def manifest_of(folder: Path, name: str) -> Path:
+    """Every system is measured on the same rows: those to which the LLM has a response."""
+    return (folder if name in QUESTIONS else folder / "responses") / f"{name}.tsv"
 
 
 def asked_of(name: str) -> dict[str, int]:
     return {"chat": QUESTION_TOKENS} if name in QUESTIONS else ASKED
 
 
-def ask(system: System, data: Manifest, root: Path, prompt: str, tokens: int) -> list[str]:
+def ask(system: System, data: Manifest, root: Path, prompt: str, tokens: int, condition: str = "clean") -> list[str]:
     answers: list[str] = []
+    voices = voices_of(data, root)
     for start in range(0, len(data), BATCH):
         rows = [data[i] for i in range(start, min(start + BATCH, len(data)))]
         batch = []
         for row in rows:
-            audio = row["audio"]
-            waveform = load_audio(audio, None if Path(audio).is_absolute() else root) if system.hears else None
+            waveform = under(condition, row["id"], voices) if system.hears else None
             batch.append(Utterance(waveform, row["src_text"], resolve_prompt(prompt), "en"))
         answers += [answer.text for answer in system.answer(batch, DecodingOptions(max_new_tokens=tokens))]
     return answers
+
+
+def voices_of(data: Manifest, root: Path) -> Voices:
+    """Waveforms of a manifest by id."""
+    paths = {data[i]["id"]: data[i]["audio"] for i in range(len(data))}
+    return Voices(list(paths), lambda name: load_audio(paths[name], None if Path(paths[name]).is_absolute() else root))
+
+
+def under(condition: str, name: str, voices: Voices) -> np.ndarray:
+    """The waveform of an utterance, degraded."""
+    return degrade(voices.load(name), parse_condition(condition), name, voices=voices)
 
 
 # ---- trained systems -------------------------------------------------------------------------------------------------
@@ -99,11 +125,19 @@ def measure_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     word_ends = WordEnds(args.whisper, args.data) if args.whisper and model.model.adapter.one_to_one else None
     results: dict[str, Any] = {"sets": {}}
     for name in tqdm((*SETS, *QUESTIONS), desc=args.out.stem, unit="set"):
-        folder = args.data if name in QUESTIONS else args.data / "responses"
-        data = SpeechTextDataset(Manifest.load(folder / f"{name}.tsv"), model.chat, audio_root=None)
+        data = SpeechTextDataset(Manifest.load(manifest_of(args.data, name)), model.chat, audio_root=None)
         data.audio_root = None if name == "real" else args.data
         results["sets"][name] = measure_set(model, data, name, word_ends)
     results["text_kl"] = text_kl(model, args.data)
+    if args.robustness:
+        data = Manifest.load(manifest_of(args.data, "heard"))
+        voices = voices_of(data, args.data)
+        results["conditions"] = {}
+        for condition in tqdm(CONDITIONS, desc="under noise", unit="condition"):
+            speech = [(under(condition, name, voices), SAMPLE_RATE) for name in voices.ids]
+            results["conditions"][condition] = model.generate(
+                speech, "repeat", batch_size=BATCH, max_new_tokens=ASKED["repeat"]
+            )
     return results
 
 

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from systems import CLAIMS, HIDDEN, MAIN, ROWS, UNTRAINED
+from systems import CLAIMS, DIVISORS, HIDDEN, LESS_DATA, MAIN, ROWS, SCALED, UNTRAINED
 
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.evaluation.metrics import Measurement, bleu, contains_match, error_rate, rouge_l
@@ -43,9 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    report = Report(Runs.load(args.results), read_texts(args.data))
+    report = Report(Runs.load(args.results), read_texts(args.data), audio_hours(args.data / "train.tsv"))
     report.plot_curves(args.out / "curves.png")
     report.plot_overview(args.out / "overview.png")
+    report.plot_scaling(args.out / "scaling.png")
+    report.plot_robustness(args.out / "robustness.png")
     (args.out / "RESULTS.md").write_text(report.markdown(), encoding="utf-8")
     print(args.out / "RESULTS.md")
 
@@ -81,6 +83,12 @@ def read_texts(data: Path) -> dict[str, dict[str, dict[str, str]]]:
         manifest = Manifest.load(data / f"{name}.tsv")
         texts[name] = {manifest[i]["id"]: manifest[i] for i in range(len(manifest))}
     return texts
+
+
+def audio_hours(manifest: Path) -> float:
+    """Mean hours of an utterance."""
+    rows = Manifest.load(manifest)
+    return float(np.mean([int(rows[i]["n_frames"]) for i in range(len(rows))])) / 16_000 / 3600
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -152,10 +160,11 @@ DECIDING = ("response_kl", "wer", "self_bleu")
 class Report:
     """Everything that is computed from the runs."""
 
-    def __init__(self, runs: Runs, texts: dict[str, dict[str, dict[str, str]]]) -> None:
+    def __init__(self, runs: Runs, texts: dict[str, dict[str, dict[str, str]]], utterance_hours: float) -> None:
         self.runs = runs
         self.texts = texts
-        self.shown = [name for name in (*UNTRAINED, *ROWS) if name in runs.of and name not in HIDDEN]
+        self.utterance_hours = utterance_hours
+        self.shown = [name for name in (*UNTRAINED, *ROWS) if name in runs.of and name not in (*HIDDEN, *LESS_DATA)]
 
     def measurements(self, name: str, sets: Sequence[str], measure: str) -> list[Measurement]:
         """One for each seed; rows of several sets one after another; none where the system has no such figure."""
@@ -197,7 +206,13 @@ class Report:
     def markdown(self) -> str:
         parts = [_HEAD.format(seeds=self.seeds_text(), machine=self.machine())]
         parts.append(self.main_table())
-        parts.append("![WER and response KL of every system](overview.png)\n\n![Learning curves](curves.png)\n")
+        pictures = {
+            "WER and response KL of every system": "overview",
+            "Learning curves": "curves",
+            "Less data": "scaling",
+            "Under noise": "robustness",
+        }
+        parts.append("\n\n".join(f"![{title}]({name}.png)" for title, name in pictures.items()) + "\n")
         parts.append("## Which claims hold\n\n" + _CLAIMS + "\n" + self.claims_table())
         for one, title in SETS.items():
             parts.append(f"## Every figure: {title}\n\n" + self.set_table(one))
@@ -210,7 +225,7 @@ class Report:
         groups = defaultdict(list)
         for name, count in counts.items():
             groups[count].append(name)
-        missing = [name for name in ROWS if name not in self.runs.of and name not in HIDDEN]
+        missing = [name for name in ROWS if name not in (*self.runs.of, *HIDDEN)]
         text = "; ".join(
             f"{count} seed{'s' if count > 1 else ''}: {', '.join(names)}" for count, names in groups.items()
         )
@@ -333,23 +348,71 @@ class Report:
     # ---- pictures ----------------------------------------------------------------------------------------------------
 
     def plot_curves(self, path: Path) -> None:
-        """Response KL and agreement in validation against updates and against minutes."""
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True, sharey=True)
-        names = [name for name in ROWS if name in self.runs.of and (name in MAIN or ROWS[name].start == "")]
-        for name in names:
-            for run in self.runs.of[name].values():
+        """Response KL in validation against updates, hours of audio and minutes, each with what it began with."""
+        figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), constrained_layout=True, sharey=True)
+        for number, name in enumerate(name for name in self.shown if name in MAIN):
+            for index, run in enumerate(self.runs.of[name].values()):
                 points = [(p["num_updates"], p["response_kl"]) for p in run["curve"] if "response_kl" in p]
-                if points and not ROWS[name].start:
-                    updates, kl = np.array(points).T
-                    color = f"C{names.index(name)}"
-                    label = ROWS[name].title if run is next(iter(self.runs.of[name].values())) else None
-                    axes[0].plot(updates * run["batch"], kl, "o-", color=color, label=label)
-                    axes[1].plot(updates / run["updates"] * run["train_wall"] / 60, kl, "o-", color=color)
-        axes[0].set(xlabel="utterances trained on", ylabel="response KL (nats), validation")
-        axes[1].set(xlabel="minutes of training")
+                if not points:
+                    continue
+                updates, kl = np.array(points).T
+                heard = run["utterances_before"] + updates * run["batch"]
+                wall = run["wall_before"] + updates / run["updates"] * run["train_wall"]
+                label = self.titles(name) if not index else None
+                for axis, x in zip(axes, (updates, heard * self.utterance_hours, wall / 60), strict=True):
+                    axis.plot(x, kl, "o-", color=f"C{number}", label=label, markersize=3)
+        axes[0].set(xlabel="updates of 16, without a warm-up's", ylabel="response KL (nats), validation", yscale="log")
+        axes[1].set(xlabel="hours of audio, with a warm-up's")
+        axes[2].set(xlabel="minutes of training, with a warm-up's")
         axes[0].legend(fontsize=7)
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
+        _save(figure, path)
+
+    def plot_scaling(self, path: Path) -> None:
+        """Response KL and WER on unheard sentences against the amount of training data, equal minutes each."""
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+        for number, name in enumerate(SCALED):
+            of_shares = {1 / divisor: f"{name}_{divisor}" for divisor in DIVISORS} | {1.0: name}
+            of_shares = {share: row for share, row in of_shares.items() if row in self.runs.of}
+            for axis, measure in zip(axes, ("response_kl", "wer"), strict=True):
+                for one, style in (("heard", "o-"), ("unheard", "s--")):
+                    scores = [self.score(row, one, measure) for row in of_shares.values()]
+                    label = f"{self.titles(name)}, {SETS[one]}"
+                    axis.plot(list(of_shares), scores, style, color=f"C{number}", label=label)
+        for axis, measure in zip(axes, ("response_kl", "wer"), strict=True):
+            axis.set(xlabel="share of the training data", ylabel=MEASURES[measure].title, xscale="log")
+            axis.set_xticks([1 / 8, 1 / 4, 1 / 2, 1], ["1/8", "1/4", "1/2", "1"])
+            axis.minorticks_off()
+        axes[0].legend(fontsize=7)
+        _save(figure, path)
+
+    def plot_robustness(self, path: Path) -> None:
+        """WER of repeat under white noise and babble."""
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True, sharey=True)
+        for number, name in enumerate(name for name in self.shown if "conditions" in self.first(name)):
+            for axis, kind in zip(axes, ("white", "babble"), strict=True):
+                levels, scores = zip(*self.noise_curve(name, kind), strict=True)
+                axis.plot(range(len(levels)), scores, "o-", color=f"C{number}", label=self.titles(name))
+                axis.set_xticks(range(len(levels)), levels)
+                axis.set(xlabel=f"{'white noise' if kind == 'white' else kind}: signal-to-noise ratio, dB")
+        axes[0].set(ylabel="WER of repeat, %, heard voices")
+        axes[0].legend(fontsize=7)
+        _save(figure, path)
+
+    def first(self, name: str) -> dict[str, Any]:
+        return next(iter(self.runs.of[name].values()))
+
+    def noise_curve(self, name: str, kind: str) -> list[tuple[str, float]]:
+        """Level and WER, mean over seeds, from clean to loud."""
+        rows = self.texts["heard"]
+        found: dict[str, list[float]] = defaultdict(list)
+        for run in self.runs.of[name].values():
+            ids = run["sets"]["heard"]["id"]
+            levels = {"clean": run["sets"]["heard"]["repeat"]}
+            levels |= {key.split(":")[1]: given for key, given in run["conditions"].items() if key.startswith(kind)}
+            for level, given in levels.items():
+                made = error_rate(given, [rows[i]["src_text"] for i in ids], "WER", "en")
+                found[level].append(float(made.score_of(made.statistics.sum(0))))
+        return [(level, float(np.mean(scores))) for level, scores in found.items()]
 
     def plot_overview(self, path: Path) -> None:
         """WER of repeat and response KL, every system, every test set."""
@@ -367,8 +430,12 @@ class Report:
         axes[0].set(xlabel="WER of repeat, % (cut at 150)")
         axes[1].set(xlabel="response KL (nats)")
         axes[0].legend(fontsize=8)
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
+        _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 _HEAD = """# Which is better: BLSP, BLSP-KD, X-OPD?

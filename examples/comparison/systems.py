@@ -12,6 +12,7 @@ class Row(NamedTuple):
         start: the row whose checkpoint it goes on from, or "".
         share: of the training time that the row spends itself; with that of ``start`` it is 1, above it for X-OPD.
         transcripts: trained on transcripts alone, without responses.
+        data_divisor: 4 trains on the first quarter of the training set.
     """
 
     title: str
@@ -19,6 +20,7 @@ class Row(NamedTuple):
     start: str = ""
     share: float = 1.0
     transcripts: bool = False
+    data_divisor: int = 1
 
 
 _CNN = "--adapter cnn --input-kl-weight 0"
@@ -54,7 +56,47 @@ ROWS: dict[str, Row] = {
     "x_opd_exact": Row("X-OPD, exact, on top of it", f"{_ON_POLICY} --estimator exact", "warm_blsp_kd", 0.5),
 }
 UNTRAINED = {"text": "the LLM reads the transcript", "cascade": "cascade: Whisper tiny.en, then the LLM"}
-HIDDEN = ("warm_half",)  # trained for others only
+MAIN = ("blsp", "cnn_kl", "blsp_kd", "warm_up", "warm_blsp_kd", "x_opd")  # with all seeds, and under noise
+
+# Rows again with less data, for as many minutes.
+SCALED = ("blsp", "cnn_kl", "warm_blsp_kd")
+DIVISORS = (8, 4, 2)
+
+
+def _on_less(name: str, divisor: int) -> dict[str, Row]:
+    row = ROWS[name]
+    start = f"{row.start}_{divisor}" if row.start else ""
+    less = row._replace(title=f"{row.title}, 1/{divisor} of the data", start=start, data_divisor=divisor)
+    return (_on_less(row.start, divisor) if row.start else {}) | {f"{name}_{divisor}": less}
+
+
+LESS_DATA: dict[str, Row] = {}
+for _name in SCALED:
+    for _divisor in DIVISORS:
+        LESS_DATA |= _on_less(_name, _divisor)
+ROWS |= LESS_DATA
+
+# Three learning rates, half a decade apart, are tried on a row of each kind, from scratch or on top of another.
+LEARNING_RATES = {
+    "blsp": (3e-4, 1e-3, 3e-3),
+    "kl": (3e-4, 1e-3, 3e-3),
+    "warm_up": (3e-4, 1e-3, 3e-3),
+    "warm_kl": (1e-4, 3e-4, 1e-3),
+    "x_opd": (3e-5, 1e-4, 3e-4),
+}
+
+
+def searched(name: str) -> str:
+    """The row on which the learning rate of this one is searched."""
+    row = ROWS[name]
+    if row.transcripts:
+        return "warm_up"
+    if row.start:
+        return "x_opd" if "on_policy" in row.options else "warm_kl"
+    return "blsp" if "cnn" in row.options else "kl"
+
+
+HIDDEN = ("warm_half", *(f"warm_half_{divisor}" for divisor in DIVISORS))  # trained for others only
 
 
 class Claim(NamedTuple):
@@ -83,4 +125,3 @@ CLAIMS = (
     Claim("the exact estimator beats the sampled one (ours)", "x_opd_exact", "x_opd"),
     Claim("the cascade stays ahead", "cascade", "warm_blsp_kd"),
 )
-MAIN = ("blsp", "cnn_kl", "blsp_kd", "warm_up", "warm_blsp_kd", "x_opd")  # with several seeds, in the curves
