@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,25 @@ def start(command: str, data: Path, *options: Any) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+
+
+def train_on_two(data: Path, save_dir: Path, llm: Path, whisper: Path, *options: Any) -> None:
+    """``fairseq-train`` on two gloo processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [
+        start(
+            "train", data, "--llm", llm, "--speech-encoder", whisper, "--save-dir", save_dir, *TRAIN_OPTIONS, *options,
+            "--distributed-world-size", 2, "--distributed-rank", rank, "--distributed-no-spawn",
+            "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-backend", "gloo",
+            "--ddp-backend", "legacy_ddp",
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for worker in workers:
+        output, _ = worker.communicate(timeout=300)
+        assert worker.returncode == 0, output[-3000:]
 
 
 def load(checkpoint: Path) -> dict[str, Any]:

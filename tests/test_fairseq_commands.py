@@ -5,14 +5,13 @@ import os
 import random
 import re
 import shlex
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import PACKAGE, TRAIN_OPTIONS, fairseq, load, start, train
+from commands import PACKAGE, TRAIN_OPTIONS, fairseq, load, start, train, train_on_two
 from tiny import SENTENCES, read_jsonl, save_llm, save_whisper, write_speech, write_split
 
 UPDATES = ("--max-update", 4, "--validate-interval", 1, "--disable-validation")
@@ -100,21 +99,7 @@ def test_one_update_is_the_same_however_the_batch_is_split(world: World, tmp_pat
     )  # fmt: skip
     world.train(tmp_path / "whole", *one_update, data=data)
     world.train(tmp_path / "accumulated", *one_update, "--batch-size", 2, "--update-freq", 2, data=data)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = [
-        start(
-            "train", data, "--llm", world.llm, "--speech-encoder", world.whisper, "--save-dir", tmp_path / "two",
-            *TRAIN_OPTIONS, *one_update, "--batch-size", 2, "--distributed-world-size", 2, "--distributed-rank", rank,
-            "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-no-spawn",
-            "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp",
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for worker in workers:
-        output, _ = worker.communicate(timeout=300)
-        assert worker.returncode == 0, output[-3000:]
+    train_on_two(data, tmp_path / "two", world.llm, world.whisper, *one_update, "--batch-size", 2)
     whole = weights(tmp_path / "whole")
     assert_same_weights(weights(tmp_path / "accumulated"), whole)
     assert_same_weights(weights(tmp_path / "two"), whole)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import fairseq, load, train
+from commands import fairseq, load, train, train_on_two
 from tiny import save_llm, save_whisper, write_split
 from torch import Tensor, nn
 
@@ -365,10 +365,12 @@ def test_one_update_is_the_same_however_the_batch_is_split(world: World, tmp_pat
     update = (*ON_POLICY, "--max-update", 1, "--disable-validation", "--optimizer", "sgd", "--lr", 1)
     world.train(tmp_path / "whole", *update)
     world.train(tmp_path / "split", *update, "--batch-size", 2, "--update-freq", 2)
-    whole, split = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("whole", "split"))
+    train_on_two(world.data, tmp_path / "two", world.llm, world.whisper, *update, "--batch-size", 2)
+    whole, split, two = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("whole", "split", "two"))
     for name, weight in whole.items():
         if not name.startswith("frozen."):
             torch.testing.assert_close(split[name], weight, atol=2e-6, rtol=1e-4)
+            torch.testing.assert_close(two[name], weight, atol=2e-6, rtol=1e-4)
 
 
 def test_resumed_training_is_the_uninterrupted_one(world: World, tmp_path: Path) -> None:
