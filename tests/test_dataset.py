@@ -191,7 +191,10 @@ def test_a_vocabulary_that_is_too_small_is_refused(models: tuple[Path, Path], tm
         run((small, models[1]), tmp_path)
 
 
-def test_weights_of_zero_alpha_are_said(models: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("criterion", ["kl_distillation", "on_policy_distillation"])
+def test_weights_of_zero_alpha_are_said(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, criterion: str
+) -> None:
     from blspkd_fairseq.modules.cformer import CFormer
 
     forward = CFormer.forward
@@ -200,7 +203,7 @@ def test_weights_of_zero_alpha_are_said(models: tuple[Path, Path], tmp_path: Pat
     )
     write_split(tmp_path, "train", 2)
     with pytest.raises(ValueError, match="CIF weights of utterance 'train-"):
-        run(models, tmp_path)
+        run(models, tmp_path, "--criterion", criterion)
 
 
 def test_interactive_names_the_file(models: tuple[Path, Path], tmp_path: Path) -> None:

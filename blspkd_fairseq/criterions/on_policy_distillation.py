@@ -28,7 +28,7 @@ from torch import Tensor
 from blspkd_fairseq.data.dataset import pad_ids
 from blspkd_fairseq.generation.rollouts import RolloutOptions, roll_out, rollout_seed
 from blspkd_fairseq.modules.build import SpeechLlmConfig, load_chat_format, load_llm
-from blspkd_fairseq.modules.cif import quantity_loss
+from blspkd_fairseq.modules.cif import check_alpha_sum, quantity_loss
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_jensen_shannon
 from blspkd_fairseq.modules.sequence import Segment, mean_per_row
 from blspkd_fairseq.modules.speech_llm import ChatLLM, Distillation
@@ -133,6 +133,7 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
                 means = mean_per_row(values, compared.rows, responses)
                 loss = loss + weight * means.sum() * sample["nsentences"] / responses
         if output.adapter.alpha_sum is not None:
+            check_alpha_sum(output.adapter.alpha_sum, [row["id"] for row in sample["rows"]])
             quantity = quantity_loss(output.adapter.alpha_sum, sample["net_input"]["text"]["transcript_lengths"])
             sums["quantity_sum"] = quantity.detach().sum()
             loss = loss + self.cfg.quantity_weight * quantity.sum()

@@ -9,6 +9,7 @@ with T + U and not with T x U, several tokens may fire inside one frame, and the
 on what it is batched with (the published loop's does).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,25 @@ def parallel_integrate_and_fire(
 def quantity_loss(alpha_sum: Tensor, tokens: Tensor) -> Tensor:
     """``[B]`` |sum(alpha) / n - 1|, which teaches alpha to count n tokens (BLSP-KD, arXiv 2405.19041, L_CIF)."""
     return (alpha_sum / tokens - 1).abs()
+
+
+def check_alpha_sum(alpha_sum: Tensor, names: Sequence[str]) -> None:
+    """Refuses a collapsed adapter in training, whose embeddings would be zeros or NaN.
+
+    Args:
+        alpha_sum: ``[B]`` sums of the weights.
+        names: of the B utterances.
+
+    Raises:
+        ValueError: a sum is not positive or NaN.
+    """
+    positive = alpha_sum > 0
+    if not bool(positive.all()):
+        index = int(positive.int().argmin())
+        raise ValueError(
+            f"the CIF weights of utterance {names[index]!r} sum to {float(alpha_sum[index])}: the "
+            "adapter has collapsed or holds NaN; lower the learning rate, or use a wider dtype than fp16"
+        )
 
 
 class _Plan(NamedTuple):
