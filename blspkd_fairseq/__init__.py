@@ -44,6 +44,7 @@ def register() -> None:
     compat.allow_safe_checkpoint_globals()
     compat.silence_fairseq_warnings()
     compat.copy_checkpoints_atomically()
+    compat.refuse_a_folder_to_finetune_from()
     from fairseq.models import import_models
     from fairseq.tasks import import_tasks
 

@@ -268,6 +268,25 @@ def copy_checkpoints_atomically() -> None:
         PathManager.copy = staticmethod(copy)
 
 
+def refuse_a_folder_to_finetune_from() -> None:
+    """fairseq takes a folder for --finetune-from-model, finds no file in it, and trains from scratch without a word."""
+    from fairseq import checkpoint_utils
+
+    load = checkpoint_utils.load_checkpoint
+
+    def load_checkpoint(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        if cfg.finetune_from_model and Path(cfg.finetune_from_model).is_dir():
+            raise ValueError(
+                f"--finetune-from-model {cfg.finetune_from_model} is a folder: give the checkpoint in it, or "
+                "--pretrained-model for a folder of save_pretrained"
+            )
+        return load(cfg, *args, **kwargs)
+
+    load_checkpoint._refuses_folders = True  # type: ignore[attr-defined]
+    if not getattr(load, "_refuses_folders", False):
+        checkpoint_utils.load_checkpoint = load_checkpoint
+
+
 # --- generation ------------------------------------------------------------------------------------
 
 

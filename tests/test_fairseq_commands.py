@@ -132,6 +132,8 @@ def test_warm_up_then_distillation(world: World, tmp_path: Path) -> None:
         log = world.train(save_dir, "--max-update", 5, "--disable-validation", "--lr", 0, *option)
         assert "response_kl=" in log
         assert_same_weights(weights(save_dir), weights(tmp_path / "warm"), tolerance=0)  # lr 0: nothing but the start
+    with pytest.raises(ValueError, match="warm is a folder: give the checkpoint in it, or --pretrained-model"):
+        world.train(tmp_path / "none", "--max-update", 1, "--finetune-from-model", warm.parent)
 
 
 def test_moving_average_checkpoint_retention_and_averaging(world: World, tmp_path: Path) -> None:
