@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,15 +65,18 @@ def fetch(cache: Path) -> Path:
     """
     folder = cache / "asterisk"
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / ".lock"):
+    with locked(cache / ".lock", ".asterisk.*"):
         if folder.is_dir():
             print(f"{folder} is there", flush=True)
             return folder
         # In the cache, so that the last step is a rename within one file system.
         with tempfile.TemporaryDirectory(prefix=".asterisk.", dir=cache) as temporary:
             work = Path(temporary)
-            for package in download(work / "download"):
-                _run(["dpkg", "-x", str(package), str(work / "package")], "unpack")
+            print(f"asterisk: downloading {', '.join(PACKAGES)} (11 MB)", flush=True)
+            packages = download(list(PACKAGES), work / "download")
+            for name, sha256 in PACKAGES.items():
+                _check(packages[name], sha256)
+            unpack(packages.values(), work / "package")
             count = convert(work / "package", work / "output")
             (work / "output").rename(folder)
     print(f"{folder} made: {count} recordings", flush=True)
@@ -81,25 +84,33 @@ def fetch(cache: Path) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Waits for another process that fetches into the same cache; the system unlocks when one is killed."""
+def locked(path: Path, left_over: str) -> Iterator[None]:
+    """Waits for another process that fetches into the same cache, and clears what a killed one left.
+
+    Args:
+        path: of the lock file; the system unlocks it when a process is killed.
+        left_over: pattern of the names of unfinished folders beside it.
+    """
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"waiting for another process that holds {path}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        for left_over in path.parent.glob(".asterisk.*"):  # of processes that were killed
-            shutil.rmtree(left_over, ignore_errors=True)
+        for folder in path.parent.glob(left_over):
+            shutil.rmtree(folder, ignore_errors=True)
         yield
 
 
-def download(folder: Path) -> list[Path]:
-    """The packages, checked."""
+def download(names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Debian packages by name; the new ``folder`` takes them.
+
+    Raises:
+        FetchError: one cannot be downloaded.
+    """
     folder.mkdir()
-    print(f"asterisk: downloading {', '.join(PACKAGES)} (11 MB)", flush=True)
     command = ["apt-get", "-q", "-y"]
-    wanted = ["download", *PACKAGES]
+    wanted = ["download", *names]
     done = _try([*command, *wanted], folder)
     if done is not None:
         # There may be no package lists yet, and only root may write the system's.
@@ -109,18 +120,28 @@ def download(folder: Path) -> list[Path]:
         _try([*command, *own, "update"], folder)
         done = _try([*command, *own, *wanted], folder)
     if done is not None:
-        raise FetchError(f"the Debian packages {', '.join(PACKAGES)} cannot be downloaded with apt-get: {done}")
-    return [_checked(folder, name, sha256) for name, sha256 in PACKAGES.items()]
+        raise FetchError(f"the Debian packages {', '.join(names)} cannot be downloaded with apt-get: {done}")
+    return {name: next(folder.glob(f"{name}_*.deb")) for name in names}
 
 
-def _checked(folder: Path, name: str, sha256: str) -> Path:
-    path = next(folder.glob(f"{name}_*.deb"))
+def unpack(packages: Iterable[Path], folder: Path) -> None:
+    """Unpacks Debian packages, all into one folder.
+
+    Raises:
+        FetchError: one is damaged.
+    """
+    for package in packages:
+        problem = _try(["dpkg", "-x", str(package), str(folder)], Path.cwd())
+        if problem is not None:
+            raise FetchError(f"cannot unpack {package.name}: {problem}")
+
+
+def _check(path: Path, sha256: str) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if f"_{VERSION}_" not in path.name:
         print(f"{path.name} is not the version {VERSION} that this was tested with: figures may differ", flush=True)
     elif found != sha256:
         raise FetchError(f"{path.name} has the sha256 {found} instead of {sha256}: it is damaged, or was replaced")
-    return path
 
 
 def _try(command: Sequence[str], folder: Path) -> str | None:
@@ -130,12 +151,6 @@ def _try(command: Sequence[str], folder: Path) -> str | None:
     except OSError as error:
         return f"{command[0]} cannot be started ({error.strerror}); this needs Debian or Ubuntu"
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-
-
-def _run(command: Sequence[str], what: str) -> None:
-    problem = _try(command, Path.cwd())
-    if problem is not None:
-        raise FetchError(f"cannot {what} the recordings: {problem}")
 
 
 # --- conversion -----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "scripts")]
 
 import generate_responses  # noqa: E402
-from systems import DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, MAIN, ROWS, UNTRAINED, Row, searched  # noqa: E402
+from systems import DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, MAIN, PUBLISHED, ROWS, UNTRAINED, Row, searched  # noqa: E402
 
 from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
 
@@ -48,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparison.prepare()
     if not args.prepare_only:
         comparison.measure_rates()
-        comparison.measure_untrained()
-        comparison.run_rows()
+        comparison.run_all()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -140,44 +139,52 @@ class Comparison:
         write_json(self.args.out / "rates.json", self.rates)
         print(f"{name}: {self.rates[name]:.2f} s per update", flush=True)
 
-    def run_rows(self) -> None:
-        """All rows of all seeds, --jobs at a time; a row waits for the one that it goes on from."""
-        running: dict[tuple[str, int], Future[None]] = {}
+    def run_all(self) -> None:
+        """All pieces, --jobs at a time, each after the one that it goes on from."""
+        self.args.results.mkdir(parents=True, exist_ok=True)
+        pending = [*((name, 0) for name in UNTRAINED), *self.pieces()]
+        running: dict[Future[None], tuple[str, int]] = {}
         with ThreadPoolExecutor(self.args.jobs) as pool:
-            for name, seed in self.pieces():
-                before = running.get((ROWS[name].start, seed))
-                running[name, seed] = pool.submit(self.run_row, name, seed, before)
-            try:
-                for done in as_completed(running.values()):
+            while pending or running:
+                unfinished = {*pending, *running.values()}
+                ready = [
+                    (name, seed) for name, seed in pending if not seed or (ROWS[name].start, seed) not in unfinished
+                ]
+                for piece in ready[: self.args.jobs - len(running)]:
+                    pending.remove(piece)
+                    running[pool.submit(self.run_piece, *piece)] = piece
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[done]
                     done.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+
+    def run_piece(self, name: str, seed: int) -> None:
+        if name in UNTRAINED:
+            self.measure_untrained(name)
+        else:
+            self.run_row(name, seed)
 
     def pieces(self) -> list[tuple[str, int]]:
-        """Rows and seeds in the order of their worth: all rows once, main rows with more seeds, then less data."""
+        """Rows and seeds: all rows once, the main ones first, then these with the other seeds, then less data."""
         first, *others = self.args.seeds
         main = [name for name in self.names if name in with_starts(MAIN)]
-        rest = [name for name in self.names if name not in main and name not in LESS_DATA]
-        less = [name for name in self.names if name in LESS_DATA]
+        later = (*main, *PUBLISHED, *LESS_DATA)
+        rest = sorted((name for name in self.names if name not in later), key=lambda name: ROWS[name].share)
+        last = [name for name in self.names if name in (*PUBLISHED, *LESS_DATA)]
         again = self.names if self.args.only else main
         return [
             *((name, first) for name in main + rest),
             *((n, seed) for seed in others for n in again),
-            *((name, first) for name in less),
+            *((name, first) for name in last),
         ]
 
-    def run_row(self, name: str, seed: int, before: "Future[None] | None") -> None:
-        """Trains a row, once what it begins with is there, and measures it."""
+    def run_row(self, name: str, seed: int) -> None:
+        """Trains a row and measures it."""
         folder, result = self.folder(name, seed), self.args.results / f"{name}-seed{seed}.json"
-        if before is not None:
-            before.result()
         if not self.is_needed(name, seed):
             return
         if not (folder / "done.json").exists():
             self.train_row(name, seed)
         if name not in HIDDEN and not result.exists():
-            self.args.results.mkdir(parents=True, exist_ok=True)
             measured = self.args.out / f"{name}-seed{seed}.json"
             python(
                 HERE / "measure.py", "--data", self.data, "--checkpoint", folder / "checkpoint_last.pt",
@@ -243,7 +250,6 @@ class Comparison:
                     )
                     points = curve(log)
                     found["losses"][str(rate)] = points[-1]["loss"] if points else float("nan")
-                    self.args.results.mkdir(parents=True, exist_ok=True)
                     write_json(path, found)
             return min(LEARNING_RATES[like], key=lambda rate: (isnan(loss := found["losses"][str(rate)]), loss))
 
@@ -303,14 +309,12 @@ class Comparison:
 
     # ---- systems without training ------------------------------------------------------------------------------------
 
-    def measure_untrained(self) -> None:
-        for name in UNTRAINED:
-            result = self.args.results / f"{name}.json"
-            if not result.exists():
-                options = ["--cascade", self.args.speech_encoder] if name == "cascade" else []
-                options += self.robustness(name)
-                self.args.results.mkdir(parents=True, exist_ok=True)
-                python(HERE / "measure.py", "--data", self.data, "--llm", self.args.llm, *options, "--out", result)
+    def measure_untrained(self, name: str) -> None:
+        result = self.args.results / f"{name}.json"
+        if not result.exists():
+            options = ["--cascade", self.args.speech_encoder] if name == "cascade" else []
+            options += self.robustness(name)
+            python(HERE / "measure.py", "--data", self.data, "--llm", self.args.llm, *options, "--out", result)
 
 
 def with_starts(names: Sequence[str]) -> list[str]:

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make(out: Path, cache: Path, train: int, test: int, processes: int) -> None:
     """Everything in the module's text; clips that are there are kept."""
-    packages = fetch_packages(cache / "comparison-packages")
+    packages = fetch_packages(cache / "comparison")
     capitals = read_capitals(packages)
     texts = {
         split: draw_sentences(count, split, sorted(capitals))
@@ -178,18 +178,18 @@ def fetch_packages(folder: Path) -> Path:
     """Downloads and unpacks the Debian packages, once.
 
     Raises:
-        ValueError: apt-get cannot download them.
+        FetchError: one cannot be downloaded or is damaged.
     """
-    if (folder / ".complete").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as download:
-        done = subprocess.run(["apt-get", "download", *PACKAGES], cwd=download, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"apt-get cannot download {', '.join(PACKAGES)}: {done.stderr.strip().splitlines()[-1]}")
-        for package in Path(download).glob("*.deb"):
-            subprocess.run(["dpkg", "-x", str(package), str(folder)], check=True)
-    (folder / ".complete").touch()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = f".{folder.name}."
+    with fetch_recordings.locked(folder.parent / ".lock", f"{unfinished}*"):
+        if not folder.is_dir():
+            print(f"downloading {', '.join(PACKAGES)} (20 MB)", flush=True)
+            with tempfile.TemporaryDirectory(prefix=unfinished, dir=folder.parent) as temporary:
+                work = Path(temporary)
+                packages = fetch_recordings.download(PACKAGES, work / "download")
+                fetch_recordings.unpack(packages.values(), work / "packages")
+                (work / "packages").rename(folder)
     return folder
 
 

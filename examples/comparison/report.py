@@ -12,18 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from systems import CLAIMS, DIVISORS, HIDDEN, LESS_DATA, MAIN, ROWS, SCALED, UNTRAINED
+from pictures import SETS, plot_all
+from systems import CLAIMS, HIDDEN, LEARNING_RATES, LESS_DATA, ROWS, UNTRAINED
 
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.evaluation.metrics import Measurement, bleu, contains_match, error_rate, rouge_l
 from blspkd_fairseq.evaluation.significance import bootstrap_interval, holm, paired_bootstrap, paired_randomization
 
-SETS = {"heard": "heard voices", "unheard": "a voice never heard", "real": "real recordings"}
 _LEVEL = 0.05
 
 
@@ -44,18 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     report = Report(Runs.load(args.results), read_texts(args.data), audio_hours(args.data / "train.tsv"))
-    report.plot_curves(args.out / "curves.png")
-    report.plot_overview(args.out / "overview.png")
-    report.plot_scaling(args.out / "scaling.png")
-    report.plot_robustness(args.out / "robustness.png")
+    plot_all(report, args.out)
     (args.out / "RESULTS.md").write_text(report.markdown(), encoding="utf-8")
     print(args.out / "RESULTS.md")
 
 
 class Runs(NamedTuple):
-    """Attributes: measurements of each row by seed (seed 0 for systems without training)."""
+    """Attributes: measurements of each row by seed (seed 0 for systems without training); losses by learning rate."""
 
     of: dict[str, dict[int, dict[str, Any]]]
+    searches: dict[str, dict[str, float]]
 
     @classmethod
     def load(cls, folder: Path) -> "Runs":
@@ -73,7 +67,12 @@ class Runs(NamedTuple):
                 of[name][int(path.stem.rsplit("seed", 1)[1])] = json.loads(path.read_text(encoding="utf-8"))
         if "text" not in of:
             raise ValueError(f"{folder} has no text.json, with which all answers are compared: run compare.py")
-        return cls(dict(of))
+        searches = {
+            name: json.loads((folder / f"search-{name}.json").read_text(encoding="utf-8"))["losses"]
+            for name in LEARNING_RATES
+            if (folder / f"search-{name}.json").exists()
+        }
+        return cls(dict(of), searches)
 
 
 def read_texts(data: Path) -> dict[str, dict[str, dict[str, str]]]:
@@ -216,7 +215,9 @@ class Report:
         parts.append("## Which claims hold\n\n" + _CLAIMS + "\n" + self.claims_table())
         for one, title in SETS.items():
             parts.append(f"## Every figure: {title}\n\n" + self.set_table(one))
-        parts.append("## Questions, text, cost\n\n" + self.cost_table())
+        parts.append("## Questions\n\n" + _QUESTIONS + "\n" + self.questions_table())
+        parts.append("## Text and cost\n\n" + self.cost_table())
+        parts.append("## Learning rates\n\n" + _LEARNING_RATES + "\n" + self.learning_rates_table())
         parts.append("## Commands\n\n" + self.commands())
         return "\n".join(parts)
 
@@ -234,6 +235,25 @@ class Report:
     def machine(self) -> str:
         machines = {run["machine"] for name in ROWS for run in self.runs.of.get(name, {}).values()}
         return ", ".join(sorted(machines)) or "–"
+
+    def first(self, name: str) -> dict[str, Any]:
+        return next(iter(self.runs.of[name].values()))
+
+    def noise_curve(self, name: str, kind: str) -> list[tuple[str, float]]:
+        """Level and WER, mean over seeds, from clean to loud."""
+        rows = self.texts["heard"]
+        found: dict[str, list[float]] = defaultdict(list)
+        for run in self.runs.of[name].values():
+            ids = run["sets"]["heard"]["id"]
+            levels = {"clean": run["sets"]["heard"]["repeat"]}
+            levels |= {key.split(":")[1]: given for key, given in run["conditions"].items() if key.startswith(kind)}
+            for level, given in levels.items():
+                made = error_rate(given, [rows[i]["src_text"] for i in ids], "WER", "en")
+                found[level].append(float(made.score_of(made.statistics.sum(0))))
+        return [(level, float(np.mean(scores))) for level, scores in found.items()]
+
+    def measure_title(self, measure: str) -> str:
+        return MEASURES[measure].title
 
     def titles(self, name: str) -> str:
         return ROWS[name].title if name in ROWS else UNTRAINED[name]
@@ -262,40 +282,79 @@ class Report:
             lines.append(f"| {self.titles(name)} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
-    def questions(self, name: str, set_name: str) -> str:
-        made = []
-        rows = self.texts[set_name]
+    def questions_table(self) -> str:
+        lines = [
+            "| system | " + " | ".join(
+                f"{column}, {SETS[one]}" for one in ("heard", "unheard")
+                for column in ("right capitals, %", "Self-BLEU of answers", "Self-ROUGE-L of answers")
+            ) + " |",
+            "|---" * 7 + "|",
+        ]  # fmt: skip
+        for name in self.shown:
+            cells = [cell for one in ("heard", "unheard") for cell in self.question_cells(name, f"questions_{one}")]
+            lines.append(f"| {self.titles(name)} | " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+    def question_cells(self, name: str, set_name: str) -> list[str]:
+        """Right answers, and how near the answers are to those to the text; intervals over questions."""
+        rows, text = self.texts[set_name], self.runs.of["text"][0]["sets"][set_name]
+        by_text = dict(zip(text["id"], text["chat"], strict=True))
+        made: list[list[Measurement]] = [[], [], []]
         for run in self.runs.of[name].values():
             given = run["sets"][set_name]
-            made.append(contains_match(given["chat"], [rows[i]["tgt_text"] for i in given["id"]], "en"))
-        interval = bootstrap_interval(np.mean([one.statistics for one in made], axis=0), made[0].score_of)
-        return f"{interval.score:.0f} [{interval.low:.0f}, {interval.high:.0f}]"
+            made[0].append(contains_match(given["chat"], [rows[i]["tgt_text"] for i in given["id"]], "en"))
+            made[1].append(bleu(given["chat"], [by_text[i] for i in given["id"]], "en"))
+            made[2].append(rouge_l(given["chat"], [by_text[i] for i in given["id"]], "en"))
+        cells = []
+        for of_seeds in made:
+            interval = bootstrap_interval(np.sum([one.statistics for one in of_seeds], axis=0), of_seeds[0].score_of)
+            cells.append(f"{interval.score:.0f} [{interval.low:.0f}, {interval.high:.0f}]")
+        return cells if name != "text" else [cells[0], "100", "100"]
 
     def cost_table(self) -> str:
+        trained = [name for name in self.shown if name in ROWS]
+        common = min((self.first(n)["updates"] for n in trained if not ROWS[n].transcripts), default=0)
         lines = [
-            "| system | right capitals, heard voices, % | unheard voice, % | KL of text against the base LLM | "
-            "updates | updates/s | training minutes | of it roll-outs |",
+            "| system | KL of text against the base LLM | updates | utterances | updates/s | training minutes | "
+            f"of it roll-outs | response KL in validation after {common} updates |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for name in self.shown:
-            cells = [self.questions(name, one) for one in ("questions_heard", "questions_unheard")]
-            if name in UNTRAINED:
-                cells += ["0", "–", "–", "–", "–"]
-            else:
-                runs = list(self.runs.of[name].values())
-                text = [sum(run["text_kl"]["kl"]) / sum(run["text_kl"]["tokens"]) for run in runs]
-                wall = float(np.mean([run["train_wall"] for run in runs]))
-                updates = runs[0]["updates"]
-                rolled = float(np.mean([run["rollout_wall"] for run in runs])) / 60
-                start = f" after {ROWS[name].start}" if ROWS[name].start else ""
-                cells += [
-                    f"{np.mean(text):.4f}" if max(text) else "0 (bit for bit)",
-                    f"{updates}{start}",
-                    f"{updates / max(wall, 1e-9):.2f}",
-                    f"{wall / 60:.1f}",
-                    f"{rolled:.1f}" if rolled else "–",
-                ]
+        for name in trained:
+            runs = list(self.runs.of[name].values())
+            text = [sum(run["text_kl"]["kl"]) / sum(run["text_kl"]["tokens"]) for run in runs]
+            wall = float(np.mean([run["train_wall"] for run in runs]))
+            updates = runs[0]["updates"]
+            rolled = float(np.mean([run["rollout_wall"] for run in runs])) / 60
+            start = f" after {ROWS[name].start}" if ROWS[name].start else ""
+            cells = [
+                f"{np.mean(text):.4f}" if max(text) else "0 (bit for bit)",
+                f"{updates}{start}",
+                str(runs[0]["utterances_before"] + updates * runs[0]["batch"]),
+                f"{updates / max(wall, 1e-9):.2f}",
+                f"{(runs[0]['wall_before'] + wall) / 60:.1f}",
+                f"{rolled:.1f}" if rolled else "–",
+                self.validation_kl(runs, common),
+            ]
             lines.append(f"| {self.titles(name)} | " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def validation_kl(runs: Sequence[dict[str, Any]], updates: int) -> str:
+        """Between two validations by interpolation."""
+        found = []
+        for run in runs:
+            points = [(p["num_updates"], p["response_kl"]) for p in run["curve"] if "response_kl" in p]
+            if points:
+                found.append(float(np.interp(updates, *zip(*points, strict=True))))
+        return f"{np.mean(found):.3f}" if found else "–"
+
+    def learning_rates_table(self) -> str:
+        lines = ["| searched on | validation loss at each learning rate |", "|---|---|"]
+        for name, losses in self.runs.searches.items():
+            best = min(losses.values())
+            cells = [f"{rate}: {'**' if loss == best else ''}{loss:.3f}{'**' if loss == best else ''}"
+                     for rate, loss in sorted(losses.items(), key=lambda pair: float(pair[0]))]  # fmt: skip
+            lines.append(f"| {self.titles(name)} | " + ", ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
     def claims_table(self) -> str:
@@ -345,98 +404,6 @@ class Report:
                     lines.append(f"| {name} | {seed} | `{run['command']}{start}` |")
         return "\n".join(lines) + "\n"
 
-    # ---- pictures ----------------------------------------------------------------------------------------------------
-
-    def plot_curves(self, path: Path) -> None:
-        """Response KL in validation against updates, hours of audio and minutes, each with what it began with."""
-        figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), constrained_layout=True, sharey=True)
-        for number, name in enumerate(name for name in self.shown if name in MAIN):
-            for index, run in enumerate(self.runs.of[name].values()):
-                points = [(p["num_updates"], p["response_kl"]) for p in run["curve"] if "response_kl" in p]
-                if not points:
-                    continue
-                updates, kl = np.array(points).T
-                heard = run["utterances_before"] + updates * run["batch"]
-                wall = run["wall_before"] + updates / run["updates"] * run["train_wall"]
-                label = self.titles(name) if not index else None
-                for axis, x in zip(axes, (updates, heard * self.utterance_hours, wall / 60), strict=True):
-                    axis.plot(x, kl, "o-", color=f"C{number}", label=label, markersize=3)
-        axes[0].set(xlabel="updates of 16, without a warm-up's", ylabel="response KL (nats), validation", yscale="log")
-        axes[1].set(xlabel="hours of audio, with a warm-up's")
-        axes[2].set(xlabel="minutes of training, with a warm-up's")
-        axes[0].legend(fontsize=7)
-        _save(figure, path)
-
-    def plot_scaling(self, path: Path) -> None:
-        """Response KL and WER on unheard sentences against the amount of training data, equal minutes each."""
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-        for number, name in enumerate(SCALED):
-            of_shares = {1 / divisor: f"{name}_{divisor}" for divisor in DIVISORS} | {1.0: name}
-            of_shares = {share: row for share, row in of_shares.items() if row in self.runs.of}
-            for axis, measure in zip(axes, ("response_kl", "wer"), strict=True):
-                for one, style in (("heard", "o-"), ("unheard", "s--")):
-                    scores = [self.score(row, one, measure) for row in of_shares.values()]
-                    label = f"{self.titles(name)}, {SETS[one]}"
-                    axis.plot(list(of_shares), scores, style, color=f"C{number}", label=label)
-        for axis, measure in zip(axes, ("response_kl", "wer"), strict=True):
-            axis.set(xlabel="share of the training data", ylabel=MEASURES[measure].title, xscale="log")
-            axis.set_xticks([1 / 8, 1 / 4, 1 / 2, 1], ["1/8", "1/4", "1/2", "1"])
-            axis.minorticks_off()
-        axes[0].legend(fontsize=7)
-        _save(figure, path)
-
-    def plot_robustness(self, path: Path) -> None:
-        """WER of repeat under white noise and babble."""
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True, sharey=True)
-        for number, name in enumerate(name for name in self.shown if "conditions" in self.first(name)):
-            for axis, kind in zip(axes, ("white", "babble"), strict=True):
-                levels, scores = zip(*self.noise_curve(name, kind), strict=True)
-                axis.plot(range(len(levels)), scores, "o-", color=f"C{number}", label=self.titles(name))
-                axis.set_xticks(range(len(levels)), levels)
-                axis.set(xlabel=f"{'white noise' if kind == 'white' else kind}: signal-to-noise ratio, dB")
-        axes[0].set(ylabel="WER of repeat, %, heard voices")
-        axes[0].legend(fontsize=7)
-        _save(figure, path)
-
-    def first(self, name: str) -> dict[str, Any]:
-        return next(iter(self.runs.of[name].values()))
-
-    def noise_curve(self, name: str, kind: str) -> list[tuple[str, float]]:
-        """Level and WER, mean over seeds, from clean to loud."""
-        rows = self.texts["heard"]
-        found: dict[str, list[float]] = defaultdict(list)
-        for run in self.runs.of[name].values():
-            ids = run["sets"]["heard"]["id"]
-            levels = {"clean": run["sets"]["heard"]["repeat"]}
-            levels |= {key.split(":")[1]: given for key, given in run["conditions"].items() if key.startswith(kind)}
-            for level, given in levels.items():
-                made = error_rate(given, [rows[i]["src_text"] for i in ids], "WER", "en")
-                found[level].append(float(made.score_of(made.statistics.sum(0))))
-        return [(level, float(np.mean(scores))) for level, scores in found.items()]
-
-    def plot_overview(self, path: Path) -> None:
-        """WER of repeat and response KL, every system, every test set."""
-        figure, axes = plt.subplots(
-            1, 2, figsize=(12, 0.36 * len(self.shown) + 1.2), constrained_layout=True, sharey=True
-        )
-        places = np.arange(len(self.shown))[::-1]
-        for offset, (one, title) in enumerate(SETS.items()):
-            for axis, measure in zip(axes, ("wer", "response_kl"), strict=True):
-                scores = [self.score(name, one, measure) for name in self.shown]
-                if measure == "wer":
-                    scores = [min(score, 150) for score in scores]
-                axis.barh(places + 0.27 * (1 - offset), np.nan_to_num(scores), 0.27, label=title)
-        axes[0].set_yticks(places, [self.titles(name) for name in self.shown], fontsize=8)
-        axes[0].set(xlabel="WER of repeat, % (cut at 150)")
-        axes[1].set(xlabel="response KL (nats)")
-        axes[0].legend(fontsize=8)
-        _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
 
 _HEAD = """# Which is better: BLSP, BLSP-KD, X-OPD?
 
@@ -446,11 +413,17 @@ alone, tested on it and, without training for them, on "repeat" and on questions
 utterances (bootstrap); in parentheses: lowest and highest seed. Runs so far: {seeds}. On {machine}.
 
 Every row trains for the same time, counted in updates by the seconds per update of that row; a warm-up is paid out of
-it, and X-OPD is compared with as much more of BLSP-KD. Learning rates: 1e-3 from scratch, 3e-4 after another row, 1e-4
-for X-OPD, the same for all rows of a kind and not searched further. Sentences are those of a grammar of 140 words and
-32 countries, since minutes of two CPU cores do not teach an open vocabulary; the real recordings hold mostly words that
-training never had, which nothing here can repeat.
+it, and X-OPD is compared with as much more of BLSP-KD. The learning rate of every row was searched in the same way
+(below). Sentences are those of a grammar of 140 words and 32 countries in three voices, since a few CPU hours do not
+teach an open vocabulary; the real recordings (a person's telephone prompts) hold mostly words that training never had,
+which nothing here but the cascade can repeat.
 """
+_QUESTIONS = """"What is the capital of Estonia?", spoken to the model without any instruction; training never asks a
+question of this form. Self-BLEU and Self-ROUGE-L: the overlap with what the LLM answers to the text."""
+_LEARNING_RATES = """Three rates, half a decade apart, for each kind of training, a third of a row's minutes each, with
+a linear warm-up of a tenth of the updates and linear decay; the best by validation loss (bold) is taken for all rows of
+that kind: BLSP's for the CNN, response KL's for the CFormer from scratch, and those of the warm-up, of what follows it,
+and of X-OPD. Adam, gradients clipped at 1; 16 utterances an update, 48 in a warm-up."""
 _CLAIMS = """Heard and unheard voices together, difference of both systems (95 % interval, paired bootstrap); p of the
 paired randomisation test over utterances, corrected for all claims (Holm). It says what holds for these trainings; how
 much another seed changes is seen where there are several."""

