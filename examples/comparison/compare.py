@@ -218,10 +218,10 @@ class Comparison:
             "updates": updates,
             "batch": self.batch(row),
             "training_seconds": round(time.monotonic() - begin, 1),
-            "train_wall": float(re.findall(r"train_wall[= ]([\d.]+)", log)[-1]),
+            "train_wall": sum_over_epochs(log, "train_wall"),
             "utterances_before": before.get("utterances_before", 0) + before.get("updates", 0) * before.get("batch", 0),
             "wall_before": before.get("wall_before", 0.0) + before.get("train_wall", 0.0),
-            "rollout_wall": sum(float(wall) for wall in re.findall(r"\| train \|.*? rollout_wall ([\d.]+)", log)),
+            "rollout_wall": sum_over_epochs(log, "rollout_wall"),
             "command": self.shown_command(row, updates, seed, rate),
             "curve": curve(log),
             "machine": machine(),
@@ -329,6 +329,11 @@ def with_starts(names: Sequence[str]) -> list[str]:
 def twin(name: str) -> str:
     """The first row with the same options, whose speed it shares."""
     return next(other for other in ROWS if ROWS[other].options == ROWS[name].options)
+
+
+def sum_over_epochs(log: str, name: str) -> float:
+    """Of a figure that fairseq counts anew in each epoch; 0 if it is not logged."""
+    return sum(float(value) for value in re.findall(rf"\| train \|.*? {name} ([\d.]+)", log))
 
 
 def curve(log: str) -> list[dict[str, float]]:

@@ -1,5 +1,6 @@
 """The pictures of the comparison."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,17 +9,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from systems import DIVISORS, MAIN, SCALED
+from systems import DIVISORS, MAIN, SCALED, UNTRAINED
 
 if TYPE_CHECKING:
     from report import Report
 
 SETS = {"heard": "heard voices", "unheard": "a voice never heard", "real": "real recordings"}
 
+_MOST_WER = 150
+
 
 def plot_all(report: "Report", folder: Path) -> None:
-    """Writes overview, curves, scaling and robustness as PNG."""
-    plot_overview(report, folder / "overview.png")
+    """Writes overview (all systems) and main (the main ones), curves, scaling and robustness as PNG."""
+    plot_overview(report, folder / "overview.png", report.shown)
+    plot_overview(report, folder / "main.png", [name for name in report.shown if name in (*UNTRAINED, *MAIN)])
     plot_curves(report, folder / "curves.png")
     plot_scaling(report, folder / "scaling.png")
     plot_robustness(report, folder / "robustness.png")
@@ -78,20 +82,20 @@ def plot_robustness(report: "Report", path: Path) -> None:
     _save(figure, path)
 
 
-def plot_overview(report: "Report", path: Path) -> None:
-    """WER of repeat and response KL, every system, every test set."""
-    figure, axes = plt.subplots(
-        1, 2, figsize=(12, 0.36 * len(report.shown) + 1.2), constrained_layout=True, sharey=True
-    )
-    places = np.arange(len(report.shown))[::-1]
-    for offset, (one, title) in enumerate(SETS.items()):
-        for axis, measure in zip(axes, ("wer", "response_kl"), strict=True):
-            scores = [report.score(name, one, measure) for name in report.shown]
-            if measure == "wer":
-                scores = [min(score, 150) for score in scores]
-            axis.barh(places + 0.27 * (1 - offset), np.nan_to_num(scores), 0.27, label=title)
-    axes[0].set_yticks(places, [report.titles(name) for name in report.shown], fontsize=8)
-    axes[0].set(xlabel="WER of repeat, % (cut at 150)")
+def plot_overview(report: "Report", path: Path, names: Sequence[str]) -> None:
+    """WER of repeat and response KL on every test set, with 95 % intervals over utterances."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(names) + 1.2), constrained_layout=True, sharey=True)
+    places = np.arange(len(names))[::-1]
+    for axis, measure, most in zip(axes, ("wer", "response_kl"), (_MOST_WER, np.inf), strict=True):
+        for offset, (one, title) in enumerate(SETS.items()):
+            found = {place: report.interval(name, one, measure) for place, name in zip(places, names, strict=True)}
+            bars = [(place + 0.27 * (1 - offset), bar) for place, bar in found.items() if bar is not None]
+            for y, bar in bars:
+                label = title if y == bars[0][0] else None
+                axis.barh(y, min(bar.score, most), 0.27, color=f"C{offset}", label=label)
+                axis.plot(np.minimum([bar.low, bar.high], most), [y, y], color="black", linewidth=1)
+    axes[0].set_yticks(places, [report.titles(name) for name in names], fontsize=8)
+    axes[0].set(xlabel=f"WER of repeat, % (cut at {_MOST_WER})")
     axes[1].set(xlabel="response KL (nats)")
     axes[0].legend(fontsize=8)
     _save(figure, path)

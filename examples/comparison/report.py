@@ -18,7 +18,13 @@ from systems import CLAIMS, HIDDEN, LEARNING_RATES, LESS_DATA, ROWS, UNTRAINED
 
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.evaluation.metrics import Measurement, bleu, contains_match, error_rate, rouge_l
-from blspkd_fairseq.evaluation.significance import bootstrap_interval, holm, paired_bootstrap, paired_randomization
+from blspkd_fairseq.evaluation.significance import (
+    Interval,
+    bootstrap_interval,
+    holm,
+    paired_bootstrap,
+    paired_randomization,
+)
 
 _LEVEL = 0.05
 
@@ -181,16 +187,18 @@ class Report:
                 ))  # fmt: skip
         return found
 
-    def cell(self, name: str, set_name: str, measure: str) -> str:
-        """Mean over seeds, with the interval over utterances (drawn for all seeds at once) and the seeds' range."""
+    def interval(self, name: str, set_name: str, measure: str) -> Interval | None:
+        """Over utterances; those of all seeds are drawn together."""
         made = self.measurements(name, [set_name], measure)
-        if not made:
+        return bootstrap_interval(np.sum([one.statistics for one in made], axis=0), made[0].score_of) if made else None
+
+    def cell(self, name: str, set_name: str, measure: str) -> str:
+        """The score of all seeds with its interval, and the seeds' range."""
+        interval, form = self.interval(name, set_name, measure), MEASURES[measure].form
+        if interval is None:
             return "–"
-        form = MEASURES[measure].form
-        # Statistics of all seeds of an utterance are drawn together; a mean of ratios would need every seed's own.
-        statistics = np.sum([one.statistics for one in made], axis=0)
-        interval = bootstrap_interval(statistics, made[0].score_of)
         text = f"{interval.score:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+        made = self.measurements(name, [set_name], measure)
         if len(made) > 1:
             scores = [float(one.score_of(one.statistics.sum(0))) for one in made]
             text += f" ({min(scores):{form}}–{max(scores):{form}})"
