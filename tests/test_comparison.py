@@ -1,27 +1,51 @@
-"""examples/comparison/run.sh as it is typed, a few sentences and updates of it."""
+"""examples/comparison/run.sh as it is typed, a few sentences and updates of it, and what is published of it."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from test_examples import run
+from test_examples import EXAMPLES, run
+
+from blspkd_fairseq import BlspKd
 
 pytestmark = [pytest.mark.real, pytest.mark.recordings]
 
 
-def test_the_comparison_runs_resumes_and_reports(tmp_path: Path) -> None:
-    options = ["--updates", 4, "--sentences", 24, "--test-sentences", 4, "--only", "warm_blsp_kd", "--seeds", "1"]
+def test_the_comparison_runs_resumes_reports_and_publishes(tmp_path: Path) -> None:
+    options = ["--updates", 4, "--sentences", 24, "--test-sentences", 4, "--only", "small", "--seeds", "1"]
     run("comparison", tmp_path, *options)
     results = {path.name for path in (tmp_path / "results").iterdir()}
-    assert results == {"warm_blsp_kd-seed1.json", "text.json", "cascade.json"}  # where it begins is trained only
-    measured = json.loads((tmp_path / "results" / "warm_blsp_kd-seed1.json").read_text())
-    assert measured["updates"] == 2 and measured["train_wall"] > 0 and max(measured["text_kl"]["kl"]) == 0
+    assert results == {"small-seed1.json", "text.json", "cascade.json"}  # where it begins is trained only
+    measured = json.loads((tmp_path / "results" / "small-seed1.json").read_text())
+    assert measured["updates"] == 4 and measured["utterances_before"] == 4 * 48
+    assert 0 < measured["train_wall"] <= measured["training_seconds"] and max(measured["text_kl"]["kl"]) == 0
     assert len(measured["sets"]["heard"]["repeat"]) == len(measured["sets"]["questions_heard"]["chat"]) == 4
     assert len(measured["sets"]["real"]["boundary_ms"]) == 4
+    cascade = json.loads((tmp_path / "results" / "cascade.json").read_text())
+    assert [len(answers) for answers in cascade["conditions"].values()] == [4] * 6
     report = (tmp_path / "report" / "RESULTS.md").read_text()
-    assert "warm-up, then BLSP-KD" in report and "**Not measured yet:** blsp, cnn_kl" in report
-    assert (tmp_path / "report" / "overview.png").stat().st_size > 10_000
+    assert "published: small" in report and "**Not measured yet:** blsp, cnn_kl" in report
+    for picture in ("overview", "main", "curves", "scaling", "robustness"):
+        assert (tmp_path / "report" / f"{picture}.png").stat().st_size > 10_000
     begin = time.monotonic()
     run("comparison", tmp_path, *options)
     assert time.monotonic() - begin < 60  # nothing is made again
+
+    checkpoint = tmp_path / "models" / "small-seed1" / "checkpoint_last.pt"
+    folders = {"--results": "results", "--data": "data", "--out": "small"}
+    command = [sys.executable, EXAMPLES / "comparison" / "publish.py", "--checkpoint", checkpoint]
+    subprocess.run([*command, *(x for k, v in folders.items() for x in (k, tmp_path / v))], check=True)
+    card = (tmp_path / "small" / "README.md").read_text()
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert "| WER of repeat, % |" in card and "{" not in card.replace("{speech}", "")
+    assert config["llm"] == "~/.cache/blspkd_fairseq/smollm2-135m-instruct"
+    original = BlspKd.from_pretrained(checkpoint)
+    bases = {"llm": original.config.llm, "speech_encoder": original.config.speech_encoder}
+    speech = sorted((tmp_path / "data" / "audio").iterdir())[:2]
+    published = BlspKd.from_pretrained(tmp_path / "small", **bases)
+    assert published.generate(speech, "repeat", max_new_tokens=4) == original.generate(
+        speech, "repeat", max_new_tokens=4
+    )

@@ -220,12 +220,12 @@ class Report:
             "Under noise": "robustness",
         }
         parts.append("\n\n".join(f"![{title}]({name}.png)" for title, name in pictures.items()) + "\n")
-        parts.append("## Which claims hold\n\n" + _CLAIMS + "\n" + self.claims_table())
+        parts.append("## Which claims hold\n\n" + _CLAIMS + "\n\n" + self.claims_table())
         for one, title in SETS.items():
             parts.append(f"## Every figure: {title}\n\n" + self.set_table(one))
-        parts.append("## Questions\n\n" + _QUESTIONS + "\n" + self.questions_table())
+        parts.append("## Questions\n\n" + _QUESTIONS + "\n\n" + self.questions_table())
         parts.append("## Text and cost\n\n" + self.cost_table())
-        parts.append("## Learning rates\n\n" + _LEARNING_RATES + "\n" + self.learning_rates_table())
+        parts.append("## Learning rates\n\n" + _LEARNING_RATES + "\n\n" + self.learning_rates_table())
         parts.append("## Commands\n\n" + self.commands())
         return "\n".join(parts)
 
