@@ -107,7 +107,6 @@ class Comparison:
                 options = ["--max-new-tokens", 16, "--batch-size", 64, "--llm", args.llm]
                 inputs = ["--input", self.data / f"{split}.tsv", "--output", output]
                 generate_responses.main(list(map(str, [*inputs, *options])))
-
         for folder in (self.data, self.data / "responses"):
             whole = Manifest.load(folder / "train.tsv")
             for divisor in DIVISORS:
@@ -205,7 +204,6 @@ class Comparison:
     def train_row(self, name: str, seed: int) -> None:
         row, folder = ROWS[name], self.folder(name, seed)
         updates = self.updates_of(name)
-        shutil.rmtree(folder, ignore_errors=True)
         start = self.folder(row.start, seed) / "checkpoint_last.pt" if row.start else None
         print(f"\n== {name}, seed {seed}: {updates} updates ({time.strftime('%H:%M:%S')})", flush=True)
         rate = self.learning_rate(name, start)
@@ -300,7 +298,8 @@ class Comparison:
             command += [] if "on_policy" in row.options or row.transcripts else ["--log-all-terms"]
         else:
             command += ["--disable-validation", "--no-save"]
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # from a checkpoint in it, training would go on
+        folder.mkdir(parents=True)
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
         (folder / "train.log").write_text(done.stdout, encoding="utf-8")
         if done.returncode:
