@@ -29,6 +29,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "scripts")]
 
 import generate_responses  # noqa: E402
+from measure import write_json  # noqa: E402
 from systems import DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, MAIN, PUBLISHED, ROWS, UNTRAINED, Row, searched  # noqa: E402
 
 from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
@@ -355,12 +356,6 @@ def machine() -> str:
 
 def python(script: Path, *arguments: Any) -> None:
     subprocess.run([sys.executable, str(script), *map(str, arguments)], check=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

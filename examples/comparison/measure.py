@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fairseq.utils import apply_to_sample
 from tqdm import tqdm
 
 from blspkd_fairseq import BlspKd
@@ -45,9 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.monotonic()
     results = measure_checkpoint(args) if args.checkpoint else measure_untrained(args)
     results["measuring_seconds"] = round(time.monotonic() - begin, 1)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text(json.dumps(results) + "\n", encoding="utf-8")
-    os.replace(temporary, args.out)
+    write_json(args.out, results)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all, even if several processes write it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -150,7 +156,7 @@ def measure_set(
         found.setdefault(key, []).extend(values)
 
     for start in range(0, len(data), BATCH):
-        batch = data.collater([data[i] for i in range(start, min(start + BATCH, len(data)))])
+        batch = collate(data, range(start, min(start + BATCH, len(data))), model.device)
         inputs = batch["net_input"]
         speech = inputs["src_tokens"], inputs["src_lengths"]
         add("id", [row["id"] for row in batch["rows"]])
@@ -177,6 +183,12 @@ def measure_set(
     return found
 
 
+def collate(data: SpeechTextDataset, rows: range, device: torch.device) -> dict[str, Any]:
+    """A batch on the model's device."""
+    batch: dict[str, Any] = apply_to_sample(lambda tensor: tensor.to(device), data.collater([data[i] for i in rows]))
+    return batch
+
+
 def sums_of_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> list[float]:
     totals = torch.zeros(count, dtype=torch.float64).index_add(0, rows.cpu(), values.double().cpu())
     return [round(value, 6) for value in totals.tolist()]
@@ -185,10 +197,10 @@ def sums_of_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> list[f
 def text_kl(model: BlspKd, folder: Path) -> dict[str, list[float]]:
     """KL of the trained LLM reading text against the base LLM, at the responses to the heard set."""
     data = SpeechTextDataset(Manifest.load(folder / "responses" / "heard.tsv"), model.chat, audio_root=folder)
-    text = data.collater([data[i] for i in range(len(data))])["net_input"]["text"]
+    text = collate(data, range(len(data)), model.device)["net_input"]["text"]
     student, teacher = (read(text, ("response",))["response"] for read in (model.model.read, model.model.teach))
     kl = linear_kl_div_with_agreement(student, teacher, *model.model.head).kl
-    rows = torch.repeat_interleave(torch.arange(len(data)), text["response_lengths"])
+    rows = torch.repeat_interleave(torch.arange(len(data)), text["response_lengths"].cpu())
     return {"kl": sums_of_rows(kl, rows, len(data)), "tokens": text["response_lengths"].tolist()}
 
 
@@ -205,7 +217,7 @@ class WordEnds:
         if not path.exists():
             self.transcriber = self.transcriber or WhisperTranscriber(self.whisper)
             ends = [self._word_ends(data, i) for i in range(len(data))]
-            path.write_text(json.dumps(ends), encoding="utf-8")
+            write_json(path, ends)
         ends = json.loads(path.read_text(encoding="utf-8"))
         return [self._differences(model, data, i, ends[i]) for i in range(len(data))]
 
