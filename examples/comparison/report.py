@@ -2,7 +2,8 @@
 
     python examples/comparison/report.py --results out/comparison/results --data out/comparison/data --out DIR
 
-Writes DIR/RESULTS.md and the pictures beside it.
+Writes DIR/RESULTS.md and the pictures beside it. What a person has to say about it, discussion.md of the results,
+follows the first table.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from pictures import SETS, plot_all
-from systems import CLAIMS, HIDDEN, LEARNING_RATES, LESS_DATA, ROWS, UNTRAINED
+from systems import CLAIMS, DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, ROWS, SCALED, UNTRAINED
 
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.evaluation.metrics import Measurement, bleu, contains_match, error_rate, rouge_l
@@ -26,6 +27,7 @@ from blspkd_fairseq.evaluation.significance import (
     paired_randomization,
 )
 
+_SPOKEN = ("heard", "unheard")
 _LEVEL = 0.05
 
 
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     report = Report(Runs.load(args.results), read_texts(args.data), audio_hours(args.data / "train.tsv"))
+    discussion = args.results / "discussion.md"
+    report.discussion = discussion.read_text(encoding="utf-8") if discussion.exists() else ""
     plot_all(report, args.out)
     (args.out / "RESULTS.md").write_text(report.markdown(), encoding="utf-8")
     print(args.out / "RESULTS.md")
@@ -169,6 +173,7 @@ class Report:
         self.runs = runs
         self.texts = texts
         self.utterance_hours = utterance_hours
+        self.discussion = ""
         self.shown = [name for name in (*UNTRAINED, *ROWS) if name in runs.of and name not in (*HIDDEN, *LESS_DATA)]
 
     def measurements(self, name: str, sets: Sequence[str], measure: str) -> list[Measurement]:
@@ -213,6 +218,7 @@ class Report:
     def markdown(self) -> str:
         parts = [_HEAD.format(seeds=self.seeds_text(), machine=self.machine())]
         parts.append(self.main_table())
+        parts += [self.discussion] if self.discussion else []
         pictures = {
             "WER and response KL of every system": "overview",
             "Learning curves": "curves",
@@ -223,6 +229,7 @@ class Report:
         parts.append("## Which claims hold\n\n" + _CLAIMS + "\n\n" + self.claims_table())
         for one, title in SETS.items():
             parts.append(f"## Every figure: {title}\n\n" + self.set_table(one))
+        parts.append("## Less data, as many minutes\n\n" + self.less_data_table())
         parts.append("## Questions\n\n" + _QUESTIONS + "\n\n" + self.questions_table())
         parts.append("## Text and cost\n\n" + self.cost_table())
         parts.append("## Learning rates\n\n" + _LEARNING_RATES + "\n\n" + self.learning_rates_table())
@@ -280,6 +287,20 @@ class Report:
             lines.append(f"| {self.titles(name)} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
+    def less_data_table(self) -> str:
+        lines = [
+            "| system | share of the data | response KL | WER of repeat, % | ... unheard voice | seeds |",
+            "|---" * 6 + "|",
+        ]
+        for name in SCALED:
+            for share, row in [*((f"1/{divisor}", f"{name}_{divisor}") for divisor in DIVISORS), ("1", name)]:
+                if row in self.runs.of:
+                    cells = [self.cell(row, "heard", "response_kl"), *(self.cell(row, s, "wer") for s in _SPOKEN)]
+                    lines.append(
+                        f"| {self.titles(name)} | {share} | " + " | ".join(cells) + f" | {len(self.runs.of[row])} |"
+                    )
+        return "\n".join(lines) + "\n"
+
     def set_table(self, set_name: str) -> str:
         lines = [
             "| system | " + " | ".join(measure.title for measure in MEASURES.values()) + " |",
@@ -293,13 +314,13 @@ class Report:
     def questions_table(self) -> str:
         lines = [
             "| system | " + " | ".join(
-                f"{column}, {SETS[one]}" for one in ("heard", "unheard")
+                f"{column}, {SETS[one]}" for one in _SPOKEN
                 for column in ("right capitals, %", "Self-BLEU of answers", "Self-ROUGE-L of answers")
             ) + " |",
             "|---" * 7 + "|",
         ]  # fmt: skip
         for name in self.shown:
-            cells = [cell for one in ("heard", "unheard") for cell in self.question_cells(name, f"questions_{one}")]
+            cells = [cell for one in _SPOKEN for cell in self.question_cells(name, f"questions_{one}")]
             lines.append(f"| {self.titles(name)} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
@@ -366,12 +387,11 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def claims_table(self) -> str:
-        sets = ("heard", "unheard")
         results: dict[tuple[int, str], Any] = {}
         for measure in DECIDING:
             tested = []
             for index, claim in enumerate(CLAIMS):
-                pair = [self.measurements(name, sets, measure) for name in (claim.better, claim.worse)]
+                pair = [self.measurements(name, _SPOKEN, measure) for name in (claim.better, claim.worse)]
                 if all(pair):
                     one, other = (np.mean([m.statistics for m in made], axis=0) for made in pair)
                     score_of = pair[0][0].score_of
@@ -404,12 +424,12 @@ class Report:
         return f"{verdict}: {boot.difference:+{form}} [{low}, {high}], p {p:.3f}"
 
     def commands(self) -> str:
-        lines = ["| row | seed | command (the shared parts of data and models aside) |", "|---|---|---|"]
-        for name in self.shown:
-            for seed, run in self.runs.of[name].items():
+        lines = ["| row | seed | minutes | command (the shared parts of data and models aside) |", "|---|---|---|---|"]
+        for name in (*self.shown, *LESS_DATA):
+            for seed, run in self.runs.of.get(name, {}).items():
                 if "command" in run:
                     start = f" --finetune-from-model models/{ROWS[name].start}-seed{seed}" if ROWS[name].start else ""
-                    lines.append(f"| {name} | {seed} | `{run['command']}{start}` |")
+                    lines.append(f"| {name} | {seed} | {run['train_wall'] / 60:.1f} | `{run['command']}{start}` |")
         return "\n".join(lines) + "\n"
 
 
