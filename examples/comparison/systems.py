@@ -86,6 +86,7 @@ ROWS |= LESS_DATA
 # Three learning rates, half a decade apart, are tried on a row of each kind, from scratch or on top of another.
 LEARNING_RATES = {
     "blsp": (3e-4, 1e-3, 3e-3),
+    "cnn_kl": (3e-4, 1e-3, 3e-3),
     "kl": (3e-4, 1e-3, 3e-3),
     "warm_up": (3e-4, 1e-3, 3e-3),
     "warm_kl": (1e-4, 3e-4, 1e-3),
@@ -100,7 +101,9 @@ def searched(name: str) -> str:
         return "warm_up"
     if row.start:
         return "x_opd" if "on_policy" in row.options else "warm_kl"
-    return "blsp" if "cnn" in row.options else "kl"
+    if "cnn" in row.options:
+        return "blsp" if "ce-weight" in row.options else "cnn_kl"
+    return "kl"
 
 
 HIDDEN = ("warm_half", "small_warm_up", *(f"warm_half_{divisor}" for divisor in DIVISORS))  # trained for others only
