@@ -450,8 +450,9 @@ _QUESTIONS = """"What is the capital of Estonia?", spoken to the model without a
 question of this form. Self-BLEU and Self-ROUGE-L: the overlap with what the LLM answers to the text."""
 _LEARNING_RATES = """Three rates, half a decade apart, for each kind of training, a third of a row's minutes each, with
 a linear warm-up of a tenth of the updates and linear decay; the best by validation loss (bold) is taken for all rows of
-that kind: with the CNN, BLSP's and that of response KL; with the CFormer from scratch, that of response KL; and those of
-the warm-up, of what follows it, and of X-OPD. Adam, gradients clipped at 1; 16 utterances an update, 48 in a warm-up."""
+that kind: with the CNN, those of BLSP and of response KL; with the CFormer from scratch, that of response KL; and those
+of the warm-up, of what follows it, and of X-OPD. Adam, gradients clipped at 1; 16 utterances an update, 48 in a
+warm-up."""
 _CLAIMS = """Heard and unheard voices together, difference of both systems (95 % interval, paired bootstrap); p of the
 paired randomisation test over utterances, corrected for all claims (Holm). It says what holds for these trainings; how
 much another seed changes is seen where there are several."""
