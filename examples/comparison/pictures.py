@@ -29,23 +29,26 @@ def plot_all(report: "Report", folder: Path) -> None:
 
 
 def plot_curves(report: "Report", path: Path) -> None:
-    """Response KL in validation against updates, hours of audio and minutes, each with what it began with."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), constrained_layout=True, sharey=True)
+    """KL and agreement in validation against updates, hours of audio and minutes, each with what it began with."""
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True, sharey="row", sharex="col")
     for number, name in enumerate(name for name in report.shown if name in MAIN):
         for index, run in enumerate(report.runs.of[name].values()):
-            points = [(p["num_updates"], p["response_kl"]) for p in run["curve"] if "response_kl" in p]
+            points = [point for point in run["curve"] if "response_kl" in point]
             if not points:
                 continue
-            updates, kl = np.array(points).T
+            updates = np.array([point["num_updates"] for point in points])
             heard = run["utterances_before"] + updates * run["batch"]
             wall = run["wall_before"] + updates / run["updates"] * run["train_wall"]
-            label = report.titles(name) if not index else None
-            for axis, x in zip(axes, (updates, heard * report.utterance_hours, wall / 60), strict=True):
-                axis.plot(x, kl, "o-", color=f"C{number}", label=label, markersize=3)
-    axes[0].set(xlabel="updates of 16, without a warm-up's", ylabel="response KL (nats), validation", yscale="log")
-    axes[1].set(xlabel="hours of audio, with a warm-up's")
-    axes[2].set(xlabel="minutes of training, with a warm-up's")
-    axes[0].legend(fontsize=7)
+            label = None if index else report.titles(name)
+            for row, figure_name in zip(axes, ("response_kl", "response_agreement"), strict=True):
+                values = [point[figure_name] for point in points]
+                for axis, x in zip(row, (updates, heard * report.utterance_hours, wall / 60), strict=True):
+                    axis.plot(x, values, "o-", color=f"C{number}", label=label, markersize=3)
+    axes[0, 0].set(ylabel="response KL (nats), validation", yscale="log")
+    axes[1, 0].set(ylabel="top-1 agreement, validation", xlabel="updates of 16, without a warm-up's")
+    axes[1, 1].set(xlabel="hours of audio, with a warm-up's")
+    axes[1, 2].set(xlabel="minutes of training, with a warm-up's")
+    axes[0, 0].legend(fontsize=7)
     _save(figure, path)
 
 
