@@ -264,7 +264,7 @@ class Comparison:
         cached = [] if "unfreeze" in row.options else ["--cache-encoder-features"]
         criterion = [] if "--criterion" in row.options else ["--criterion", "kl_distillation"]
         shared = f"""
-            --arch blsp_kd --speech-encoder-dtype bfloat16 --adapter-pre-layers 2 --adapter-post-layers 2
+            --arch blsp_kd --speech-encoder-dtype bfloat16 --adapter-pre-layers 1 --adapter-post-layers 1
             --adapter-heads 6 --optimizer adam --clip-norm 1.0 --lr {rate}
             --lr-scheduler polynomial_decay --warmup-updates {max(1, updates // 10)}
             --total-num-update {updates} --max-update {updates}

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from report import Report, Runs, audio_hours, read_texts
 from systems import ROWS
 
 from blspkd_fairseq import BlspKd
+from blspkd_fairseq.data.manifest import Manifest
 
 CACHE = "~/.cache/blspkd_fairseq"  # where examples/quickstart/fetch_models.py puts the base models
 ROW = "small"
@@ -23,16 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("checkpoint", "results", "data", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--example", type=int, default=0, help="row of heard.tsv whose audio goes with the model")
     args = parser.parse_args(arguments)
     model = BlspKd.from_pretrained(args.checkpoint)
     for option in ("llm", "speech_encoder"):
         setattr(model.config, option, f"{CACHE}/{Path(getattr(model.config, option)).name}")
     model.save_pretrained(args.out, dtype="float16")
+    heard = Manifest.load(args.data / "heard.tsv")[args.example]
+    shutil.copy(args.data / heard["audio"], args.out / "example.flac")
     report = Report(Runs.load(args.results), read_texts(args.data), audio_hours(args.data / "train.tsv"))
-    (args.out / "README.md").write_text(card(report, args.out), encoding="utf-8")
+    (args.out / "README.md").write_text(card(report, args.out, heard["src_text"]), encoding="utf-8")
 
 
-def card(report: Report, folder: Path) -> str:
+def card(report: Report, folder: Path, example: str) -> str:
     """The model card."""
     run = report.first(ROW)
     utterances = run["utterances_before"] + run["updates"] * run["batch"]
@@ -43,6 +48,7 @@ def card(report: Report, folder: Path) -> str:
     return _CARD.format(
         name=folder.name,
         path=folder,
+        example=example,
         cache=CACHE,
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
         minutes=(run["wall_before"] + run["train_wall"]) / 60,
@@ -73,9 +79,11 @@ base models stay apart, as `python examples/quickstart/fetch_models.py` puts the
 from blspkd_fairseq import BlspKd
 
 model = BlspKd.from_pretrained("{path}")
-model.generate("speech.wav", "repeat")
-model.align("speech.wav")
+model.generate("{path}/example.flac", "repeat")  # {example}
+model.align("{path}/example.flac")
 ```
+
+The example was not trained on.
 
 With the base models elsewhere: `BlspKd.from_pretrained(..., llm="DIR", speech_encoder="DIR")`. To train on from it:
 `fairseq-train ... --pretrained-model {path}` with the adapter and LoRA options of `config.json`, or
