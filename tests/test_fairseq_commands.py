@@ -116,10 +116,10 @@ def test_resuming_in_mid_epoch_equals_an_uninterrupted_run(world: World, tmp_pat
 def test_warm_up_then_distillation(world: World, tmp_path: Path) -> None:
     """The warm-up needs no responses and no run of the LLM; its checkpoint starts the distillation."""
     data = tmp_path / "data"
-    write_split(data, "train", 8, drop=["tgt_text"])
+    write_split(data, "spoken", 8, drop=["tgt_text"])
     log = world.train(
         tmp_path / "warm", *UPDATES, "--response-kl-weight", 0, "--input-kl-weight", 0, "--token-ce-weight", 1,
-        "--token-mse-weight", 1, "--token-vocabulary", "train", data=data,
+        "--token-mse-weight", 1, "--token-vocabulary", "train", "--train-subset", "spoken", data=data,
     )  # fmt: skip
     assert "token_ce=" in log and "response_kl=" not in log
     warm = tmp_path / "warm" / "checkpoint_last.pt"

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.modules.cformer import ALIGNMENTS, POSITIONS, CFormer
+from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
 from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
 from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM
@@ -45,9 +45,6 @@ class SpeechLlmConfig:
     adapter_alignment: str = _option(
         "cif", "frames to tokens in the cformer: cif, or pif, a smooth alignment (after E-Paraformer)"
     )
-    adapter_positions: str = _option(
-        "none", "what the cformer's layers know of order beside the frames themselves: none (published), or conv"
-    )
     adapter_conv_layers: int = _option(3, "convolutions of the cnn adapter, each of which halves the frames")
     adapter_kernel_size: int = _option(5, "kernel size of the cnn adapter")
     adapter_bottleneck: int = _option(512, "width of the cnn adapter's bottleneck")
@@ -77,7 +74,6 @@ def _build_cformer(config: SpeechLlmConfig, input_dim: int, output_dim: int, out
         ffn_dim=config.adapter_ffn_dim or None,
         dropout=config.adapter_dropout,
         alignment=config.adapter_alignment,
-        positions=config.adapter_positions,
     )
 
 
@@ -203,7 +199,6 @@ def _check(config: SpeechLlmConfig) -> None:
     choices = {
         "adapter": tuple(ADAPTERS),
         "adapter_alignment": tuple(ALIGNMENTS),
-        "adapter_positions": POSITIONS,
         "lora_scope": LORA_SCOPES,
         "llm_dtype": tuple(DTYPES),
         "speech_encoder_dtype": tuple(DTYPES),

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from blspkd_fairseq.modules.cif import continuous_integrate_and_fire, parallel_integrate_and_fire
 
 ALIGNMENTS = {"cif": continuous_integrate_and_fire, "pif": parallel_integrate_and_fire}
-POSITIONS = ("none", "conv")
-FRAME_KERNEL, TOKEN_KERNEL = 31, 5  # about 0.6 s of frames; two tokens on either side
 
 
 class AdapterOutput(NamedTuple):
@@ -30,25 +28,6 @@ class AdapterOutput(NamedTuple):
     boundaries: Tensor | None = None
 
 
-class ConvPositions(nn.Module):
-    """Adds to each place what a depthwise convolution sees around it, so that attention knows order (wav2vec 2.0,
-    arXiv 2006.11477, sec. 2).
-
-    Args:
-        dim: D.
-        kernel_size: odd number of places seen.
-    """
-
-    def __init__(self, dim: int, kernel_size: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-
-    def forward(self, hidden: Tensor, padding_mask: Tensor) -> Tensor:
-        """``[B, T, D]`` to the same, whatever stands where the mask ``[B, T]`` is True."""
-        seen = hidden.masked_fill(padding_mask.unsqueeze(2), 0.0)
-        return hidden + nn.functional.gelu(self.conv(seen.transpose(1, 2))).transpose(1, 2)
-
-
 class CFormer(nn.Module):
     """Turns encoder frames into one embedding per token of the LLM's tokenizer.
 
@@ -65,7 +44,6 @@ class CFormer(nn.Module):
         ffn_dim: width of the feed-forward blocks, 4 x input_dim by default.
         dropout: of the transformer layers.
         alignment: how frames become tokens: "cif", or "pif", its smooth variant.
-        positions: what the layers know of order beside the frames themselves: "none" (published) or "conv".
         tokens_per_frame: speech rate that alpha starts from, 4 tokens a second at 50 frames a second by default.
     """
 
@@ -83,7 +61,6 @@ class CFormer(nn.Module):
         ffn_dim: int | None = None,
         dropout: float = 0.1,
         alignment: str = "cif",
-        positions: str = "none",
         tokens_per_frame: float = 0.08,
     ) -> None:
         super().__init__()
@@ -100,9 +77,6 @@ class CFormer(nn.Module):
 
         self.integrate = ALIGNMENTS[alignment]
         self.input_norm = nn.LayerNorm(input_dim)
-        conv = positions == "conv"
-        self.pre_positions = ConvPositions(input_dim, FRAME_KERNEL) if conv else None
-        self.post_positions = ConvPositions(input_dim, TOKEN_KERNEL) if conv else None
         self.pre = layers(pre_layers) if pre_layers else nn.ModuleList([nn.Linear(input_dim, input_dim)])
         self.pre_norm = nn.LayerNorm(input_dim)
         self.rate = nn.Parameter(torch.logit(torch.tensor(tokens_per_frame)))
@@ -122,8 +96,6 @@ class CFormer(nn.Module):
             target_lengths: ``[B]`` tokens of each utterance (training); by default alpha decides.
         """
         hidden = self.input_norm(features)
-        if self.pre_positions is not None:
-            hidden = self.pre_positions(hidden, padding_mask)
         for layer in self.pre:
             hidden = layer(hidden) if isinstance(layer, nn.Linear) else layer(hidden, src_key_padding_mask=padding_mask)
         hidden = self.pre_norm(hidden)
@@ -132,8 +104,6 @@ class CFormer(nn.Module):
 
         tokens = self.expand(cif.embeddings)
         token_padding = torch.arange(tokens.shape[1], device=tokens.device) >= cif.lengths.unsqueeze(1)
-        if self.post_positions is not None:
-            tokens = self.post_positions(tokens, token_padding)
         for layer in self.post:
             tokens = layer(tokens, src_key_padding_mask=token_padding)
         embeddings = self.output_norm(self.project(self.post_norm(tokens))) * self.output_scale

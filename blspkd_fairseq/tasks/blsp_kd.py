@@ -83,6 +83,7 @@ class BlspKdTask(FairseqTask):
         self.dictionary = LlmDictionary()
         self._needed_texts: tuple[str, ...] = ()
         self._loaded_split = ""
+        self._train_split = ""
         self._adapter: Any = None  # of the model that was built
 
     @classmethod
@@ -133,7 +134,7 @@ class BlspKdTask(FairseqTask):
             ManifestError: the manifest is missing or wrong; it names the row and the remedy.
         """
         paths = utils.split_paths(self.cfg.data)
-        is_train = split.startswith("train")
+        is_train = combine or split.startswith("train")  # fairseq combines what it trains on, whatever its name
         folder = Path(paths[(epoch - 1) % len(paths)] if is_train else paths[0])
         manifest = Manifest.load(
             folder / f"{split}.tsv", ("id", "audio", "n_frames", *self._needed_texts), self._needed_texts
@@ -148,11 +149,12 @@ class BlspKdTask(FairseqTask):
             skip_bad_audio=self.cfg.skip_bad_audio and is_train,
         )
         self._loaded_split = split
+        self._train_split = split if is_train else self._train_split
 
     def training_words(self) -> Tensor:
         """Sorted ids of all tokens that occur in the training transcripts."""
         words: set[int] = set()
-        train: SpeechTextDataset = self.datasets["train"]
+        train: SpeechTextDataset = self.datasets[self._train_split]
         for index in range(len(train)):
             words.update(self.chat.encode_text(train.manifest[index]["src_text"]))
         return torch.tensor(sorted(words), dtype=torch.long)
