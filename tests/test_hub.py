@@ -106,6 +106,7 @@ def test_saved_and_loaded_it_answers_the_same(
     if from_folder:
         model.save_pretrained(tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+        assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1  # who may read one may read the other
     source = tmp_path if from_folder else trained.checkpoint.parent  # a folder of checkpoints
     again = BlspKd.from_pretrained(source)
     assert again.generate(trained.audio, max_new_tokens=8) == model.generate(trained.audio, max_new_tokens=8)

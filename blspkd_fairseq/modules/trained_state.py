@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from blspkd_fairseq import compat
@@ -109,7 +109,7 @@ def write_trained(folder: Path, options: Mapping[str, Any], model: SpeechLLM, dt
         for name, tensor in trained_state_dict(model).items()
     }
     partial = folder / f"{_WEIGHTS}.partial"
-    save_file(state, partial)
+    partial.write_bytes(save(state))  # save_file lets nobody else read it
     os.replace(partial, folder / _WEIGHTS)
     (folder / _CONFIG).write_text(json.dumps(dict(options), indent=2) + "\n", encoding="utf-8")
 

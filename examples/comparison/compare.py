@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from math import isnan
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PROBE_UPDATES = 8
-FIRST_COUNTED = 2  # updates before it warm up memory and caches
+PROBE_UPDATES = 6  # in each of two epochs
+FIRST_COUNTED = 2  # updates before it warm up memory
 SEARCH_SHARE = 1 / 3  # of a row's minutes, for each learning rate that is tried
 VALIDATIONS = 5  # points of a learning curve
 
@@ -89,7 +90,7 @@ class Comparison:
         self.args = args
         self.data = args.out / "data"
         self.names = with_starts(args.only or list(ROWS))
-        self.rates: dict[str, float] = {}
+        self.rates: dict[str, list[float]] = {}
         self.search_locks = {name: threading.Lock() for name in LEARNING_RATES}
         self.device = [] if torch.cuda.is_available() else ["--cpu"]
 
@@ -108,18 +109,20 @@ class Comparison:
                 options = ["--max-new-tokens", 16, "--batch-size", 64, "--llm", args.llm]
                 inputs = ["--input", self.data / f"{split}.tsv", "--output", output]
                 generate_responses.main(list(map(str, [*inputs, *options])))
+        for divisor in DIVISORS:
+            self.write_part(f"train_{divisor}", args.sentences // divisor)
+
+    def write_part(self, name: str, count: int) -> None:
+        """The first rows of the training set, as a set of their own."""
         for folder in (self.data, self.data / "responses"):
             whole = Manifest.load(folder / "train.tsv")
-            for divisor in DIVISORS:
-                part = folder / f"train_{divisor}.tsv"
-                if not part.exists():
-                    rows = [whole[i] for i in range(max(1, len(whole) // divisor))]
-                    write_manifest(part, rows, list(rows[0]))
+            rows = [whole[i] for i in range(max(1, min(count, len(whole))))]
+            write_manifest(folder / f"{name}.tsv", rows, list(rows[0]))
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def measure_rates(self) -> None:
-        """Seconds per update of every row, from a few updates, under the load that the trainings will have."""
+        """Seconds per update of every row in its first epoch and later, under the load that the trainings will have."""
         path = self.args.out / "rates.json"
         self.rates = json.loads(path.read_text()) if path.exists() else {}
         if not self.args.updates:
@@ -130,14 +133,16 @@ class Comparison:
     def measure_rate(self, name: str) -> None:
         if name in self.rates:
             return
-        folder = self.args.out / f"probe-{name}"
-        log = self.train(ROWS[name], folder, PROBE_UPDATES, seed=1, start=None, rate=1e-4, validate=False)
+        row, folder = ROWS[name], self.args.out / f"probe-{name}"
+        subset = f"train_probe_{self.batch(row)}"
+        self.write_part(subset, PROBE_UPDATES * self.batch(row))
+        log = self.train(row, folder, 2 * PROBE_UPDATES, 1, None, rate=1e-4, validate=False, subset=subset)
         shutil.rmtree(folder)
-        walls = [float(wall) for wall in re.findall(r"num_updates=\d+.*? wall=([\d.]+)", log)]
-        counted = walls[FIRST_COUNTED:]
-        self.rates[name] = max(1e-3, (counted[-1] - counted[0]) / (len(counted) - 1))
+        seconds = [1 / max(1e-3, float(speed)) for speed in re.findall(r" ups=([\d.]+)", log)]
+        first, later = mean(seconds[FIRST_COUNTED:PROBE_UPDATES]), mean(seconds[PROBE_UPDATES:])
+        self.rates[name] = [first, later]
         write_json(self.args.out / "rates.json", self.rates)
-        print(f"{name}: {self.rates[name]:.2f} s per update", flush=True)
+        print(f"{name}: {first:.2f} s per update in the first epoch, then {later:.2f} s", flush=True)
 
     def run_all(self) -> None:
         """All pieces, --jobs at a time, each after the one that it goes on from."""
@@ -221,16 +226,22 @@ class Comparison:
             "utterances_before": before.get("utterances_before", 0) + before.get("updates", 0) * before.get("batch", 0),
             "wall_before": before.get("wall_before", 0.0) + before.get("train_wall", 0.0),
             "rollout_wall": sum_over_epochs(log, "rollout_wall"),
-            "command": self.shown_command(row, updates, seed, rate),
+            "commands": [*before.get("commands", []), self.shown_command(row, updates, seed, rate, start)],
             "curve": curve(log),
             "machine": machine(),
         }
         write_json(folder / "done.json", done)
 
     def updates_of(self, name: str, part: float = 1.0) -> int:
-        """Of this row alone: what fits into its share of the minutes."""
-        whole = self.args.updates or 60 * self.args.minutes / self.rates[twin(name)]
-        return max(1, round(whole * part * ROWS[name].share))
+        """Of this row alone: what fits into its share of the minutes; the speech encoder runs in the first epoch."""
+        row = ROWS[name]
+        if self.args.updates:
+            return max(1, round(self.args.updates * part * row.share))
+        seconds = 60 * self.args.minutes * part * row.share
+        first, later = self.rates[twin(name)]
+        epoch = len(Manifest.load(self.data / "train.tsv")) / row.data_divisor / self.batch(row)
+        updates = seconds / first if seconds < epoch * first else epoch + (seconds - epoch * first) / later
+        return max(1, round(updates))
 
     def learning_rate(self, name: str, start: Path | None) -> float:
         """The best of those that are tried on the row that stands for this one, by its validation loss."""
@@ -259,7 +270,7 @@ class Comparison:
     def batch(row: Row) -> int:
         return 48 if row.transcripts else 16
 
-    def options(self, row: Row, updates: int, seed: int, rate: float) -> list[str]:
+    def options(self, row: Row, updates: int, seed: int, rate: float, subset: str = "") -> list[str]:
         """Options of ``fairseq-train`` that make this row."""
         cached = [] if "unfreeze" in row.options else ["--cache-encoder-features"]
         criterion = [] if "--criterion" in row.options else ["--criterion", "kl_distillation"]
@@ -270,17 +281,27 @@ class Comparison:
             --total-num-update {updates} --max-update {updates}
             --batch-size {self.batch(row)} --seed {seed}
         """
-        subset = ["--train-subset", f"train_{row.data_divisor}"] if row.data_divisor > 1 else []
-        return [*shared.split(), *subset, *cached, *criterion, *row.options.split()]
+        subset = subset or (f"train_{row.data_divisor}" if row.data_divisor > 1 else "")
+        part = ["--train-subset", subset] if subset else []
+        return [*shared.split(), *part, *cached, *criterion, *row.options.split()]
 
-    def shown_command(self, row: Row, updates: int, seed: int, rate: float) -> str:
+    def shown_command(self, row: Row, updates: int, seed: int, rate: float, start: Path | None) -> str:
+        """Without the names of the base models and folders."""
         folder = "data" if row.transcripts else "data/responses"
-        return f"fairseq-train {folder} --user-dir blspkd_fairseq --task blsp_kd " + " ".join(
-            self.options(row, updates, seed, rate)
-        )
+        words = ["fairseq-train", folder, "--user-dir blspkd_fairseq --task blsp_kd"]
+        words += [f"--finetune-from-model models/{start.parent.name}/{start.name}"] if start else []
+        return " ".join([*words, *self.options(row, updates, seed, rate)])
 
     def train(
-        self, row: Row, folder: Path, updates: int, seed: int, start: Path | None, rate: float, validate: bool
+        self,
+        row: Row,
+        folder: Path,
+        updates: int,
+        seed: int,
+        start: Path | None,
+        rate: float,
+        validate: bool,
+        subset: str = "",
     ) -> str:
         """Runs ``fairseq-train`` and returns its log, which it also leaves in the folder."""
         data = self.data if row.transcripts else self.data / "responses"
@@ -289,7 +310,7 @@ class Comparison:
             "--task", "blsp_kd", "--audio-root", str(self.data), *self.device, "--save-dir", str(folder),
             "--speech-encoder", self.args.speech_encoder, "--llm", self.args.llm, "--num-workers", "0",
             "--no-epoch-checkpoints", "--log-format", "simple", "--log-interval", "1" if not validate else "10",
-            *self.options(row, updates, seed, rate),
+            *self.options(row, updates, seed, rate, subset),
         ]  # fmt: skip
         command += ["--finetune-from-model", str(start)] if start else []
         if validate:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pictures import SETS
 from report import Report, Runs, audio_hours, read_texts
-from systems import ROWS
 
 from blspkd_fairseq import BlspKd
 from blspkd_fairseq.data.manifest import Manifest
@@ -58,8 +57,7 @@ def card(report: Report, folder: Path, example: str) -> str:
         columns=" | ".join(SETS.values()),
         rules="|---" * (1 + len(SETS)) + "|",
         table=table,
-        warm_up=ROWS[ROWS[ROW].start].options,
-        distillation=ROWS[ROW].options,
+        commands="\n".join(run["commands"]),
     )
 
 
@@ -86,8 +84,8 @@ model.align("{path}/example.flac")
 The example was not trained on.
 
 With the base models elsewhere: `BlspKd.from_pretrained(..., llm="DIR", speech_encoder="DIR")`. To train on from it:
-`fairseq-train ... --pretrained-model {path}` with the adapter and LoRA options of `config.json`, or
-`bash examples/quickstart/run.sh --pretrained {path}`.
+`fairseq-train ... --pretrained-model FOLDER` with the adapter and LoRA options of `config.json`, or
+`bash examples/quickstart/run.sh --pretrained FOLDER`.
 
 ## What it is for
 
@@ -99,9 +97,13 @@ else it hears the sound and says something near.
 
 {minutes:.0f} minutes of {machine}: {utterances} utterances ({hours:.1f} hours, with repetitions) of
 `examples/comparison/data.py` in the voices joe (neural, CC0), slt and rms (CMU Arctic, by flite), speed varied. First a
-warm-up, `{warm_up}`, then distillation of the LLM's own continuations, `{distillation}`, both by
+warm-up on transcripts, then distillation of the LLM's own continuations, both by
 `bash examples/comparison/run.sh --only small`. The base models were frozen; no task was trained but "Continue the
-following sentence".
+following sentence":
+
+```
+{commands}
+```
 
 ## What was measured
 

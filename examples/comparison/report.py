@@ -424,12 +424,14 @@ class Report:
         return f"{verdict}: {boot.difference:+{form}} [{low}, {high}], p {p:.3f}"
 
     def commands(self) -> str:
-        lines = ["| row | seed | minutes | command (the shared parts of data and models aside) |", "|---|---|---|---|"]
+        columns = ("row", "seed", "minutes", "commands (the names of the base models and folders aside)")
+        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for name in (*self.shown, *LESS_DATA):
             for seed, run in self.runs.of.get(name, {}).items():
-                if "command" in run:
-                    start = f" --finetune-from-model models/{ROWS[name].start}-seed{seed}" if ROWS[name].start else ""
-                    lines.append(f"| {name} | {seed} | {run['train_wall'] / 60:.1f} | `{run['command']}{start}` |")
+                if "commands" in run:
+                    minutes = (run["wall_before"] + run["train_wall"]) / 60
+                    commands = "<br>".join(f"`{command}`" for command in run["commands"])
+                    lines.append(f"| {name} | {seed} | {minutes:.1f} | {commands} |")
         return "\n".join(lines) + "\n"
 
 

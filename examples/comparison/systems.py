@@ -64,7 +64,7 @@ ROWS: dict[str, Row] = {
 # The model that the package carries: less LoRA, trained for twice the time, compared with nothing.
 PUBLISHED: dict[str, Row] = {
     "small_warm_up": Row("(where the published model begins)", f"{_WARM_UP} {_FROZEN} {_SMALL}", transcripts=True),
-    "small": Row("published: rank 4, twice the time", f"--lora-scope speech {_SMALL}", "small_warm_up"),
+    "small": Row("BLSP-KD as published here: longer, rank 4", f"--lora-scope speech {_SMALL}", "small_warm_up"),
 }
 ROWS |= PUBLISHED
 UNTRAINED = {"text": "the LLM reads the transcript", "cascade": "cascade: Whisper tiny.en, then the LLM"}
