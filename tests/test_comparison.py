@@ -40,7 +40,7 @@ def test_the_comparison_runs_resumes_reports_and_publishes(tmp_path: Path) -> No
     subprocess.run([*command, *(x for k, v in folders.items() for x in (k, tmp_path / v))], check=True)
     card = (tmp_path / "small" / "README.md").read_text()
     config = json.loads((tmp_path / "small" / "config.json").read_text())
-    assert "| WER of repeat, % |" in card and "{" not in card.replace("{speech}", "")
+    assert "| WER of repeat, % |" in card and "{" not in card.replace("{folder}", "")
     assert config["llm"] == "~/.cache/blspkd_fairseq/smollm2-135m-instruct"
     original = BlspKd.from_pretrained(checkpoint)
     bases = {"llm": original.config.llm, "speech_encoder": original.config.speech_encoder}

@@ -76,9 +76,10 @@ base models stay apart, as `python examples/quickstart/fetch_models.py` puts the
 ```python
 from blspkd_fairseq import BlspKd
 
-model = BlspKd.from_pretrained("{path}")
-model.generate("{path}/example.flac", "repeat")  # {example}
-model.align("{path}/example.flac")
+folder = "{path}"
+model = BlspKd.from_pretrained(folder)
+model.generate(f"{{folder}}/example.flac", "repeat")  # {example}
+model.align(f"{{folder}}/example.flac")
 ```
 
 The example was not trained on.
