@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_examples import EXAMPLES, run
 
 from blspkd_fairseq import BlspKd
+from blspkd_fairseq.modules.trained_state import read_trained
 
 pytestmark = [pytest.mark.real, pytest.mark.recordings]
 
@@ -42,10 +44,9 @@ def test_the_comparison_runs_resumes_reports_and_publishes(tmp_path: Path) -> No
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert "| WER of repeat, % |" in card and "{" not in card.replace("{folder}", "")
     assert config["llm"] == "~/.cache/blspkd_fairseq/smollm2-135m-instruct"
-    original = BlspKd.from_pretrained(checkpoint)
-    bases = {"llm": original.config.llm, "speech_encoder": original.config.speech_encoder}
+    (options, original), (_, published) = read_trained(checkpoint), read_trained(tmp_path / "small")
+    assert original.keys() == published.keys()
+    assert all(torch.equal(published[name], original[name].to(published[name].dtype)) for name in original)
+    bases = {name: options[name] for name in ("llm", "speech_encoder")}
     speech = sorted((tmp_path / "data" / "audio").iterdir())[:2]
-    published = BlspKd.from_pretrained(tmp_path / "small", **bases)
-    assert published.generate(speech, "repeat", max_new_tokens=4) == original.generate(
-        speech, "repeat", max_new_tokens=4
-    )
+    assert len(BlspKd.from_pretrained(tmp_path / "small", **bases).generate(speech, "repeat", max_new_tokens=4)) == 2
