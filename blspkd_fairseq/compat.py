@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from blspkd_fairseq.files import whole_file
 from blspkd_fairseq.requirements import FAIRSEQ_NAME, FAIRSEQ_VERSION
 
 INSTALL_FAIRSEQ = f"pip install {FAIRSEQ_NAME}=={FAIRSEQ_VERSION}"
@@ -248,7 +249,6 @@ def allow_safe_checkpoint_globals() -> None:
 def copy_checkpoints_atomically() -> None:
     """A killed training leaves whole files: fairseq writes a checkpoint safely, but then copies it to
     ``checkpoint_last.pt`` byte by byte over the one before, and half of one cannot be resumed from."""
-    import os
     import shutil
 
     from fairseq.file_io import PathManager
@@ -258,9 +258,8 @@ def copy_checkpoints_atomically() -> None:
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
         if PathManager.path_requires_pathmanager(dst_path) or PathManager.path_requires_pathmanager(src_path):
             return remote_copy(src_path, dst_path, overwrite)
-        partial = f"{dst_path}.partial"
-        shutil.copyfile(src_path, partial)
-        os.replace(partial, dst_path)
+        with whole_file(Path(dst_path)) as partial:
+            shutil.copyfile(src_path, partial)
         return True
 
     copy._is_atomic = True  # type: ignore[attr-defined]

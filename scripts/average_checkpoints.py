@@ -7,7 +7,6 @@ fairseq's own script fails on torch >= 2.6 and sums bf16 weights in bf16.
 """
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from blspkd_fairseq import compat
+from blspkd_fairseq.files import whole_file
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -83,9 +83,8 @@ def average(paths: list[Path]) -> dict[str, Any]:
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save(checkpoint, partial)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        torch.save(checkpoint, partial)
 
 
 if __name__ == "__main__":

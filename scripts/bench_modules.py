@@ -16,7 +16,6 @@ that is frozen, which is one more matrix product and a copy of the head, and sta
 import argparse
 import csv
 import multiprocessing
-import os
 import platform
 import statistics
 import time
@@ -33,6 +32,7 @@ from peak_memory import PeakMemory
 from torch import Tensor
 from tqdm import tqdm
 
+from blspkd_fairseq.files import whole_file
 from blspkd_fairseq.modules.cif import continuous_integrate_and_fire
 from blspkd_fairseq.modules.distillation_loss import DEFAULT_CHUNK_SIZE, linear_kl_div
 from blspkd_fairseq.version import __version__
@@ -333,12 +333,10 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
     if path.exists():
         with open(path, encoding="utf-8", newline="") as file:
             kept = [row for row in csv.DictReader(file) if tuple(row.get(key) for key in keys) not in new]
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept + rows)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

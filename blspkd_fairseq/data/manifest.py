@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
+
+from blspkd_fairseq.files import whole_file
 
 REQUIRED_COLUMNS = ("id", "audio", "n_frames")
 
@@ -92,15 +93,11 @@ def _format_row(row: Mapping[str, object], columns: Sequence[str], where: str) -
 @contextmanager
 def _replacing(path: Path) -> Iterator[TextIO]:
     """A text file beside ``path`` that takes its place at the end, or disappears on an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
+        with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
             yield file
-        os.replace(temporary, path)
     except OSError as error:
         raise ManifestError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from blspkd_fairseq.data.corpora import MALFORMED, NO_CLIP, NO_SPEECH, Dropped, 
 from blspkd_fairseq.data.manifest import write_manifest
 from blspkd_fairseq.data.record_store import RecordStore
 from blspkd_fairseq.data.zip_shards import MAX_SHARD_BYTES, ShardWriter, member_of
+from blspkd_fairseq.files import write_whole
 
 ZERO_LENGTH = "zero length"
 UNREADABLE = "unreadable"
@@ -563,7 +564,9 @@ def _result(task: Task, audio: np.ndarray | Dropped, output: Path) -> Result:
     record["n_frames"] = len(audio)
     if task.target is None:
         return Result(record, task.name, flac)
-    _write_file(output / task.target, flac)
+    path = output / task.target
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, flac)
     return Result({**record, "audio": task.target}, task.name)
 
 
@@ -574,14 +577,3 @@ def encode_flac(samples: np.ndarray) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, integers, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return file.getvalue()
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Of this process alone: a worker of a killed run may still be at the same file.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from blspkd_fairseq.files import write_whole
+
 Record = dict[str, Any]
 
 
@@ -119,9 +121,7 @@ class RecordStore:
         path = self.path.with_name(self.path.name + ".settings.json")
         is_empty = self.path.stat().st_size == 0
         if self._appended and is_empty:  # nothing has been made with whatever settings there are
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(path, json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
         elif not path.exists():
             raise StoreError(f"{self.path} has no {path.name} beside it, so what made it is unknown: move it away")
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from blspkd_fairseq.evaluation.significance import (
     sacrebleu_test,
 )
 from blspkd_fairseq.evaluation.tables import difference_table, format_score, markdown_table, score_table
+from blspkd_fairseq.files import write_whole
 
 TITLES = {"asr": "Speech recognition", "translation": "Speech translation", "qa": "Spoken question answering"}
 TEXT = "text"  # the system that reads the reference transcript
@@ -243,8 +243,8 @@ def write_report(report: Report, folder: Path) -> None:
         plot_scores(task.scores, folder / f"scores-{kind}.png")
         if _has_conditions(task):
             plot_robustness(task.robustness, task.main, folder / f"robustness-{kind}.png")
-    _write(folder / "report.json", json.dumps(_plain(report), indent=2, ensure_ascii=False) + "\n")
-    _write(folder / "report.md", markdown(report))
+    write_whole(folder / "report.json", json.dumps(_plain(report), indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "report.md", markdown(report))
 
 
 def markdown(report: Report) -> str:
@@ -359,9 +359,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -9,7 +9,6 @@ which ``read_judgements`` turns into figures that can be resampled. They equal t
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from blspkd_fairseq.evaluation.metrics import Measurement
+from blspkd_fairseq.files import write_whole
 
 _REQUIRED = ("prompt", "response")
 _BRACKETED = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
@@ -45,9 +45,7 @@ def write_answers(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     lines = [_checked(dict(row), f"row {number}") for number, row in enumerate(rows, start=1)]
     if len({"reference" in line for line in lines}) > 1:
         raise VoiceBenchError(f"some rows of {path} have a reference and some have none: write them to two files")
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(Path(path), "".join(json.dumps(line) + "\n" for line in lines))
     return len(lines)
 
 

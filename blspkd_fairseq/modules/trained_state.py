@@ -1,7 +1,6 @@
 """Checkpoints of a model most of which is frozen: what was trained, and by which frozen models."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from blspkd_fairseq import compat
+from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.modules.fingerprint import fingerprint, same_fingerprint
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
@@ -108,10 +108,8 @@ def write_trained(folder: Path, options: Mapping[str, Any], model: SpeechLLM, dt
         name: (tensor if name.startswith(_FINGERPRINT) else tensor.to(dtype)).cpu().contiguous()
         for name, tensor in trained_state_dict(model).items()
     }
-    partial = folder / f"{_WEIGHTS}.partial"
-    partial.write_bytes(save(state))  # save_file lets nobody else read it
-    os.replace(partial, folder / _WEIGHTS)
-    (folder / _CONFIG).write_text(json.dumps(dict(options), indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / _WEIGHTS, save(state))  # save_file lets nobody else read it
+    write_whole(folder / _CONFIG, json.dumps(dict(options), indent=2) + "\n")
 
 
 def _part(name: str) -> str:

@@ -25,6 +25,7 @@ from voices import SAMPLE_RATE, VOICES, Speak
 
 from blspkd_fairseq.data.manifest import write_manifest
 from blspkd_fairseq.data.preparation import end_with_parent
+from blspkd_fairseq.files import whole_file
 
 COLUMNS = ("id", "audio", "n_frames", "src_text", "speaker", "src_lang", "tgt_lang")
 TRAINING_TEMPO = (0.85, 1.1)  # length scales; 1 in all other splits
@@ -108,12 +109,8 @@ def _start_worker(load: Callable[[], Speak]) -> None:
 
 def _make_clip(clip: Clip, folder: Path) -> None:
     assert _speak is not None
-    temporary = folder / f".{clip.name}.{os.getpid()}.tmp"
-    try:
-        soundfile.write(temporary, _speak(clip.text, clip.length_scale), SAMPLE_RATE, subtype="PCM_16", format="FLAC")
-        os.replace(temporary, folder / clip.name)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(folder / clip.name) as partial:
+        soundfile.write(partial, _speak(clip.text, clip.length_scale), SAMPLE_RATE, subtype="PCM_16", format="FLAC")
 
 
 # --- manifests ------------------------------------------------------------------------------------

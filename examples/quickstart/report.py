@@ -8,7 +8,6 @@ answers to the speech are compared with.
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.metrics import word_errors
 from blspkd_fairseq.evaluation.plots import plot_alignment, plot_before_after
+from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_text
 from blspkd_fairseq.modules.build import build_speech_llm
 from blspkd_fairseq.modules.distillation_loss import linear_kl_div_with_agreement
@@ -58,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows["text"] = {"repeat_wer": wer(texts_repeated(after, data), data)}
             results["sets"][split] = rows
     args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out / "report.json", json.dumps(results, indent=2) + "\n")
+    write_whole(args.out / "report.json", json.dumps(results, indent=2) + "\n")
     manifest = Manifest.load(args.data / "test.tsv")
     for i in range(min(PICTURES, len(manifest))):
         audio = args.audio_root / manifest[i]["audio"]
         plot_alignment(after, audio, manifest[i]["src_text"], args.out / f"alignment-{i + 1}.png")
     plot_before_after(results["sets"], MEASURES, SETS, args.out / "before-after.png")
-    write(args.out / "report.md", markdown(results, args.generated))
+    write_whole(args.out / "report.md", markdown(results, args.generated))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -186,12 +186,6 @@ def markdown(results: dict[str, Any], generated: Path) -> str:
     lines += ["", "![before and after](before-after.png)", ""]
     lines += [f"![spectrogram, CIF weights and token boundaries](alignment-{i + 1}.png)" for i in range(PICTURES)]
     return "\n".join(lines) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":
