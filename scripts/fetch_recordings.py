@@ -13,23 +13,21 @@ librispeech: OUT/LibriSpeech/train-clean-100/SPEAKER/CHAPTER/*.flac and *.trans.
 """
 
 import argparse
-import fcntl
 import gzip
 import hashlib
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
 
+from blspkd_fairseq.cache import default_cache, locked
 from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, load_audio
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.data.validate import sentence_key
@@ -49,11 +47,6 @@ class FetchError(ValueError):
     """The recordings cannot be had; the message says why and what to do."""
 
 
-def default_cache() -> Path:
-    """$BLSPKD_CACHE, or a folder in the home directory."""
-    return Path(os.environ.get("BLSPKD_CACHE") or "~/.cache/blspkd_fairseq").expanduser()
-
-
 # --- fetching -------------------------------------------------------------------------------------
 
 
@@ -64,8 +57,7 @@ def fetch(cache: Path) -> Path:
         FetchError: a package cannot be downloaded, is damaged, or cannot be decoded.
     """
     folder = cache / "asterisk"
-    cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache / ".lock", ".asterisk.*"):
+    with locked(cache):
         if folder.is_dir():
             print(f"{folder} is there", flush=True)
             return folder
@@ -81,25 +73,6 @@ def fetch(cache: Path) -> Path:
             (work / "output").rename(folder)
     print(f"{folder} made: {count} recordings", flush=True)
     return folder
-
-
-@contextmanager
-def locked(path: Path, left_over: str) -> Iterator[None]:
-    """Waits for another process that fetches into the same cache, and clears what a killed one left.
-
-    Args:
-        path: of the lock file; the system unlocks it when a process is killed.
-        left_over: pattern of the names of unfinished folders beside it.
-    """
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that holds {path}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        for folder in path.parent.glob(left_over):
-            shutil.rmtree(folder, ignore_errors=True)
-        yield
 
 
 def download(names: Sequence[str], folder: Path) -> dict[str, Path]:

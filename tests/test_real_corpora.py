@@ -1,6 +1,5 @@
 """Real recordings with human translations, in the published layouts, MP3 and FLAC."""
 
-import os
 from pathlib import Path
 
 import fetch_recordings
@@ -10,12 +9,13 @@ import prepare_covost2
 import prepare_librispeech
 import pytest
 
+from blspkd_fairseq.cache import default_cache
 from blspkd_fairseq.data.audio import load_audio
 from blspkd_fairseq.data.corpora import Dropped, read_table
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.validate import validate
 
-CACHE = Path(os.environ.get("BLSPKD_CACHE") or "~/.cache/blspkd_fairseq").expanduser()
+CACHE = default_cache()
 RECORDINGS = CACHE / "asterisk"
 
 pytestmark = [pytest.mark.real, pytest.mark.recordings]

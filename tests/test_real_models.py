@@ -1,6 +1,5 @@
 """The real small models: Whisper tiny.en and SmolLM2-135M-Instruct, and a neural voice."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import torch
 from commands import fairseq
 from tiny import read_jsonl
 
+from blspkd_fairseq.cache import default_cache
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.evaluation.metrics import word_errors
 
-CACHE = Path(os.environ.get("BLSPKD_CACHE") or "~/.cache/blspkd_fairseq").expanduser()
+CACHE = default_cache()
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 UTTERANCES = 24
 

@@ -32,6 +32,7 @@ import make_speech  # noqa: E402
 import sentences as grammar  # noqa: E402
 import voices  # noqa: E402
 
+from blspkd_fairseq.cache import default_cache, locked  # noqa: E402
 from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
 
 TRAINING_VOICES = ("joe", "slt", "rms")
@@ -56,7 +57,7 @@ PACKAGES = ("flite", "libflite1", "bsdgames")
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=fetch_recordings.default_cache())
+    parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--sentences", type=int, default=2400, help="of the training set")
     parser.add_argument("--test-sentences", type=int, default=100, help="of each test set; of questions, 32 at most")
     parser.add_argument("--processes", type=int, default=2)
@@ -180,12 +181,10 @@ def fetch_packages(folder: Path) -> Path:
     Raises:
         FetchError: one cannot be downloaded or is damaged.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = f".{folder.name}."
-    with fetch_recordings.locked(folder.parent / ".lock", f"{unfinished}*"):
+    with locked(folder.parent):
         if not folder.is_dir():
             print(f"downloading {', '.join(PACKAGES)} (20 MB)", flush=True)
-            with tempfile.TemporaryDirectory(prefix=unfinished, dir=folder.parent) as temporary:
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
                 work = Path(temporary)
                 packages = fetch_recordings.download(PACKAGES, work / "download")
                 fetch_recordings.unpack(packages.values(), work / "packages")

