@@ -149,7 +149,8 @@ class BlspKdTask(FairseqTask):
             skip_bad_audio=self.cfg.skip_bad_audio and is_train,
         )
         self._loaded_split = split
-        self._train_split = split if is_train else self._train_split
+        if is_train:
+            self._train_split = split
 
     def training_words(self) -> Tensor:
         """Sorted ids of all tokens that occur in the training transcripts."""

@@ -33,6 +33,7 @@ import generate_responses  # noqa: E402
 from measure import write_json  # noqa: E402
 from systems import DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, MAIN, PUBLISHED, ROWS, UNTRAINED, Row, searched  # noqa: E402
 
+from blspkd_fairseq.cache import default_cache  # noqa: E402
 from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    cache = Path(os.environ.get("BLSPKD_CACHE") or "~/.cache/blspkd_fairseq").expanduser()
+    cache = default_cache()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "comparison")
     parser.add_argument("--cache", type=Path, default=cache)
@@ -115,8 +116,7 @@ class Comparison:
     def write_part(self, name: str, count: int) -> None:
         """The first rows of the training set, as a set of their own."""
         for folder in (self.data, self.data / "responses"):
-            whole = Manifest.load(folder / "train.tsv")
-            rows = [whole[i] for i in range(max(1, min(count, len(whole))))]
+            rows = list(Manifest.load(folder / "train.tsv"))[: max(1, count)]
             write_manifest(folder / f"{name}.tsv", rows, list(rows[0]))
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -127,6 +127,8 @@ class Comparison:
         self.rates = json.loads(path.read_text()) if path.exists() else {}
         if not self.args.updates:
             names = dict.fromkeys(twin(name) for name in self.names)
+            for batch in {self.batch(ROWS[name]) for name in names}:  # before the threads that read them
+                self.write_part(f"train_probe_{batch}", PROBE_UPDATES * batch)
             with ThreadPoolExecutor(self.args.jobs) as pool:
                 list(pool.map(self.measure_rate, names))
 
@@ -135,7 +137,6 @@ class Comparison:
             return
         row, folder = ROWS[name], self.args.out / f"probe-{name}"
         subset = f"train_probe_{self.batch(row)}"
-        self.write_part(subset, PROBE_UPDATES * self.batch(row))
         log = self.train(row, folder, 2 * PROBE_UPDATES, 1, None, rate=1e-4, validate=False, subset=subset)
         shutil.rmtree(folder)
         seconds = [1 / max(1e-3, float(speed)) for speed in re.findall(r" ups=([\d.]+)", log)]

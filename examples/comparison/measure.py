@@ -9,7 +9,6 @@ Each figure is one number per row of the manifest, or a sum and a count; the rep
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from fairseq.utils import apply_to_sample
+from systems import QUESTIONS, SETS
 from tqdm import tqdm
 
 from blspkd_fairseq import BlspKd
@@ -27,13 +27,12 @@ from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.alignment import boundary_differences
 from blspkd_fairseq.evaluation.robustness import Voices, degrade, parse_condition
+from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
 from blspkd_fairseq.generation.systems import CascadeSystem, System, TextSystem, Utterance, WhisperTranscriber
 from blspkd_fairseq.modules.build import SpeechLlmConfig
 from blspkd_fairseq.modules.distillation_loss import linear_kl_div_with_agreement
 
-SETS = ("heard", "unheard", "real")
-QUESTIONS = ("questions_heard", "questions_unheard")
 # What is asked, and how long the answer may be. Training sees "continue" alone.
 ASKED = {"repeat": 28, "continue": 16}
 QUESTION_TOKENS = 20
@@ -50,10 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all, even if several processes write it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content) + "\n")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -79,7 +75,7 @@ def measure_untrained(args: argparse.Namespace) -> dict[str, Any]:
     for name in tqdm((*SETS, *QUESTIONS), desc=args.out.stem, unit="set"):
         data = Manifest.load(manifest_of(args.data, name))
         found = {asked: ask(system, data, args.data, asked, tokens) for asked, tokens in asked_of(name).items()}
-        results["sets"][name] = {"id": [data[i]["id"] for i in range(len(data))], **found}
+        results["sets"][name] = {"id": [row["id"] for row in data], **found}
     if args.robustness and system.hears:
         data = Manifest.load(manifest_of(args.data, "heard"))
         results["conditions"] = {
@@ -113,7 +109,7 @@ def ask(system: System, data: Manifest, root: Path, prompt: str, tokens: int, co
 
 def voices_of(data: Manifest, root: Path) -> Voices:
     """Waveforms of a manifest by id."""
-    paths = {data[i]["id"]: data[i]["audio"] for i in range(len(data))}
+    paths = {row["id"]: row["audio"] for row in data}
     return Voices(list(paths), lambda name: load_audio(paths[name], None if Path(paths[name]).is_absolute() else root))
 
 
@@ -196,7 +192,7 @@ def sums_of_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> list[f
 
 def text_kl(model: BlspKd, folder: Path) -> dict[str, list[float]]:
     """KL of the trained LLM reading text against the base LLM, at the responses to the heard set."""
-    data = SpeechTextDataset(Manifest.load(folder / "responses" / "heard.tsv"), model.chat, audio_root=folder)
+    data = SpeechTextDataset(Manifest.load(manifest_of(folder, "heard")), model.chat, audio_root=folder)
     text = collate(data, range(len(data)), model.device)["net_input"]["text"]
     student, teacher = (read(text, ("response",))["response"] for read in (model.model.read, model.model.teach))
     kl = linear_kl_div_with_agreement(student, teacher, *model.model.head).kl

@@ -9,12 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from systems import DIVISORS, MAIN, PUBLISHED, SCALED, UNTRAINED
+from systems import DIVISORS, MAIN, PUBLISHED, SCALED, SETS, UNTRAINED
 
 if TYPE_CHECKING:
     from report import Report
-
-SETS = {"heard": "heard voices", "unheard": "a voice never heard", "real": "real recordings"}
 
 _MOST_WER = 150
 

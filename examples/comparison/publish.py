@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from pictures import SETS
-from report import Report, Runs, audio_hours, read_texts
+from report import Report
+from systems import SETS
 
 from blspkd_fairseq import BlspKd
 from blspkd_fairseq.data.manifest import Manifest
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model.save_pretrained(args.out, dtype="float16")
     heard = Manifest.load(args.data / "heard.tsv")[args.example]
     shutil.copy(args.data / heard["audio"], args.out / "example.flac")
-    report = Report(Runs.load(args.results), read_texts(args.data), audio_hours(args.data / "train.tsv"))
+    report = Report.load(args.results, args.data)
     (args.out / "README.md").write_text(card(report, args.out, heard["src_text"]), encoding="utf-8")
 
 

@@ -10,12 +10,13 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pictures import SETS, plot_all
-from systems import CLAIMS, DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, ROWS, SCALED, UNTRAINED
+from pictures import plot_all
+from systems import CLAIMS, DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, QUESTIONS, ROWS, SCALED, SETS, UNTRAINED
 
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.evaluation.metrics import Measurement, bleu, contains_match, error_rate, rouge_l
@@ -47,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    report = Report(Runs.load(args.results), read_texts(args.data), audio_hours(args.data / "train.tsv"))
-    discussion = args.results / "discussion.md"
-    report.discussion = discussion.read_text(encoding="utf-8") if discussion.exists() else ""
+    report = Report.load(args.results, args.data)
     plot_all(report, args.out)
     (args.out / "RESULTS.md").write_text(report.markdown(), encoding="utf-8")
     print(args.out / "RESULTS.md")
@@ -88,16 +87,14 @@ class Runs(NamedTuple):
 def read_texts(data: Path) -> dict[str, dict[str, dict[str, str]]]:
     """Rows of each manifest by id."""
     texts = {}
-    for name in (*SETS, "questions_heard", "questions_unheard"):
-        manifest = Manifest.load(data / f"{name}.tsv")
-        texts[name] = {manifest[i]["id"]: manifest[i] for i in range(len(manifest))}
+    for name in (*SETS, *QUESTIONS):
+        texts[name] = {row["id"]: row for row in Manifest.load(data / f"{name}.tsv")}
     return texts
 
 
 def audio_hours(manifest: Path) -> float:
     """Mean hours of an utterance."""
-    rows = Manifest.load(manifest)
-    return float(np.mean([int(rows[i]["n_frames"]) for i in range(len(rows))])) / 16_000 / 3600
+    return float(np.mean([int(row["n_frames"]) for row in Manifest.load(manifest)])) / 16_000 / 3600
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -163,18 +160,32 @@ MEASURES = {
 DECIDING = ("response_kl", "wer", "self_bleu")
 
 
+def _interval(of_seeds: Sequence[Measurement]) -> Interval:
+    """Over utterances; those of all seeds are drawn together."""
+    return bootstrap_interval(np.sum([one.statistics for one in of_seeds], axis=0), of_seeds[0].score_of)
+
+
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
 class Report:
     """Everything that is computed from the runs."""
 
-    def __init__(self, runs: Runs, texts: dict[str, dict[str, dict[str, str]]], utterance_hours: float) -> None:
+    def __init__(
+        self, runs: Runs, texts: dict[str, dict[str, dict[str, str]]], utterance_hours: float, discussion: str
+    ) -> None:
         self.runs = runs
         self.texts = texts
         self.utterance_hours = utterance_hours
-        self.discussion = ""
+        self.discussion = discussion
         self.shown = [name for name in (*UNTRAINED, *ROWS) if name in runs.of and name not in (*HIDDEN, *LESS_DATA)]
+
+    @classmethod
+    def load(cls, results: Path, data: Path) -> "Report":
+        """From the folders of compare.py; ``discussion.md`` of the results is what a person says."""
+        discussion = results / "discussion.md"
+        said = discussion.read_text(encoding="utf-8") if discussion.exists() else ""
+        return cls(Runs.load(results), read_texts(data), audio_hours(data / "train.tsv"), said)
 
     def measurements(self, name: str, sets: Sequence[str], measure: str) -> list[Measurement]:
         """One for each seed; rows of several sets one after another; none where the system has no such figure."""
@@ -186,34 +197,28 @@ class Report:
             ]
             whole = [part for part in parts if part is not None]
             if len(whole) == len(sets):
-                found.append(whole[0].__class__(
-                    whole[0].name, whole[0].signature, np.concatenate([part.statistics for part in whole]),
-                    whole[0].score_of, whole[0].less_is_better,
-                ))  # fmt: skip
+                found.append(replace(whole[0], statistics=np.concatenate([part.statistics for part in whole])))
         return found
 
     def interval(self, name: str, set_name: str, measure: str) -> Interval | None:
-        """Over utterances; those of all seeds are drawn together."""
         made = self.measurements(name, [set_name], measure)
-        return bootstrap_interval(np.sum([one.statistics for one in made], axis=0), made[0].score_of) if made else None
+        return _interval(made) if made else None
 
     def cell(self, name: str, set_name: str, measure: str) -> str:
         """The score of all seeds with its interval, and the seeds' range."""
-        interval, form = self.interval(name, set_name, measure), MEASURES[measure].form
-        if interval is None:
+        made, form = self.measurements(name, [set_name], measure), MEASURES[measure].form
+        if not made:
             return "–"
+        interval = _interval(made)
         text = f"{interval.score:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
-        made = self.measurements(name, [set_name], measure)
         if len(made) > 1:
-            scores = [float(one.score_of(one.statistics.sum(0))) for one in made]
+            scores = [one.score for one in made]
             text += f" ({min(scores):{form}}–{max(scores):{form}})"
         return text
 
     def score(self, name: str, set_name: str, measure: str) -> float:
         made = self.measurements(name, [set_name], measure)
-        if not made:
-            return float("nan")
-        return float(np.mean([float(one.score_of(one.statistics.sum(0))) for one in made]))
+        return float(np.mean([one.score for one in made])) if made else float("nan")
 
     def markdown(self) -> str:
         parts = [_HEAD.format(seeds=self.seeds_text(), machine=self.machine())]
@@ -263,8 +268,7 @@ class Report:
             levels = {"clean": run["sets"]["heard"]["repeat"]}
             levels |= {key.split(":")[1]: given for key, given in run["conditions"].items() if key.startswith(kind)}
             for level, given in levels.items():
-                made = error_rate(given, [rows[i]["src_text"] for i in ids], "WER", "en")
-                found[level].append(float(made.score_of(made.statistics.sum(0))))
+                found[level].append(error_rate(given, [rows[i]["src_text"] for i in ids], "WER", "en").score)
         return [(level, float(np.mean(scores))) for level, scores in found.items()]
 
     def measure_title(self, measure: str) -> str:
@@ -336,7 +340,7 @@ class Report:
             made[2].append(rouge_l(given["chat"], [by_text[i] for i in given["id"]], "en"))
         cells = []
         for of_seeds in made:
-            interval = bootstrap_interval(np.sum([one.statistics for one in of_seeds], axis=0), of_seeds[0].score_of)
+            interval = _interval(of_seeds)
             cells.append(f"{interval.score:.0f} [{interval.low:.0f}, {interval.high:.0f}]")
         return cells if name != "text" else [cells[0], "100", "100"]
 

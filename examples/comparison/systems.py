@@ -67,11 +67,13 @@ PUBLISHED: dict[str, Row] = {
     "small": Row("BLSP-KD as published here: longer, rank 4", f"--lora-scope speech {_SMALL}", "small_warm_up"),
 }
 ROWS |= PUBLISHED
+SETS = {"heard": "heard voices", "unheard": "a voice never heard", "real": "real recordings"}
+QUESTIONS = ("questions_heard", "questions_unheard")
 UNTRAINED = {"text": "the LLM reads the transcript", "cascade": "cascade: Whisper tiny.en, then the LLM"}
 MAIN = ("blsp", "cnn_kl", "blsp_kd", "warm_up", "warm_blsp_kd", "x_opd")  # with all seeds, and under noise
 
 # Rows again with less data, for as many minutes.
-SCALED = ("blsp", "cnn_kl", "warm_blsp_kd")
+SCALED = ("blsp", "warm_blsp_kd")
 DIVISORS = (8, 4, 2)
 
 
