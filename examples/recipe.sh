@@ -1,4 +1,4 @@
-# What the recipes share; sourced by examples/{blsp,blsp_kd,x_opd,cascade}/run.sh, which set the variables of the first
+# The recipe of one system; sourced by examples/{blsp,blsp_kd,x_opd,cascade}/run.sh, which set the variables of the first
 # paragraph and then call `recipe "$@"`. Stages that are done are skipped; each can be run again by itself.
 #
 #   --train "A.tsv B.tsv"  manifests to train on (README, Data)       --valid FILE    --test FILE
@@ -16,36 +16,23 @@ name="" prompt=continue response_tokens=48 lr=1e-4 warm_up=1000 per_update=768 m
 small_options=() trained=yes needs_responses=yes
 recipe_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$recipe_folder/.." && pwd)
+source "$recipe_folder/common.sh"
 
 recipe() {
     local stage=0 stop_stage=4 train="" valid="" test="" gpus=8 nodes=1 node_rank=0 master=127.0.0.1:29500 from=""
-    local speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="$root/out/$name" small="" value
-    while [ $# -gt 0 ]; do
-        case "$1" in
-            -h | --help) usage; exit 0 ;;
-            --small) small=yes; shift ;;
-            --stage | --stop-stage | --train | --valid | --test | --gpus | --nodes | --node-rank | --master | --from | \
-                --speech-encoder | --llm | --out | --max-update)
-                [ $# -gt 1 ] || { echo "run.sh: $1 needs a value" >&2; exit 2; }
-                value=${1#--}; printf -v "${value//-/_}" '%s' "$2"; shift 2 ;;
-            *) echo "run.sh: unknown option $1 (--help lists them)" >&2; exit 2 ;;
-        esac
-    done
-    for value in stage stop_stage gpus nodes node_rank max_update; do
-        [[ "${!value}" =~ ^[0-9]+$ ]] || { echo "run.sh: --${value//_/-} must be a whole number" >&2; exit 2; }
-    done
+    local speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="$root/out/$name" small=""
+    parse_options small stage stop-stage train valid test gpus nodes node-rank master from speech-encoder llm out \
+        max-update -- "$@"
+    whole_numbers stage stop_stage gpus nodes node_rank max_update
     if [ -z "$small" ] && { [ -z "$test" ] || { [ -n "$trained" ] && { [ -z "$train" ] || [ -z "$valid" ]; }; }; }; then
-        echo "run.sh: ${trained:+--train, --valid and }--test must be given (or --small; --help lists the options)" >&2
-        exit 2
+        fail "${trained:+--train, --valid and }--test must be given (or --small; --help lists the options)"
     fi
     out=$(realpath -m "$out")
     # Utterances per update = GPUs x nodes x batch x accumulation: 8 x 1 x 8 x 12 = 768.
     local batch=8 accumulation device=() responses=(--max-new-tokens "$response_tokens" --batch-size 64) evaluate=()
     accumulation=$((per_update / (batch * nodes * (gpus > 0 ? gpus : 1))))
     [ "$gpus" -gt 0 ] || device=(--cpu)
-    bash "$root/scripts/venv.sh" "quickstart${small:+,recordings}"
-    PATH=$(realpath -m "${BLSPKD_VENV:-$root/.venv}")/bin:$PATH
-    cd "$root"
+    use_environment "quickstart${small:+,recordings}"
     if [ -n "$small" ]; then
         local cache=${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq} corpus=$out/corpus
         speech_encoder=$cache/whisper-tiny.en llm=$cache/smollm2-135m-instruct gpus=0 device=(--cpu)
@@ -58,30 +45,17 @@ recipe() {
         [ "$max_update" -gt 0 ] || max_update=20
     fi
     [ "$max_update" -gt 0 ] || max_update=2600  # an epoch of 3,000 hours
-    # The rate must reach its peak before training ends; short trials would not get there.
-    [ "$warm_up" -lt "$max_update" ] || { warm_up=$((max_update / 10)); echo "warm-up: $warm_up updates"; }
+    short_warm_up
     if [ -n "$trained" ]; then
-        stage_of 1 "data" make_data
-        [ -z "$needs_responses" ] || stage_of 2 "responses of the LLM to the transcripts" make_responses
-        stage_of 3 "train" run_training
+        run_stage 1 "$name, data" make_data "$out"
+        [ -z "$needs_responses" ] || run_stage 2 "$name, responses of the LLM to the transcripts" make_responses "$out"
+        run_stage 3 "$name, train" run_training "$out"
     fi
-    stage_of 4 "evaluate" run_evaluation
+    run_stage 4 "$name, evaluate" run_evaluation "$out"
     [ "$stop_stage" -lt 4 ] || echo "report: $out/report/report.md"
 }
 
-usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[2]}"; sed -n '/^#   --train/,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
-# stage_of N TITLE FUNCTION
-stage_of() {
-    [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ] || return 0
-    echo; echo "== $name, stage $1: $2 ($(date +%H:%M:%S))"
-    if [ "$stage" -ne "$1" ] && [ -e "$out/.done-$1" ]; then echo "done before"; return 0; fi
-    mkdir -p "$out"
-    "$3"
-    local later
-    for later in $(seq $(($1 + 1)) 4); do rm -f "$out/.done-$later"; done
-    touch "$out/.done-$1"
-}
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[-1]}"; sed -n '/^#   --train/,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 make_data() {
     # shellcheck disable=SC2086  # several manifests are several words
@@ -99,14 +73,10 @@ make_responses() {
 }
 
 run_training() {
-    local data=$out/data start=() command=(fairseq-train)
+    local data=$out/data start=()
     [ -z "$needs_responses" ] || data=$out/data/responses
     [ -z "$from" ] || start=(--finetune-from-model "$(realpath "$from")")
-    if [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; then
-        command=(torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$gpus"
-            --master-addr "${master%:*}" --master-port "${master##*:}" "$(command -v fairseq-train)")
-    fi
-    "${command[@]}" "$data" --user-dir blspkd_fairseq --task blsp_kd "${device[@]}" --prompt "$prompt" \
+    train_on_gpus "$data" --user-dir blspkd_fairseq --task blsp_kd "${device[@]}" --prompt "$prompt" \
         --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" \
         --optimizer adam --lr "$lr" --lr-scheduler cosine --warmup-updates "$warm_up" --weight-decay 0.05 \
         --clip-norm 1.0 --max-update "$max_update" --batch-size "$batch" --update-freq "$accumulation" \

@@ -7,26 +7,17 @@
 # there are CPU cores; all of them have the first seed, the main ones the others, too.
 # RESULTS.md and the pictures are in OUT/report.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd "$here/../.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+source "$root/examples/common.sh"
 
 minutes=12 seeds="1 2 3" only="" out="$root/out/comparison" results="" updates=0 sentences=2400 test_sentences=100
-while [ $# -gt 0 ]; do
-    case "$1" in
-        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
-        --minutes | --seeds | --only | --out | --results | --updates | --sentences | --test-sentences)
-            [ $# -gt 1 ] || { echo "run.sh: $1 needs a value" >&2; exit 2; }
-            name=${1#--}; printf -v "${name//-/_}" '%s' "$2"; shift 2 ;;
-        *) echo "run.sh: unknown option $1 (--help lists them)" >&2; exit 2 ;;
-    esac
-done
+usage() { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+parse_options minutes seeds only out results updates sentences test-sentences -- "$@"
 out=$(realpath -m "$out") results=$(realpath -m "${results:-$out/results}")
-bash "$root/scripts/venv.sh" quickstart,recordings
-PATH=$(realpath -m "${BLSPKD_VENV:-$root/.venv}")/bin:$PATH
-cd "$root"
+use_environment quickstart,recordings
 cache=${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}
 python examples/quickstart/fetch_models.py --cache "$cache"
 # shellcheck disable=SC2086  # several seeds and rows are several words
-python "$here/compare.py" --out "$out" --results "$results" --minutes "$minutes" --seeds $seeds ${only:+--only $only} \
-    --updates "$updates" --sentences "$sentences" --test-sentences "$test_sentences"
-python "$here/report.py" --results "$results" --data "$out/data" --out "$out/report"
+python examples/comparison/compare.py --out "$out" --results "$results" --minutes "$minutes" --seeds $seeds \
+    ${only:+--only $only} --updates "$updates" --sentences "$sentences" --test-sentences "$test_sentences"
+python examples/comparison/report.py --results "$results" --data "$out/data" --out "$out/report"

@@ -16,29 +16,17 @@
 #   2 responses  the LLM continues the transcripts                5 generate   fairseq-generate --scoring sacrebleu
 #   3 train      fairseq-train                                    6 report     against the cascade and the text
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd "$here/../.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+source "$root/examples/common.sh"
 
 stage=0 stop_stage=6 common_voice="" translations="" direction="" gpus=1 nodes=1 node_rank=0 master=127.0.0.1:29500
 speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="$root/out/covost2" max_update=0 small=""
 usage() { sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-while [ $# -gt 0 ]; do
-    case "$1" in
-        -h | --help) usage; exit 0 ;;
-        --small) small=yes; shift ;;
-        --stage | --stop-stage | --common-voice | --translations | --direction | --gpus | --nodes | --node-rank | \
-            --master | --speech-encoder | --llm | --out | --max-update)
-            [ $# -gt 1 ] || { echo "run.sh: $1 needs a value" >&2; exit 2; }
-            name=${1#--}; printf -v "${name//-/_}" '%s' "$2"; shift 2 ;;
-        *) echo "run.sh: unknown option $1 (--help lists them)" >&2; exit 2 ;;
-    esac
-done
-for name in stage stop_stage gpus nodes node_rank max_update; do
-    [[ "${!name}" =~ ^[0-9]+$ ]] || { echo "run.sh: --${name//_/-} must be a whole number, not '${!name}'" >&2; exit 2; }
-done
+parse_options small stage stop-stage common-voice translations direction gpus nodes node-rank master speech-encoder \
+    llm out max-update -- "$@"
+whole_numbers stage stop_stage gpus nodes node_rank max_update
 if [ -z "$small" ] && { [ -z "$common_voice" ] || [ -z "$direction" ]; }; then
-    echo "run.sh: --common-voice and --direction are needed (or --small; --help lists the options)" >&2
-    exit 2
+    fail "--common-voice and --direction are needed (or --small; --help lists the options)"
 fi
 common_voice=${common_voice:+$(realpath -m "$common_voice")} translations=${translations:+$(realpath -m "$translations")}
 out=$(realpath -m "$out")
@@ -53,8 +41,8 @@ batch=8 accumulation=$((768 / (batch * nodes * (gpus > 0 ? gpus : 1))))
 # 2,000 updates are five epochs of English, the largest set; the published warm-up of 1,000 is for ten times the data.
 lr=1e-4 warm_up=200 cuda=()
 [ "$gpus" -gt 0 ] || cuda=(--cpu)
+use_environment "quickstart${small:+,recordings}"
 if [ -n "$small" ]; then
-    bash "$root/scripts/venv.sh" quickstart,recordings
     cache=${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}
     speech_encoder=$cache/whisper-tiny.en llm=$cache/smollm2-135m-instruct direction=en_fr gpus=0 cuda=(--cpu)
     common_voice=$out/corpus translations=$out/corpus/en
@@ -63,119 +51,79 @@ if [ -n "$small" ]; then
     train=(--adapter-pre-layers 1 --adapter-post-layers 1 --adapter-heads 6 --token-ce-weight 1 --token-mse-weight 1)
     batch=16 accumulation=1 lr=1e-3 warm_up=5
     [ "$max_update" -gt 0 ] || max_update=40
-else
-    bash "$root/scripts/venv.sh" quickstart
-    [ "$max_update" -gt 0 ] || max_update=2000
-fi
-# The rate must reach its peak before training ends; short trials would not get there.
-[ "$warm_up" -lt "$max_update" ] || { warm_up=$((max_update / 10)); echo "warm-up: $warm_up updates"; }
-PATH=$(realpath -m "${BLSPKD_VENV:-$root/.venv}")/bin:$PATH
-cd "$root"
-if [ -n "$small" ]; then
     python examples/quickstart/fetch_models.py --cache "$cache"
     [ -d "$out/corpus" ] || python scripts/fetch_recordings.py --cache "$cache" --layout covost2 "$out/corpus"
 fi
+[ "$max_update" -gt 0 ] || max_update=2000
+short_warm_up
 if [ "$direction" = all ]; then
     direction=$(python -c 'from blspkd_fairseq.data.corpora import EN_TO_X, X_TO_EN
 print(*(f"{x}_en" for x in X_TO_EN), *(f"en_{x}" for x in EN_TO_X))')
 fi
 
-run() { [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]; }
-# is_done STAGE DIR: it has ended, and --stage did not ask for it in particular
-is_done() {
-    if [ "$stage" -eq "$1" ] || [ ! -e "$2/.done-$1" ]; then return 1; fi
-    echo "done before"
-}
-finish() { # STAGE DIR: what later stages made is out of date
-    local later
-    for later in $(seq $(($1 + 1)) 6); do rm -f "$2/.done-$later"; done
-    touch "$2/.done-$1"
-}
-fairseq_train() {
-    if [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; then
-        torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$gpus" \
-            --master-addr "${master%:*}" --master-port "${master##*:}" "$(command -v fairseq-train)" "$@"
-    else
-        fairseq-train "$@"
-    fi
+run_direction() {
+    local pair=$1 work=$out/$1 data=$out/$1/data model=$out/$1/model
+    run_stage 1 "$pair, prepare" prepare_data "$work"
+    run_stage 2 "$pair, responses of the LLM to the transcripts" make_responses "$work"
+    run_stage 3 "$pair, train" run_training "$work"
+    [ "$node_rank" -eq 0 ] || return 0
+    run_stage 4 "$pair, average" average_checkpoints "$work"
+    run_stage 5 "$pair, generate" run_generation "$work"
+    run_stage 6 "$pair, report" make_report "$work"
+    [ "$stop_stage" -lt 6 ] || echo "report: $work/report/report.md"
 }
 
-run_direction() {
-    local pair=$1 work=$out/$1 data=$out/$1/data
-    local model=$work/model source=${pair%%_*} target=${pair#*_}
-    mkdir -p "$work"
-    if run 1; then
-        echo; echo "== $pair, stage 1: prepare ($(date +%H:%M:%S))"
-        is_done 1 "$work" || {
-            python scripts/prepare_covost2.py --root "$common_voice" ${translations:+--translations "$translations"} \
-                --direction "$pair" --output "$data" "${prepare[@]}"
-            python -m blspkd_fairseq.data.validate "$data"
-            finish 1 "$work"
-        }
+prepare_data() {
+    python scripts/prepare_covost2.py --root "$common_voice" ${translations:+--translations "$translations"} \
+        --direction "$pair" --output "$data" "${prepare[@]}"
+    python -m blspkd_fairseq.data.validate "$data"
+}
+
+make_responses() {
+    local split
+    mkdir -p "$data/responses"
+    for split in train:train dev:valid; do
+        python scripts/generate_responses.py --llm "$llm" --input "$data/${split%:*}.tsv" \
+            --output "$data/responses/${split#*:}.tsv" "${responses[@]}"
+    done
+}
+
+run_training() {
+    train_on_gpus "$data/responses" --user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${cuda[@]}" \
+        --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" \
+        --criterion kl_distillation --kd-temperature 2 \
+        --optimizer adam --lr "$lr" --lr-scheduler cosine --warmup-updates "$warm_up" --weight-decay 0.05 \
+        --clip-norm 1.0 --max-update "$max_update" --batch-size "$batch" --update-freq "$accumulation" \
+        --keep-last-epochs 5 --seed 1 --num-workers 2 --log-interval 10 --save-dir "$model" "${train[@]}"
+}
+
+average_checkpoints() {
+    local epochs inputs=()
+    epochs=$(find "$model" -regex '.*/checkpoint[0-9]+\.pt' | wc -l)
+    if [ "$epochs" -gt 0 ]; then
+        inputs=("$model" --num-epoch-checkpoints $((epochs < 5 ? epochs : 5)))
+    else
+        echo "training ended within its first epoch: checkpoint_last.pt stands for the average"
+        inputs=("$model/checkpoint_last.pt")
     fi
-    if run 2; then
-        echo; echo "== $pair, stage 2: responses of the LLM to the transcripts ($(date +%H:%M:%S))"
-        is_done 2 "$work" || {
-            mkdir -p "$data/responses"
-            for split in train:train dev:valid; do
-                python scripts/generate_responses.py --llm "$llm" --input "$data/${split%:*}.tsv" \
-                    --output "$data/responses/${split#*:}.tsv" "${responses[@]}"
-            done
-            finish 2 "$work"
-        }
-    fi
-    if run 3; then
-        echo; echo "== $pair, stage 3: train ($(date +%H:%M:%S))"
-        is_done 3 "$work" || {
-            fairseq_train "$data/responses" --user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${cuda[@]}" \
-                --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" \
-                --criterion kl_distillation --kd-temperature 2 \
-                --optimizer adam --lr "$lr" --lr-scheduler cosine --warmup-updates "$warm_up" --weight-decay 0.05 \
-                --clip-norm 1.0 --max-update "$max_update" --batch-size "$batch" --update-freq "$accumulation" \
-                --keep-last-epochs 5 --seed 1 --num-workers 2 --log-interval 10 --save-dir "$model" "${train[@]}"
-            finish 3 "$work"
-        }
-    fi
-    [ "$node_rank" -eq 0 ] || return 0
-    if run 4; then
-        echo; echo "== $pair, stage 4: average ($(date +%H:%M:%S))"
-        is_done 4 "$work" || {
-            local epochs inputs=()
-            epochs=$(find "$model" -regex '.*/checkpoint[0-9]+\.pt' | wc -l)
-            if [ "$epochs" -gt 0 ]; then
-                inputs=("$model" --num-epoch-checkpoints $((epochs < 5 ? epochs : 5)))
-            else
-                echo "training ended within its first epoch: checkpoint_last.pt stands for the average"
-                inputs=("$model/checkpoint_last.pt")
-            fi
-            python scripts/average_checkpoints.py --output "$model/checkpoint_average.pt" --inputs "${inputs[@]}"
-            finish 4 "$work"
-        }
-    fi
-    if run 5; then
-        echo; echo "== $pair, stage 5: generate ($(date +%H:%M:%S))"
-        is_done 5 "$work" || {
-            local tokenizer
-            tokenizer=$(python -c 'import sys
+    python scripts/average_checkpoints.py --output "$model/checkpoint_average.pt" --inputs "${inputs[@]}"
+}
+
+run_generation() {
+    local tokenizer
+    tokenizer=$(python -c 'import sys
 from blspkd_fairseq.evaluation.metrics import bleu_tokenizer
-print(bleu_tokenizer(sys.argv[1]))' "$target")
-            fairseq-generate "$data" --user-dir blspkd_fairseq --task blsp_kd "${cuda[@]}" --gen-subset test \
-                --path "$model/checkpoint_average.pt" --prompt translate --beam 1 --batch-size 32 "${generate[@]}" \
-                --scoring sacrebleu --sacrebleu-tokenizer "$tokenizer" --results-path "$work/generated"
-            tail -n 1 "$work/generated/generate-test.txt"
-            finish 5 "$work"
-        }
-    fi
-    if run 6; then
-        echo; echo "== $pair, stage 6: report ($(date +%H:%M:%S))"
-        is_done 6 "$work" || {
-            python -m blspkd_fairseq.evaluate --translation "$data/test.tsv" --asr "$data/test.tsv" \
-                --checkpoint "blsp_kd=$model/checkpoint_average.pt" --cascade "$speech_encoder" --text --llm "$llm" \
-                --batch-size 32 "${evaluate[@]}" --out "$work/report"
-            finish 6 "$work"
-        }
-        echo "report: $work/report/report.md"
-    fi
+print(bleu_tokenizer(sys.argv[1]))' "${pair#*_}")
+    fairseq-generate "$data" --user-dir blspkd_fairseq --task blsp_kd "${cuda[@]}" --gen-subset test \
+        --path "$model/checkpoint_average.pt" --prompt translate --beam 1 --batch-size 32 "${generate[@]}" \
+        --scoring sacrebleu --sacrebleu-tokenizer "$tokenizer" --results-path "$work/generated"
+    tail -n 1 "$work/generated/generate-test.txt"
+}
+
+make_report() {
+    python -m blspkd_fairseq.evaluate --translation "$data/test.tsv" --asr "$data/test.tsv" \
+        --checkpoint "blsp_kd=$model/checkpoint_average.pt" --cascade "$speech_encoder" --text --llm "$llm" \
+        --batch-size 32 "${evaluate[@]}" --out "$work/report"
 }
 
 for pair in $direction; do run_direction "$pair"; done

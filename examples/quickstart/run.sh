@@ -14,132 +14,92 @@
 #
 # --pretrained begins with a model that hears already (blspkd_fairseq/pretrained/*), in place of the warm-up.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd "$here/../.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+source "$root/examples/common.sh"
 
-stage=1 stop_stage=6 minutes=8 sentences=2000 speech_encoder="" llm="" pretrained=""
+stage=0 stop_stage=6 minutes=8 sentences=2000 speech_encoder="" llm="" pretrained=""
 out="$root/out/quickstart" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
 usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-while [ $# -gt 0 ]; do
-    case "$1" in
-        -h | --help) usage; exit 0 ;;
-        --stage | --stop-stage | --minutes | --sentences | --speech-encoder | --llm | --out | --cache | --pretrained)
-            [ $# -gt 1 ] || { echo "run.sh: $1 needs a value" >&2; exit 2; }
-            name=${1#--}; printf -v "${name//-/_}" '%s' "$2"; shift 2 ;;
-        *) echo "run.sh: unknown option $1 (--help lists them)" >&2; exit 2 ;;
-    esac
-done
-for name in stage stop_stage minutes sentences; do
-    [[ "${!name}" =~ ^[0-9]+$ ]] || { echo "run.sh: --${name//_/-} must be a whole number, not '${!name}'" >&2; exit 2; }
-done
-
-bash "$root/scripts/venv.sh" quickstart
-PATH=$(realpath -m "${BLSPKD_VENV:-$root/.venv}")/bin:$PATH
-cd "$root"
-mkdir -p "$out"
+parse_options stage stop-stage minutes sentences speech-encoder llm out cache pretrained -- "$@"
+whole_numbers stage stop_stage minutes sentences
+use_environment quickstart
 [ -z "$pretrained" ] || [ -f "$pretrained/config.json" ] ||
-    { echo "run.sh: --pretrained $pretrained holds no config.json: give a folder of save_pretrained" >&2; exit 2; }
+    fail "--pretrained $pretrained holds no config.json: give a folder of save_pretrained"
 speech_encoder=${speech_encoder:-$cache/whisper-tiny.en}
 llm=${llm:-$cache/smollm2-135m-instruct}
 data=$out/data model=$out/model
 # A GPU takes larger batches of the same data; the updates are those of the CPU.
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); else device=(--cpu); fi
 
-run() { [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]; }
-begin() { echo; echo "== stage $1: $2 ($(date +%H:%M:%S))"; }
-# done_before STAGE SETTINGS: the stage has ended with these settings, and --stage did not ask for it in particular
-done_before() {
-    if [ "$stage" -eq "$1" ] || [ "$(cat "$out/.done-$1" 2>/dev/null)" != "$2" ]; then return 1; fi
-    echo "done before"
+make_speech() { python examples/quickstart/make_speech.py --out "$data" --sentences "$sentences"; }
+
+make_responses() {
+    local split
+    for split in train valid test test_unheard; do
+        # Distillation is several times as slow as the warm-up and sees a part of the sentences only.
+        python scripts/generate_responses.py --llm "$llm" --input "$data/$split.tsv" \
+            --output "$data/responses/$split.tsv" --rows $((sentences / 5)) --max-new-tokens 16 --batch-size 64
+    done
 }
+
 sizes_of() { # FOLDER: the options that the model there was made with, a word a line
     python -c 'import json, sys
 for name, value in json.load(open(f"{sys.argv[1]}/config.json")).items():
     if name.startswith(("adapter", "lora")) and value not in ("", 0):
         print("--" + name.replace("_", "-"), value, sep="\n")' "$1"
 }
-finish() { # STAGE SETTINGS: what later stages made is out of date
-    local later
-    for later in $(seq $(($1 + 1)) 6); do rm -f "$out/.done-$later"; done
-    echo "$2" >"$out/.done-$1"
+
+run_training() {
+    # On two cores 8 minutes are 192 updates of 48 utterances of warm-up and 64 of 16 utterances of distillation.
+    local warm_up=$((minutes * 24)) distillation=$((minutes * 8)) start sizes common
+    rm -rf "$model"
+    common=(--user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${device[@]}"
+        --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" --speech-encoder-dtype bfloat16
+        --cache-encoder-features
+        --criterion kl_distillation --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0
+        --lr-scheduler polynomial_decay --num-workers 0 --seed 1 --log-interval 10 --no-epoch-checkpoints)
+    if [ -n "$pretrained" ]; then
+        mapfile -t start < <(sizes_of "$pretrained")
+        start+=(--pretrained-model "$pretrained")
+    else
+        sizes=(--adapter-pre-layers 2 --adapter-post-layers 2 --adapter-heads 6)
+        start=("${sizes[@]}" --finetune-from-model "$model/warm-up/checkpoint_last.pt")
+        fairseq-train "$data" "${common[@]}" "${sizes[@]}" --save-dir "$model/warm-up" \
+            --token-ce-weight 1 --token-mse-weight 1 --response-kl-weight 0 --input-kl-weight 0 \
+            --token-vocabulary train --batch-size 48 --lr 1e-3 --warmup-updates 50 \
+            --total-num-update "$warm_up" --max-update "$warm_up"
+    fi
+    fairseq-train "$data/responses" "${common[@]}" "${start[@]}" --save-dir "$model" \
+        --batch-size 16 --lr 3e-4 --warmup-updates 10 --total-num-update "$distillation" \
+        --max-update "$distillation"
 }
 
-if run 1; then
-    begin 1 "models"
+run_generation() {
+    local split
+    for split in test test_unheard; do
+        fairseq-generate "$data/responses" --user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" \
+            "${device[@]}" --gen-subset "$split" --path "$model/checkpoint_last.pt" --prompt repeat \
+            --beam 1 --max-len-b 32 --batch-size 50 --results-path "$out/generated" --scoring wer
+    done
+}
+
+make_report() {
+    python examples/quickstart/report.py --data "$data/responses" --audio-root "$data" \
+        --checkpoint "$model/checkpoint_last.pt" --generated "$out/generated" --out "$out/report"
+}
+
+speech_of="sentences=$sentences" responses_of="sentences=$sentences llm=$llm"
+trained_on="$responses_of speech_encoder=$speech_encoder minutes=$minutes${pretrained:+ pretrained=$pretrained}"
+if [ "$stage" -le 1 ]; then
+    echo; echo "== stage 1: models ($(date +%H:%M:%S))"
     python examples/quickstart/fetch_models.py --cache "$cache"
 fi
-
-key="sentences=$sentences"
-if run 2; then
-    begin 2 "speech"
-    if ! done_before 2 "$key"; then
-        python examples/quickstart/make_speech.py --out "$data" --sentences "$sentences"
-        finish 2 "$key"
-    fi
-fi
-
-key="$key llm=$llm"
-if run 3; then
-    begin 3 "responses of the LLM to the transcripts"
-    if ! done_before 3 "$key"; then
-        for split in train valid test test_unheard; do
-            # Distillation is several times as slow as the warm-up and sees a part of the sentences only.
-            python scripts/generate_responses.py --llm "$llm" --input "$data/$split.tsv" \
-                --output "$data/responses/$split.tsv" --rows $((sentences / 5)) --max-new-tokens 16 --batch-size 64
-        done
-        finish 3 "$key"
-    fi
-fi
-
-key="$key speech_encoder=$speech_encoder minutes=$minutes${pretrained:+ pretrained=$pretrained}"
-if run 4; then
-    begin 4 "training: warm-up, then distillation"
-    if ! done_before 4 "$key"; then
-        # On two cores 8 minutes are 192 updates of 48 utterances of warm-up and 64 of 16 utterances of distillation.
-        warm_up=$((minutes * 24)) distillation=$((minutes * 8))
-        rm -rf "$model"
-        common=(--user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${device[@]}"
-            --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" --speech-encoder-dtype bfloat16
-            --cache-encoder-features
-            --criterion kl_distillation --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0
-            --lr-scheduler polynomial_decay --num-workers 0 --seed 1 --log-interval 10 --no-epoch-checkpoints)
-        if [ -n "$pretrained" ]; then
-            mapfile -t start < <(sizes_of "$pretrained")
-            start+=(--pretrained-model "$pretrained")
-        else
-            sizes=(--adapter-pre-layers 2 --adapter-post-layers 2 --adapter-heads 6)
-            start=("${sizes[@]}" --finetune-from-model "$model/warm-up/checkpoint_last.pt")
-            fairseq-train "$data" "${common[@]}" "${sizes[@]}" --save-dir "$model/warm-up" \
-                --token-ce-weight 1 --token-mse-weight 1 --response-kl-weight 0 --input-kl-weight 0 \
-                --token-vocabulary train --batch-size 48 --lr 1e-3 --warmup-updates 50 \
-                --total-num-update "$warm_up" --max-update "$warm_up"
-        fi
-        fairseq-train "$data/responses" "${common[@]}" "${start[@]}" --save-dir "$model" \
-            --batch-size 16 --lr 3e-4 --warmup-updates 10 --total-num-update "$distillation" \
-            --max-update "$distillation"
-        finish 4 "$key"
-    fi
-fi
-
-if run 5; then
-    begin 5 "the model repeats what it hears"
-    if ! done_before 5 "$key"; then
-        for split in test test_unheard; do
-            fairseq-generate "$data/responses" --user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" \
-                "${device[@]}" --gen-subset "$split" --path "$model/checkpoint_last.pt" --prompt repeat \
-                --beam 1 --max-len-b 32 --batch-size 50 --results-path "$out/generated" --scoring wer
-        done
-        finish 5 "$key"
-    fi
-fi
-
-if run 6; then
-    begin 6 "report"
-    if ! done_before 6 "$key"; then
-        python examples/quickstart/report.py --data "$data/responses" --audio-root "$data" \
-            --checkpoint "$model/checkpoint_last.pt" --generated "$out/generated" --out "$out/report"
-        finish 6 "$key"
-    fi
+run_stage 2 "speech" make_speech "$out" "$speech_of"
+run_stage 3 "responses of the LLM to the transcripts" make_responses "$out" "$responses_of"
+run_stage 4 "training: warm-up, then distillation" run_training "$out" "$trained_on"
+run_stage 5 "the model repeats what it hears" run_generation "$out" "$trained_on"
+run_stage 6 "report" make_report "$out" "$trained_on"
+if [ "$stop_stage" -ge 6 ]; then
     cat "$out/report/report.md"
     echo
     echo "report: $out/report/report.md, report.json and the pictures beside them; model: $model/checkpoint_last.pt"

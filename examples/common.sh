@@ -1,0 +1,67 @@
+# What all recipes share: options, stages, the environment, training on one or many GPUs. Sourced.
+#
+# A recipe sets `root`, `stage`, `stop_stage` and the defaults of its options, and has a function `usage`.
+
+# parse_options NAME ... -- "$@": --some-name VALUE sets some_name; --small, where it is among the names, sets small=yes
+parse_options() {
+    local names=" " option
+    while [ "$1" != -- ]; do names+="$1 "; shift; done
+    shift
+    while [ $# -gt 0 ]; do
+        option=${1#--}
+        if [ "$1" = -h ] || [ "$1" = --help ]; then usage; exit 0; fi
+        [ "$1" = "--$option" ] && [[ "$names" = *" $option "* ]] || fail "unknown option $1 (--help lists them)"
+        if [ "$option" = small ]; then small=yes; shift; continue; fi
+        [ $# -gt 1 ] || fail "$1 needs a value"
+        printf -v "${option//-/_}" '%s' "$2"
+        shift 2
+    done
+}
+
+# whole_numbers NAME ...: of options
+whole_numbers() {
+    local name
+    for name in "$@"; do
+        [[ "${!name}" =~ ^[0-9]+$ ]] || fail "--${name//_/-} must be a whole number, not '${!name}'"
+    done
+}
+
+fail() {
+    echo "run.sh: $*" >&2
+    exit 2
+}
+
+# use_environment EXTRAS: makes it where it is missing
+use_environment() {
+    bash "$root/scripts/venv.sh" "$1"
+    PATH=$(realpath -m "${BLSPKD_VENV:-$root/.venv}")/bin:$PATH
+    cd "$root"
+}
+
+# run_stage N TITLE FUNCTION FOLDER [SETTINGS]: what ended in FOLDER with these settings is done, unless --stage asks for it
+run_stage() {
+    local ended=$4/.done-$1 settings=${5:-} later
+    [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ] || return 0
+    echo; echo "== stage $1: $2 ($(date +%H:%M:%S))"
+    if [ "$stage" -ne "$1" ] && [ -e "$ended" ] && [ "$(cat "$ended")" = "$settings" ]; then echo "done before"; return 0; fi
+    mkdir -p "$4"
+    "$3"
+    # What later stages made is out of date.
+    for later in $(seq $(($1 + 1)) 9); do rm -f "$4/.done-$later"; done
+    printf '%s' "$settings" >"$ended"
+}
+
+# short_warm_up: the learning rate must reach its peak before training ends; short trials would not get there
+short_warm_up() {
+    [ "$warm_up" -lt "$max_update" ] || { warm_up=$((max_update / 10)); echo "warm-up: $warm_up updates"; }
+}
+
+# train_on_gpus ARGUMENTS: fairseq-train on --gpus of each of --nodes
+train_on_gpus() {
+    if [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; then
+        torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$gpus" \
+            --master-addr "${master%:*}" --master-port "${master##*:}" "$(command -v fairseq-train)" "$@"
+    else
+        fairseq-train "$@"
+    fi
+}
