@@ -1,15 +1,17 @@
 """The data set and what is wrong with data: one sentence that names the row, before anything is written."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from commands import fairseq, train
+from commands import fairseq, load, train
 from tiny import SENTENCES, save_llm, save_whisper, write_split
 
+import blspkd_fairseq
 from blspkd_fairseq.data.audio import AudioError
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import SpeechTextDataset, common_prefix, pad_ids
@@ -92,6 +94,19 @@ def test_small_helpers() -> None:
     assert pad_ids([[1], [2, 3]], -1).tolist() == [[1, -1], [2, 3]]
 
 
+def test_training_words_are_those_of_all_folders(chat: ChatFormat, tmp_path: Path) -> None:
+    blspkd_fairseq.register()
+    from blspkd_fairseq.tasks.blsp_kd import BlspKdTask
+
+    for name, count in (("one", 1), ("two", 4)):
+        write_split(tmp_path / name, "spoken", count)
+    texts = [row["src_text"] for row in Manifest.load(tmp_path / "two" / "spoken.tsv")]
+    cfg = SimpleNamespace(data=f"{tmp_path / 'one'}:{tmp_path / 'two'}")
+    task = SimpleNamespace(cfg=cfg, chat=chat, _train_split="spoken")
+    words = BlspKdTask.training_words(task)  # type: ignore[arg-type]
+    assert words.tolist() == sorted({token for text in texts for token in chat.encode_text(text)})
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +165,24 @@ def test_bad_audio_stops_training_or_is_left_out(
         run(models, tmp_path)
     log = run(models, tmp_path, "--skip-bad-audio", "--batch-size", 1, "--save-dir", tmp_path / "other")
     assert "left out" in log and (tmp_path / "other" / "checkpoint_last.pt").exists()
+
+
+def test_a_batch_that_is_left_out_has_no_weight_in_its_update(models: tuple[Path, Path], tmp_path: Path) -> None:
+    path = write_split(tmp_path, "train", 3)
+    update = ("--batch-size", 1, "--update-freq", 8, "--optimizer", "sgd", "--lr", 1, "--adapter-dropout", 0,
+              "--lora-dropout", 0, "--max-update", 1)  # fmt: skip
+    run(models, tmp_path, *update, "--save-dir", tmp_path / "good")
+    header, *lines = path.read_text(encoding="utf-8").splitlines()
+    bad = [lines[0].replace("train-0", f"bad-{i}") for i in range(2)]
+    path.write_text("\n".join([header, *lines, *bad]) + "\n", encoding="utf-8")
+    frames = [99_000, 1]  # the longest, which fairseq takes for its stand-in, and the shortest
+    for i in range(2):
+        rewrite_anyhow(path, 3 + i, {"audio": "audio/none.flac", "n_frames": frames[i]})
+    log = run(models, tmp_path, *update, "--save-dir", tmp_path / "bad", "--skip-bad-audio")
+    assert log.count("left out") >= 2
+    good, bad_too = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("good", "bad"))
+    for name, weight in good.items():
+        torch.testing.assert_close(bad_too[name], weight)
 
 
 def test_missing_columns_and_manifests_are_named(models: tuple[Path, Path], tmp_path: Path) -> None:

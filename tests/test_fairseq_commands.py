@@ -260,6 +260,13 @@ def test_the_grid_of_the_papers_learns_by_options_alone(
     assert len(hypotheses(output)) == 5
 
 
+def test_the_cnn_adapter_needs_something_to_learn(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="all weights of kl_distillation are 0.*--quantity-weight counts tokens"):
+        world.train(tmp_path, "--adapter", "cnn", "--input-kl-weight", 0, "--response-kl-weight", 0, "--max-update", 1)
+    log = world.train(tmp_path, "--adapter", "cnn", "--input-kl-weight", 0, "--max-update", 1)
+    assert "response_kl=" in log and "quantity=" not in log and "token_count_error" not in log
+
+
 @pytest.mark.parametrize("option", ["--input-kl-weight", "--token-ce-weight", "--token-mse-weight"])
 def test_the_cnn_adapter_refuses_what_compares_token_by_token(world: World, tmp_path: Path, option: str) -> None:
     with pytest.raises(ValueError, match=f"{option} must be 0 with this adapter.*choose --adapter cformer"):

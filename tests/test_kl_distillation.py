@@ -98,6 +98,18 @@ def test_temperature_with_and_without_its_square(world: tuple[BlspKdModel, dict[
     torch.testing.assert_close(loss, sum(kl[compared.rows == row].mean() for row in range(3)))
 
 
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_trained_parameter_gets_a_gradient(world: tuple[BlspKdModel, dict[str, Any]], name: str) -> None:
+    """Of LoRA, too, where the LLM does not run: torch's distributed training waits for each of them."""
+    model, sample = world
+    loss_of(model, sample, **{f"{name}_weight": 1.0})[0].backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    assert [n for n, gradient in gradients.items() if gradient is None] == []
+    runs_llm = not name.startswith(("quantity", "token"))
+    assert any(bool(g.any()) for n, g in gradients.items() if "lora_" in n) == runs_llm
+
+
 def test_every_term_of_the_response_needs_responses() -> None:
     needs = {}
     for name in WEIGHTS:

@@ -24,6 +24,7 @@ blspkd_fairseq.register()
 from blspkd_fairseq.criterions.on_policy_distillation import (  # noqa: E402
     OnPolicyDistillationConfig,
     OnPolicyDistillationCriterion,
+    _with_responses,
 )
 from blspkd_fairseq.data.dataset import SpeechTextDataset  # noqa: E402
 from blspkd_fairseq.models.blsp_kd import BlspKdModel  # noqa: E402
@@ -190,30 +191,56 @@ def test_the_exact_estimator_is_the_analytic_gradient_and_the_sampled_one_is_unb
     assert (groups.mean(0) + expected).norm() > 5 * error
 
 
-def test_the_importance_ratio_is_1_the_first_time_and_not_later(world: World) -> None:
-    model = world.build().train()
+def log_probabilities(
+    model: BlspKdModel, sample: dict[str, Any], ids: list[list[int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each word of the roll-outs (two of each utterance) by student and teacher, and the roll-out of each."""
+    text = {name: value if name == "prefix" else value.repeat_interleave(2, 0)
+            for name, value in sample["net_input"]["text"].items()}  # fmt: skip
+    text["response"] = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
+    text["response_lengths"] = torch.tensor([len(one) for one in ids])
+    with torch.no_grad():
+        out = model(**{**sample["net_input"], "text": text}, positions=("response",), count_tokens=True).response
+    weight = model.speech_llm.head[0]
+    words = torch.tensor([word for one in ids for word in one]).unsqueeze(1)
+    student, teacher = ((hidden @ weight.t()).log_softmax(1).gather(1, words)[:, 0]
+                        for hidden in (out.student, out.teacher))  # fmt: skip
+    return student, teacher, out.rows
+
+
+def test_the_importance_ratio_is_1_the_first_time_and_that_of_both_students_later(world: World) -> None:
+    model = world.build(dtype=torch.float64).train()
     sample = world.sample(model, [0, 1])
     criterion = criterion_of(model, rollout_lifetime=2, im_weight=0.0)
+    first = criterion(model, sample)[0].detach()
+    ids = [one for key in sample["net_input"]["keys"] for one in criterion._kept["speech", key].ids]
+    old, teacher, rows = log_probabilities(model, sample, ids)
 
-    def loss_and_ids() -> tuple[float, list[list[int]]]:
-        kept = criterion._kept
-        loss = criterion(model, sample)[0]
-        ids = [one for rollouts in kept.values() for one in rollouts.ids]
-        return float(loss), ids
+    def loss(new: Tensor) -> Tensor:
+        """Eq. 3 and 4 by hand: mean over the words of a roll-out and over roll-outs, sum over utterances."""
+        values = -(new - old).exp() * (teacher - new)
+        return torch.stack([values[rows == row].mean() for row in range(4)]).sum() / 2
 
-    first_loss, first = loss_and_ids()
-    assert first and len(first) == 4
-    fresh = criterion_of(model, im_weight=0.0)
-    # With a ratio of 1 the loss is the estimate of the divergence itself: mean over roll-outs, sum over utterances.
-    assert first_loss == pytest.approx(float(fresh(model, sample)[0]))
+    torch.testing.assert_close(first, loss(old), atol=1e-6, rtol=1e-5)
     with torch.no_grad():
         for parameter in model.speech_llm.adapter.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    stale_loss, left = loss_and_ids()
-    assert left == []  # used up
-    assert stale_loss != pytest.approx(first_loss, rel=1e-3)
-    _, second = loss_and_ids()
-    assert second != first
+    new = log_probabilities(model, sample, ids)[0]
+    assert (new - old).abs().max() > 0.01
+    torch.testing.assert_close(criterion(model, sample)[0].detach(), loss(new), atol=1e-6, rtol=1e-5)
+    assert not criterion._kept  # used up
+    criterion(model, sample)
+    assert [one for rollouts in criterion._kept.values() for one in rollouts.ids] != ids
+
+
+def test_validation_leaves_the_kept_rollouts_alone(world: World) -> None:
+    model = world.build().train()
+    sample = world.sample(model, [0, 1])
+    criterion = criterion_of(model, rollout_lifetime=3, im_weight=0.0)
+    criterion(model, sample)
+    kept = {key: rollouts.uses for key, rollouts in criterion._kept.items()}
+    criterion(model.eval(), sample)
+    assert {key: rollouts.uses for key, rollouts in criterion._kept.items()} == kept != {}
 
 
 def test_rollouts_take_the_frames_that_training_has_cached(world: World) -> None:
@@ -242,6 +269,40 @@ def test_reading_text_is_the_teacher_itself_without_lora_everywhere(world: World
         halves = [criterion_of(model, im_weight=weight)(model, sample)[0] for weight in (0.0, 0.5, 1.0)]
         torch.testing.assert_close(halves[1], (halves[0] + halves[2]) / 2)  # eq. 5
         assert (float(halves[2]) == 0) == zero
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_under_partial_lora_the_student_answers_text_as_the_base_llm_does(world: World, mode: str) -> None:
+    answers = []
+    for scope in ("speech", "none"):
+        model = getattr(world.build(scope, dtype=torch.float64), mode)()
+        sample = world.sample(model, [0, 1, 2])
+        rollouts = criterion_of(model)._draw("text", model, sample, [0, 1, 2], training=True)
+        answers.append([one.ids for one in rollouts])
+        replies = _with_responses(sample["net_input"]["text"], rollouts)
+        read, taught = (
+            reads(replies, ("response",))["response"] for reads in (model.speech_llm.read, model.speech_llm.teach)
+        )
+        assert torch.equal(read, taught)  # so that A_im is 0, word by word
+    assert answers[0] == answers[1]
+
+
+def test_the_teacher_stays_what_it_was(world: World) -> None:
+    """In memory, after steps of an optimizer that is given everything."""
+    model = world.build().train()
+    criterion = criterion_of(model, teacher_llm=str(world.llm), im_weight=0.0)
+    teacher = criterion._teacher[0]
+    frozen = {name: p.clone() for name, p in model.speech_llm.llm.named_parameters() if "lora_" not in name}
+    own = {name: p.clone() for name, p in teacher.named_parameters()}
+    trained = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD([*model.parameters(), *teacher.parameters()], lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        criterion(model, world.sample(model, [0, 1, 2]))[0].backward()
+        optimizer.step()
+    assert all(torch.equal(p, own[name]) for name, p in teacher.named_parameters())
+    assert all(torch.equal(model.speech_llm.llm.get_parameter(name), weight) for name, weight in frozen.items())
+    assert not all(torch.equal(model.get_parameter(name), weight) for name, weight in trained.items())
 
 
 def test_off_policy_batches_are_the_divergence_on_the_responses(world: World) -> None:
@@ -293,6 +354,7 @@ def test_a_larger_teacher_teaches(world: World, tmp_path: Path) -> None:
         ({"off_policy_share": -1}, "--off-policy-share must be between 0 and 1"),
         ({"rollout_lifetime": 0}, "--rollout-lifetime must be at least 1"),
         ({"quantity_weight": -1}, "--quantity-weight must not be negative"),
+        ({"teacher_llm_dtype": "fp16"}, "unknown --teacher-llm-dtype 'fp16': choose from float32, bfloat16, float16"),
         ({"rollouts": 0}, "at least one per prompt"),
         ({"rollout_temperature": 0}, "temperature > 0"),
         ({"rollout_top_p": 0}, "top-p"),
@@ -302,6 +364,33 @@ def test_options_that_make_no_sense_are_refused(world: World, options: dict[str,
     model = SimpleNamespace(chat=None)
     with pytest.raises(ValueError, match=re.escape(message)):
         criterion_of(model, **options)  # type: ignore[arg-type]
+
+
+def test_only_the_student_reading_text_is_refused_where_it_is_the_teacher(world: World) -> None:
+    model = world.build()
+    with pytest.raises(ValueError, match="--im-weight 1 trains the student reading text alone.*--lora-scope speech"):
+        criterion_of(model, im_weight=1.0).check_model(model.speech_llm)
+    criterion_of(model, im_weight=0.9).check_model(model.speech_llm)
+    criterion_of(model, im_weight=1.0).check_model(world.build("all").speech_llm)
+
+
+def test_logits_that_are_not_finite_are_said(world: World) -> None:
+    model = world.build().train()
+    with torch.no_grad():
+        next(p for name, p in model.speech_llm.named_parameters() if "lora_B" in name).fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="logits of word 1 of the roll-outs are not finite"):
+        criterion_of(model)(model, world.sample(model, [0]))
+
+
+def test_padding_of_the_llms_table_is_never_drawn(world: World, tmp_path: Path) -> None:
+    model = world.build(dtype=torch.float64).eval()
+    words = len(model.chat.tokenizer)
+    sample = world.sample(model, [0, 1])
+    expected = rolled(model.speech_llm, model.chat, sample, [0, 1], [3, 4])
+    head = model.speech_llm.llm.get_output_embeddings()
+    padding = head.weight.detach().mean(0, keepdim=True).expand(50, -1)
+    head.weight = nn.Parameter(torch.cat([head.weight.detach()[:words], padding]), requires_grad=False)
+    assert rolled(model.speech_llm, model.chat, sample, [0, 1], [3, 4]) == expected
 
 
 def test_a_teacher_with_other_words_is_refused(world: World, tmp_path: Path) -> None:

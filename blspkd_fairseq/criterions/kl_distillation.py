@@ -17,7 +17,7 @@ from torch import Tensor
 from blspkd_fairseq.modules.cif import check_alpha_sum, quantity_loss
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_kl_div_with_agreement
 from blspkd_fairseq.modules.sequence import is_valid, mean_per_row
-from blspkd_fairseq.modules.speech_llm import Distillation, SpeechLlmOutput
+from blspkd_fairseq.modules.speech_llm import Distillation, SpeechLLM, SpeechLlmOutput
 
 
 @dataclass
@@ -110,19 +110,23 @@ class KlDistillationCriterion(FairseqCriterion):
         """Whether the manifest must have ``tgt_text``."""
         return any(weight != 0 for name, weight in self.weights.items() if name.startswith("response"))
 
-    def check_adapter(self, adapter: Any) -> None:
+    def check_model(self, model: SpeechLLM) -> None:
         """Refuses what compares speech position i with token i, for an adapter that has no such positions.
 
         Raises:
             ValueError: names the options.
         """
+        if model.adapter.one_to_one:
+            return
         given = [name for name in _ONE_TO_ONE if self.weights[name]]
-        if given and not adapter.one_to_one:
+        if given:
             options = ", ".join(f"--{name.replace('_', '-')}-weight" for name in given)
             raise ValueError(
                 f"{options} must be 0 with this adapter: it has no embedding for each token of the transcript, so that "
                 "there is nothing to compare token by token; or choose --adapter cformer"
             )
+        if not any(weight for name, weight in self.weights.items() if name != "quantity"):
+            raise ValueError(f"{_ALL_ZERO} (--quantity-weight counts tokens, which this adapter does not)")
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
@@ -134,6 +138,7 @@ class KlDistillationCriterion(FairseqCriterion):
         positions = {name.split("_")[0] for name in terms if name.startswith(("input", "response"))}
         teacher = any(name.endswith(("_kl", "_l2")) for name in terms)
         output = model(**sample["net_input"], positions=positions, teacher=teacher)
+        unused = [] if positions else [p for p in model.speech_llm.llm.parameters() if p.requires_grad]
         text = sample["net_input"]["text"]
         if output.adapter.alpha_sum is not None:
             check_alpha_sum(output.adapter.alpha_sum, [row["id"] for row in sample["rows"]])
@@ -158,10 +163,12 @@ class KlDistillationCriterion(FairseqCriterion):
         if output.adapter.alpha_sum is not None:
             losses["quantity"] = quantity_loss(output.adapter.alpha_sum, text["transcript_lengths"])
             sums["quantity_sum"] = losses["quantity"].sum()
+            sums["counted"] = torch.tensor(float(sample["nsentences"]), device=text["transcript"].device)
             counted = output.adapter.alpha_sum.detach().round().clamp(min=1)
             sums["count_errors"] = (counted - text["transcript_lengths"]).abs().sum()
 
-        zero = output.adapter.embeddings.sum() * 0.0
+        # What the warm-up leaves out still belongs to the loss: processes wait for the gradient of every parameter.
+        zero = sum((parameter.sum() for parameter in unused), output.adapter.embeddings.sum()) * 0.0
         loss = zero + sum(self.weights[name] * values.sum() for name, values in losses.items() if self.weights[name])
         return loss, sample["nsentences"], self._log(loss, sums, sample)
 
@@ -267,12 +274,14 @@ class KlDistillationCriterion(FairseqCriterion):
             tokens = total(f"{name}_kl_tokens")
             if tokens:
                 metrics.log_scalar(f"{name}_agreement", total(f"{name}_agree") / tokens, tokens, round=4)
-        if utterances and any("quantity_sum" in log for log in logging_outputs):
-            metrics.log_scalar("quantity", total("quantity_sum") / utterances, utterances, round=4)
+        counted = total("counted")
+        if counted:
+            metrics.log_scalar("quantity", total("quantity_sum") / counted, counted, round=4)
             tokens = max(1.0, total("transcript_tokens"))
             metrics.log_scalar("token_count_error", total("count_errors") / tokens, tokens, round=4)
 
 
+_ALL_ZERO = "all weights of kl_distillation are 0: give one of --*-weight a value"
 _ONE_TO_ONE = ("input_kl", "token_ce", "token_mse")
 _TOKEN_TERMS = (
     "response_kl",
@@ -288,13 +297,14 @@ _SUMS = [
     "response_agree",
     "input_agree",
     "quantity_sum",
+    "counted",
     "count_errors",
 ]
 
 
 def _check(cfg: KlDistillationConfig, weights: dict[str, float]) -> None:
     if not any(weights.values()):
-        raise ValueError("all weights of kl_distillation are 0: give one of --*-weight a value")
+        raise ValueError(_ALL_ZERO)
     if min(weights.values()) < 0:
         raise ValueError(f"the weights of kl_distillation must not be negative, got {weights}")
     if cfg.kd_temperature <= 0:

@@ -10,6 +10,9 @@ with r = p_theta / p_old, which is 1 when roll-outs are fresh: this is the rever
 from one word each. The paper writes L as what is maximised; here it is minimised. ``--estimator exact`` takes the KL
 over the whole vocabulary at the same prefixes. Without LoRA on all positions the student reading text *is* the teacher
 (or has nothing to train), so that L_im is 0 and no text roll-outs are drawn.
+
+Roll-outs are drawn without dropout. For the sampled estimator, which is unbiased for words of the student's own
+distribution, train without it, too (``--adapter-dropout 0 --lora-dropout 0``), at temperature 1 and top-p 1.
 """
 
 import time
@@ -25,13 +28,14 @@ from fairseq.logging import metrics
 from omegaconf import II
 from torch import Tensor
 
+from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import pad_ids
 from blspkd_fairseq.generation.rollouts import RolloutOptions, roll_out, rollout_seed
-from blspkd_fairseq.modules.build import SpeechLlmConfig, load_chat_format, load_llm
+from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, load_llm, load_tokenizer
 from blspkd_fairseq.modules.cif import check_alpha_sum, quantity_loss
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_jensen_shannon
 from blspkd_fairseq.modules.sequence import Segment, mean_per_row
-from blspkd_fairseq.modules.speech_llm import ChatLLM, Distillation
+from blspkd_fairseq.modules.speech_llm import ChatLLM, Distillation, SpeechLLM
 
 ESTIMATORS = ("sampled", "exact")
 
@@ -41,16 +45,23 @@ class OnPolicyDistillationConfig(FairseqDataclass):
     """Options of ``--criterion on_policy_distillation``; defaults are X-OPD's where it has them."""
 
     rollouts: int = field(default=4, metadata={"help": "roll-outs of each utterance (X-OPD: 4)"})
-    rollout_temperature: float = field(default=1.0, metadata={"help": "temperature of roll-outs (GKD: 0.9)"})
+    rollout_temperature: float = field(
+        default=1.0, metadata={"help": "temperature of roll-outs (GKD: 0.9); not 1, it biases the sampled estimator"}
+    )
     rollout_top_p: float = field(
-        default=1.0, metadata={"help": "draw from the likeliest words that make up this share of the probability"}
+        default=1.0,
+        metadata={
+            "help": "draw from the likeliest words that make up this share of the probability; below 1, it biases the "
+            "sampled estimator"
+        },
     )
     rollout_max_tokens: int = field(default=128, metadata={"help": "longest roll-out, the end of turn included"})
     rollout_lifetime: int = field(
         default=1,
         metadata={
-            "help": "times that an utterance's roll-outs are trained on before new ones are drawn; 1 is purely "
-            "on-policy, more is cheaper and weighted by the importance ratio. They are lost when training is resumed"
+            "help": "times that an utterance's roll-outs are trained on, an epoch after another, before new ones are "
+            "drawn; 1 is purely on-policy, more is cheaper. The sampled estimator weights them by the importance "
+            "ratio, the exact one takes them as prefixes. They are lost when training is resumed"
         },
     )
     seed: int = II("common.seed")  # of the roll-outs
@@ -69,7 +80,7 @@ class OnPolicyDistillationConfig(FairseqDataclass):
     )
     off_policy_share: float = field(
         default=0.0,
-        metadata={"help": "share of batches trained on tgt_text in place of roll-outs (1 - lambda of GKD)"},
+        metadata={"help": "share of updates trained on tgt_text in place of roll-outs (1 - lambda of GKD)"},
     )
     quantity_weight: float = field(
         default=1.0, metadata={"help": "|sum(alpha) / n - 1| (BLSP-KD); an adapter without CIF has none"}
@@ -103,6 +114,18 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         """Whether the manifest must have ``tgt_text``."""
         return self.cfg.off_policy_share > 0
 
+    def check_model(self, model: SpeechLLM) -> None:
+        """Refuses options that leave nothing to train.
+
+        Raises:
+            ValueError: names the options.
+        """
+        if self.cfg.im_weight == 1 and model.lora_scope != "all":
+            raise ValueError(
+                f"--im-weight 1 trains the student reading text alone, which is the teacher itself with --lora-scope "
+                f"{model.lora_scope}: give a smaller weight, or --lora-scope all"
+            )
+
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
@@ -116,8 +139,9 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         inputs = dict(sample["net_input"])
         if rolled:
             inputs |= {"text": _with_responses(inputs["text"], rolled["speech"]), "count_tokens": True}
-            if "text" in rolled:
-                inputs["text_replies"] = _with_responses(inputs["text"], rolled["text"], repeat=False)
+        if "text" in self._paths(model):
+            texts = sample["net_input"]["text"]
+            inputs["text_replies"] = _with_responses(texts, rolled["text"]) if rolled else texts
         output = model(**inputs, positions=("response",), teacher=not self._teacher)
 
         sums: dict[str, Tensor] = {}
@@ -135,37 +159,41 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         if output.adapter.alpha_sum is not None:
             check_alpha_sum(output.adapter.alpha_sum, [row["id"] for row in sample["rows"]])
             quantity = quantity_loss(output.adapter.alpha_sum, sample["net_input"]["text"]["transcript_lengths"])
-            sums["quantity_sum"] = quantity.detach().sum()
+            sums["quantity_sum"], sums["counted"] = quantity.detach().sum(), torch.tensor(float(sample["nsentences"]))
             loss = loss + self.cfg.quantity_weight * quantity.sum()
         return loss, sample["nsentences"], self._log(loss, sums, sample, rolled, rollout_seconds)
 
     # ---- roll-outs ---------------------------------------------------------------------------------------------
 
     def _is_off_policy(self, model: Any, sample: dict[str, Any]) -> bool:
-        """Drawn for the whole batch; in validation always on-policy."""
+        """Drawn for the whole update, in every process alike; in validation always on-policy."""
         if self.cfg.off_policy_share == 0 or not model.training:
             return False
-        seed = rollout_seed(self.cfg.seed, "off-policy", model.num_updates, sample["net_input"]["keys"])
+        seed = rollout_seed(self.cfg.seed, "off-policy", model.num_updates)
         draw = torch.rand((), generator=torch.Generator().manual_seed(seed))
         return float(draw) < self.cfg.off_policy_share
 
     def _roll_out(self, model: Any, sample: dict[str, Any]) -> dict[str, "list[_Rollouts]"]:
         """Roll-outs of each utterance, for the paths that are trained: kept ones while they live, then new ones."""
         speech_llm = model.speech_llm
-        paths = ["speech"]
-        if speech_llm.lora_scope == "all" and self.cfg.im_weight > 0:
-            paths.append("text")
         was_training = speech_llm.training
         speech_llm.eval()
         try:
-            return {path: self._rollouts_of(path, model, sample, was_training) for path in paths}
+            return {path: self._rollouts_of(path, model, sample, was_training) for path in self._paths(model)}
         finally:
             speech_llm.train(was_training)
+
+    def _paths(self, model: Any) -> list[str]:
+        """Of the student, those that differ from the teacher."""
+        reads = model.speech_llm.lora_scope == "all" and self.cfg.im_weight > 0
+        return ["speech", "text"] if reads else ["speech"]
 
     def _rollouts_of(self, path: str, model: Any, sample: dict[str, Any], training: bool) -> "list[_Rollouts]":
         keys = sample["net_input"]["keys"]
         lifetime = self.cfg.rollout_lifetime if training else 1
-        new = [row for row, key in enumerate(keys) if lifetime == 1 or (path, key) not in self._kept]
+        if lifetime == 1:
+            return self._draw(path, model, sample, list(range(len(keys))), training)
+        new = [row for row, key in enumerate(keys) if (path, key) not in self._kept]
         drawn = dict(zip(new, self._draw(path, model, sample, new, training), strict=True))
         used = [drawn[row] if row in drawn else self._kept[path, key] for row, key in enumerate(keys)]
         for key, rollouts in zip(keys, used, strict=True):
@@ -193,7 +221,8 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
             text = inputs["text"]
             heard = Segment(model.speech_llm.embed(text["transcript"][rows]), text["transcript_lengths"][rows])
         update, copies = model.num_updates if training else -1, self.cfg.rollouts
-        seeds = [rollout_seed(self.cfg.seed, path, update, key, j) for key in keys for j in range(copies)]
+        names = [sample["rows"][row]["id"] for row in rows]
+        seeds = [rollout_seed(self.cfg.seed, path, update, name, j) for name in names for j in range(copies)]
         prompts = [sample["prompts"][row] for row in rows]
         is_speech = path == "speech"
         ids = roll_out(model.speech_llm, self.task.chat, heard, prompts, seeds, self.options, is_speech)
@@ -214,7 +243,9 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         weight, bias = model.speech_llm.head
         teacher, head = compared.teacher, None
         if self._teacher:
-            own = self._teacher[0].to(weight.device)
+            own = self._teacher[0]
+            if own.head[0].device != weight.device:  # moving it forgets the prefixes that it has read
+                own.to(weight.device)
             teacher, head = own.teach(text, ("response",))["response"], own.head
         assert teacher is not None
         if self.cfg.estimator == "exact" or rolled is None:
@@ -269,7 +300,8 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         utterances, rollouts = total("sample_size"), total("rollouts")
         if utterances:
             metrics.log_scalar("loss", total("loss") / utterances, utterances, round=4)
-            metrics.log_scalar("quantity", total("quantity_sum") / utterances, utterances, round=4)
+        if total("counted"):
+            metrics.log_scalar("quantity", total("quantity_sum") / total("counted"), total("counted"), round=4)
         for path in ("speech", "text"):
             tokens = total(f"{path}_tokens")
             if tokens:
@@ -287,6 +319,7 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
 _SUMS = [
     *(f"{path}_{kind}" for path in ("speech", "text") for kind in ("divergence_sum", "agree", "tokens")),
     "quantity_sum",
+    "counted",
 ]
 
 
@@ -311,11 +344,11 @@ def importance_ratio(student_log: Tensor, rolled: "Sequence[_Rollouts]") -> Tens
     return (student_log - torch.cat(old)).exp()
 
 
-def _with_responses(text: dict[str, Tensor], rolled: "Sequence[_Rollouts]", repeat: bool = True) -> dict[str, Tensor]:
+def _with_responses(text: dict[str, Tensor], rolled: "Sequence[_Rollouts]") -> dict[str, Tensor]:
     """The batch's texts, each with its roll-outs for responses, one row for each."""
     ids = [one for rollouts in rolled for one in rollouts.ids]
     device = text["response"].device
-    copies = len(rolled[0].ids) if repeat and rolled else 1
+    copies = len(rolled[0].ids)
     repeated = {
         name: value if name == "prefix" else value.repeat_interleave(copies, 0)
         for name, value in text.items()
@@ -332,7 +365,7 @@ def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:
         ValueError: its tokenizer is not the student's.
     """
     config = SpeechLlmConfig(llm=cfg.teacher_llm, llm_dtype=cfg.teacher_llm_dtype)
-    chat = load_chat_format(config)
+    chat = ChatFormat(load_tokenizer(config), task.chat.system, task.chat.chat_template)
     if chat.tokenizer.get_vocab() != task.chat.tokenizer.get_vocab() or chat.eos_ids != task.chat.eos_ids:
         raise ValueError(
             f"--teacher-llm {cfg.teacher_llm} has another tokenizer than the student's LLM: their words cannot be "
@@ -344,6 +377,8 @@ def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:
 def _check(cfg: OnPolicyDistillationConfig) -> None:
     if cfg.estimator not in ESTIMATORS:
         raise ValueError(f"unknown --estimator {cfg.estimator!r}: choose from {', '.join(ESTIMATORS)}")
+    if cfg.teacher_llm_dtype not in DTYPES:
+        raise ValueError(f"unknown --teacher-llm-dtype {cfg.teacher_llm_dtype!r}: choose from {', '.join(DTYPES)}")
     for option in ("im_weight", "beta", "off_policy_share"):
         if not 0 <= getattr(cfg, option) <= 1:
             raise ValueError(f"--{option.replace('_', '-')} must be between 0 and 1, got {getattr(cfg, option)}")

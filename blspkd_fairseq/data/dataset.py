@@ -157,12 +157,16 @@ class SpeechTextDataset(FairseqDataset):
 
         Returns:
             ``id`` [B], ``net_input`` (the arguments of the model), ``target`` (ids of ``tgt_text`` [B, N] padded with
-            -1, or None without that column), ``nsentences``, ``ntokens``, ``prompts`` and ``rows`` (lists). Empty if
-            every row was left out.
+            -1, or None without that column), ``nsentences``, ``ntokens``, ``prompts`` and ``rows`` (lists). If every
+            row was left out, one that can be read stands in for them, and ``left_out`` is True.
+
+        Raises:
+            AudioError: no row of the manifest can be read.
         """
         utterances = [sample for sample in samples if sample is not None]
-        if not utterances and len(self.manifest):
-            return {}
+        left_out = not utterances and len(self.manifest) > 0
+        if left_out:
+            utterances = [self._first_readable()]
         lengths = torch.tensor([len(u.waveform) for u in utterances], dtype=torch.long)
         prefix = common_prefix([u.before for u in utterances])
         text: dict[str, Tensor] = {"prefix": torch.tensor(prefix, dtype=torch.long)}
@@ -185,11 +189,19 @@ class SpeechTextDataset(FairseqDataset):
                 "keys": [self._first_key + u.place for u in utterances],
             },
             "target": pad_ids(targets, -1) if has_target else None,
+            "left_out": left_out,
             "nsentences": len(utterances),
             "ntokens": int(text["transcript_lengths"].sum() + text["response_lengths"].sum()),
             "prompts": [u.prompt for u in utterances],
             "rows": [u.row for u in utterances],
         }
+
+    def _first_readable(self) -> Utterance:
+        for index in range(len(self)):
+            utterance = self[index]
+            if utterance is not None:
+                return utterance
+        raise AudioError(f"{self.manifest.path}: every row was left out; the messages before this one say why")
 
     def num_tokens(self, index: int) -> int:
         return int(self.manifest.n_frames[index])

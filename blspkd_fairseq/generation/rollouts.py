@@ -64,6 +64,9 @@ def roll_out(
 
     Returns:
         The ids of each roll-out, with the end of turn unless the length limit cut it; at least one.
+
+    Raises:
+        FloatingPointError: the student's logits are not finite.
     """
     prompt = build_prompt(model, chat, heard, prompts)
     everywhere = model.lora_scope == "all"
@@ -81,7 +84,7 @@ def roll_out(
             past_key_values=cache,
             do_sample=False,
             max_new_tokens=options.max_new_tokens,
-            logits_processor=LogitsProcessorList([_Draw(seeds, options, device)]),
+            logits_processor=LogitsProcessorList([_Draw(seeds, options, len(chat.tokenizer), device)]),
         )
     return [_until_end(row.tolist(), chat.eos_ids) for row in generated]
 
@@ -97,17 +100,26 @@ def _until_end(ids: list[int], eos_ids: list[int]) -> list[int]:
 
 
 class _Draw(LogitsProcessor):
-    """Leaves one word of each row: the one drawn by that row's own generator."""
+    """Leaves one word of each row: the one drawn by that row's own generator.
 
-    def __init__(self, seeds: Sequence[int], options: RolloutOptions, device: torch.device) -> None:
+    Tables of LLMs are padded; ids beyond the tokenizer's ``words`` are none.
+    """
+
+    def __init__(self, seeds: Sequence[int], options: RolloutOptions, words: int, device: torch.device) -> None:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         steps = [torch.rand(options.max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
         self.uniform = torch.stack(steps).to(device)  # [rows, steps]
-        self.options = options
+        self.options, self.words = options, words
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        words = draw(scores, self.uniform[:, self.step], self.options.temperature, self.options.top_p)
+        if not scores.amax(1).isfinite().all():
+            raise FloatingPointError(
+                f"the student's logits of word {self.step + 1} of the roll-outs are not finite: lower --lr, take "
+                "--llm-dtype bfloat16 in place of float16, or begin with a trained adapter"
+            )
+        logits = scores[:, : self.words]
+        words = draw(logits, self.uniform[:, self.step], self.options.temperature, self.options.top_p)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, words.unsqueeze(1), 0.0)
 

@@ -137,10 +137,12 @@ def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:
                 template = file.read()
         except OSError as error:
             raise ValueError(f"--chat-template {config.chat_template} cannot be read: {error.strerror}") from error
-    tokenizer = _from_pretrained(
-        AutoTokenizer, config.llm, "llm", "tokenizer", trust_remote_code=config.trust_remote_code
-    )
-    return ChatFormat(tokenizer, system=config.system_prompt or None, chat_template=template)
+    return ChatFormat(load_tokenizer(config), system=config.system_prompt or None, chat_template=template)
+
+
+def load_tokenizer(config: SpeechLlmConfig) -> Any:
+    """The tokenizer of the LLM that the options name."""
+    return _from_pretrained(AutoTokenizer, config.llm, "llm", "tokenizer", trust_remote_code=config.trust_remote_code)
 
 
 def load_llm(config: SpeechLlmConfig, chat: ChatFormat) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.metrics import BleuCounts, bleu_counts, bleu_score, word_errors
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
 from blspkd_fairseq.generation.fairseq_generator import LlmDictionary, LlmGenerator
+from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained
 
 _BLEU_ORDER = 4
@@ -84,7 +85,7 @@ class BlspKdTask(FairseqTask):
         self._needed_texts: tuple[str, ...] = ()
         self._loaded_split = ""
         self._train_split = ""
-        self._adapter: Any = None  # of the model that was built
+        self._model: SpeechLLM | None = None  # that was built last
 
     @classmethod
     def setup_task(cls, cfg: BlspKdConfig, **_: Any) -> "BlspKdTask":
@@ -115,13 +116,13 @@ class BlspKdTask(FairseqTask):
         if self.cfg.pretrained_model and not from_checkpoint:
             load_trained_state_dict(model.speech_llm, read_trained(Path(self.cfg.pretrained_model))[1])
         self.dictionary.chat = model.chat
-        self._adapter = model.speech_llm.adapter
+        self._model = model.speech_llm
         return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         criterion = super().build_criterion(cfg, from_checkpoint)
-        if self._adapter is not None and hasattr(criterion, "check_adapter"):
-            criterion.check_adapter(self._adapter)
+        if self._model is not None and hasattr(criterion, "check_model"):
+            criterion.check_model(self._model)
         self._needed_texts = ("src_text", "tgt_text") if getattr(criterion, "needs_responses", False) else ("src_text",)
         return criterion
 
@@ -153,14 +154,23 @@ class BlspKdTask(FairseqTask):
             self._train_split = split
 
     def training_words(self) -> Tensor:
-        """Sorted ids of all tokens that occur in the training transcripts."""
+        """Sorted ids of all tokens that occur in the training transcripts, in all folders of the data."""
         words: set[int] = set()
-        train: SpeechTextDataset = self.datasets[self._train_split]
-        for index in range(len(train)):
-            words.update(self.chat.encode_text(train.manifest[index]["src_text"]))
+        for folder in utils.split_paths(self.cfg.data):
+            for row in Manifest.load(Path(folder) / f"{self._train_split}.tsv"):
+                words.update(self.chat.encode_text(row["src_text"]))
         return torch.tensor(sorted(words), dtype=torch.long)
 
-    # ---- validation --------------------------------------------------------------------------------------------
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    def train_step(
+        self, sample: dict[str, Any], model: Any, criterion: Any, optimizer: Any, update_num: int,
+        ignore_grad: bool = False,
+    ) -> tuple[Tensor, int, dict[str, Any]]:  # fmt: skip
+        """A batch that stands in for another (rows left out, a process that has none left) has no weight."""
+        ignored = ignore_grad or sample["left_out"]
+        loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignored)
+        return (loss, 0, dict.fromkeys(log, 0)) if ignored else (loss, sample_size, log)
 
     def valid_step(self, sample: dict[str, Any], model: Any, criterion: Any) -> tuple[Any, int, dict[str, Any]]:
         if not sample or not sample["nsentences"]:

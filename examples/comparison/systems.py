@@ -33,7 +33,10 @@ _WARM_UP = (
 )
 _DEEP = "--adapter-pre-layers 2 --adapter-post-layers 2"
 _SMALL = "--lora-rank 4"
-_ON_POLICY = "--criterion on_policy_distillation --lora-scope speech --rollouts 2 --rollout-max-tokens 16"
+_ON_POLICY = (
+    "--criterion on_policy_distillation --lora-scope speech --rollouts 2 --rollout-max-tokens 16"
+    " --adapter-dropout 0 --lora-dropout 0"  # as in the roll-outs
+)
 
 ROWS: dict[str, Row] = {
     "blsp": Row("BLSP: CNN, cross-entropy", f"{_CNN} {_CE} {_FROZEN}"),
