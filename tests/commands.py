@@ -37,7 +37,10 @@ def fairseq(command: str, data: Path, *options: Any, stdin: str = "") -> str:
     import fairseq_cli.interactive
     import fairseq_cli.train
     import fairseq_cli.validate
+    from fairseq.checkpoint_utils import save_checkpoint
 
+    # The best loss so far, which fairseq keeps for the process: another training's best is none of this one.
+    vars(save_checkpoint).pop("best", None)
     argv = [f"fairseq-{command}", *arguments(command, data, *options)]
     output = io.StringIO()
     handler = logging.StreamHandler(output)
