@@ -1,4 +1,4 @@
-# The recipe of one system; sourced by examples/{blsp,blsp_kd,x_opd,cascade}/run.sh, which set the variables of the first
+# The recipe of one system; sourced by examples/{blsp,warm_up,blsp_kd,x_opd,cascade}/run.sh, which set the variables of the first
 # paragraph and then call `recipe "$@"`. Stages that are done are skipped; each can be run again by itself.
 #
 #   --train "A.tsv B.tsv"  manifests to train on (README, Data)       --valid FILE    --test FILE

@@ -48,7 +48,10 @@ def test_covost2_runs_and_a_second_run_skips_its_stages(tmp_path: Path) -> None:
 
 def test_the_recipes_of_all_systems_run(tmp_path: Path) -> None:
     """The evaluation of a checkpoint is that of CoVoST 2."""
-    run("blsp_kd", tmp_path / "kd", "--small", "--max-update", 2, "--stop-stage", 3)
+    run("warm_up", tmp_path / "warm", "--small", "--max-update", 2, "--stop-stage", 3)
+    warm = tmp_path / "warm" / "model" / "checkpoint_last.pt"
+    assert not any("lora_" in name for name in load(warm)["model"])
+    run("blsp_kd", tmp_path / "kd", "--small", "--max-update", 2, "--from", warm, "--stop-stage", 3)
     checkpoint = tmp_path / "kd" / "model" / "checkpoint_last.pt"
     run("x_opd", tmp_path / "opd", "--small", "--max-update", 1, "--from", checkpoint, "--stop-stage", 3)
     assert set(load(tmp_path / "opd" / "model" / "checkpoint_last.pt")["model"]) == set(load(checkpoint)["model"])

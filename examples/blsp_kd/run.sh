@@ -5,7 +5,7 @@
 #   bash examples/blsp_kd/run.sh --small
 #
 # Settings of blsp-emo's first stage, the nearest that is published. Also train the encoder: add
-# --unfreeze-speech-encoder to train_options.
+# --unfreeze-speech-encoder to train_options. Begin with the checkpoint of examples/warm_up: --from FILE.
 #
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"

@@ -194,13 +194,13 @@ class Comparison:
             measured = self.args.out / f"{name}-seed{seed}.json"
             python(
                 HERE / "measure.py", "--data", self.data, "--checkpoint", folder / "checkpoint_last.pt",
-                "--whisper", self.args.speech_encoder, "--out", measured, *self.robustness(name),
+                "--whisper", self.args.speech_encoder, "--out", measured, *self.robustness(name, seed),
             )  # fmt: skip
             write_json(result, json.loads(measured.read_text()) | json.loads((folder / "done.json").read_text()))
 
-    @staticmethod
-    def robustness(name: str) -> list[str]:
-        return ["--robustness"] if name in (*MAIN, *UNTRAINED) else []
+    def robustness(self, name: str, seed: int) -> list[str]:
+        """Noise curves are those of the first seed."""
+        return ["--robustness"] if name in UNTRAINED or (name in MAIN and seed == self.args.seeds[0]) else []
 
     def is_needed(self, name: str, seed: int) -> bool:
         """Whether it is still to be measured, or a row that goes on from it."""
@@ -335,7 +335,7 @@ class Comparison:
         result = self.args.results / f"{name}.json"
         if not result.exists():
             options = ["--cascade", self.args.speech_encoder] if name == "cascade" else []
-            options += self.robustness(name)
+            options += self.robustness(name, 0)
             python(HERE / "measure.py", "--data", self.data, "--llm", self.args.llm, *options, "--out", result)
 
 

@@ -73,7 +73,7 @@ ROWS |= PUBLISHED
 SETS = {"heard": "heard voices", "unheard": "a voice never heard", "real": "real recordings"}
 QUESTIONS = ("questions_heard", "questions_unheard")
 UNTRAINED = {"text": "the LLM reads the transcript", "cascade": "cascade: Whisper tiny.en, then the LLM"}
-MAIN = ("blsp", "cnn_kl", "blsp_kd", "warm_up", "warm_blsp_kd", "x_opd")  # with all seeds, and under noise
+MAIN = ("blsp", "cnn_kl", "blsp_kd", "warm_up", "warm_blsp_kd", "x_opd")  # with all seeds; the first under noise, too
 
 # Rows again with less data, for as many minutes.
 SCALED = ("blsp", "warm_blsp_kd")
