@@ -42,7 +42,7 @@ def register() -> None:
     """
     compat.require_fairseq()
     compat.allow_safe_checkpoint_globals()
-    compat.silence_fairseq_warnings()
+    compat.silence_fairseq()
     compat.copy_checkpoints_atomically()
     compat.refuse_a_folder_to_finetune_from()
     from fairseq.models import import_models

@@ -190,10 +190,19 @@ _FAIRSEQ_WARNINGS = (
 )
 
 
-def silence_fairseq_warnings() -> None:
-    """Hides warnings about fairseq's own use of deprecated interfaces: dozens of lines before anything happens."""
+def silence_fairseq() -> None:
+    """Hides what fairseq says of itself: hundreds of lines before anything happens.
+
+    Those are warnings about its use of deprecated interfaces, and a line for each bias that an LLM does not have, since
+    its trainer takes all that are None for one shared parameter.
+    """
     for message in _FAIRSEQ_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("fairseq.trainer").addFilter(_is_not_on_shared_parameters)
+
+
+def _is_not_on_shared_parameters(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("detected shared parameter")
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ recipe() {
         python scripts/prepare_librispeech.py --root "$corpus" --output "$out/prepared"
         train=$out/prepared/train-clean-100.tsv valid=$out/prepared/dev-clean.tsv test=$out/prepared/test-clean.tsv
         batch=16 accumulation=1 lr=1e-3 warm_up=2 train_options+=("${small_options[@]}")
-        responses=(--max-new-tokens 12 --batch-size 64) evaluate=(--max-new-tokens 16 --batch-size 32)
+        responses=(--max-new-tokens 12 --batch-size 64 --rows 64) evaluate=(--max-new-tokens 16 --batch-size 32)
         [ "$max_update" -gt 0 ] || max_update=20
     fi
     [ "$max_update" -gt 0 ] || max_update=2600  # an epoch of 3,000 hours

@@ -451,6 +451,7 @@ def test_commands_in_their_own_processes(world: World, tmp_path: Path) -> None:
     train_process = start("train", world.data, *common, *TRAIN_OPTIONS, *UPDATES)
     output, _ = train_process.communicate(timeout=300)
     assert train_process.returncode == 0, output[-3000:]
+    assert "detected shared parameter" not in output and "deprecated" not in output
     generate = start(
         "generate", world.data, "--gen-subset", "test", "--path", tmp_path / "save" / "checkpoint_last.pt",
         "--max-len-b", 4, "--results-path", tmp_path / "results",

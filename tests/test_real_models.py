@@ -59,7 +59,7 @@ def test_a_few_dozen_utterances_are_learned_until_repeat_gives_them_back(speech:
     fairseq(
         "train", speech, "--arch", "blsp_kd", "--criterion", "kl_distillation",
         "--speech-encoder", CACHE / "whisper-tiny.en", "--llm", CACHE / "smollm2-135m-instruct",
-        "--lora-scope", "none", "--cache-encoder-features", "--adapter-pre-layers", 2, "--adapter-post-layers", 2,
+        "--lora-scope", "none", "--cache-encoder-features", "--adapter-pre-layers", 1, "--adapter-post-layers", 1,
         "--adapter-heads", 6, "--adapter-dropout", 0, "--token-ce-weight", 1, "--token-mse-weight", 1,
         "--response-kl-weight", 0, "--input-kl-weight", 0, "--token-vocabulary", "train",
         "--optimizer", "adam", "--lr", 1e-3,
