@@ -93,6 +93,7 @@ class Comparison:
         self.names = with_starts(args.only or list(ROWS))
         self.rates: dict[str, list[float]] = {}
         self.search_locks = {name: threading.Lock() for name in LEARNING_RATES}
+        self.training_locks: dict[Path, threading.Lock] = {}
         self.device = [] if torch.cuda.is_available() else ["--cpu"]
 
     # ---- data --------------------------------------------------------------------------------------------------------
@@ -126,7 +127,8 @@ class Comparison:
         path = self.args.out / "rates.json"
         self.rates = json.loads(path.read_text()) if path.exists() else {}
         if not self.args.updates:
-            names = dict.fromkeys(twin(name) for name in self.names)
+            searches = [name for name in map(searched, self.names) if not self.found_rates(name).exists()]
+            names = dict.fromkeys(twin(name) for name in (*self.names, *with_starts(searches)))
             for batch in {self.batch(ROWS[name]) for name in names}:  # before the threads that read them
                 self.write_part(f"train_probe_{batch}", PROBE_UPDATES * batch)
             with ThreadPoolExecutor(self.args.jobs) as pool:
@@ -188,8 +190,7 @@ class Comparison:
         folder, result = self.folder(name, seed), self.args.results / f"{name}-seed{seed}.json"
         if not self.is_needed(name, seed):
             return
-        if not (folder / "done.json").exists():
-            self.train_row(name, seed)
+        self.train_row(name, seed)
         if name not in HIDDEN and not result.exists():
             measured = self.args.out / f"{name}-seed{seed}.json"
             python(
@@ -209,11 +210,18 @@ class Comparison:
         return any(ROWS[other].start == name and self.is_needed(other, seed) for other in self.names)
 
     def train_row(self, name: str, seed: int) -> None:
+        """Trains a row unless it is trained; the search of a learning rate may ask for the same one meanwhile."""
+        folder = self.folder(name, seed)
+        with self.training_locks.setdefault(folder, threading.Lock()):
+            if not (folder / "done.json").exists():
+                self.train_now(name, seed)
+
+    def train_now(self, name: str, seed: int) -> None:
         row, folder = ROWS[name], self.folder(name, seed)
         updates = self.updates_of(name)
         start = self.folder(row.start, seed) / "checkpoint_last.pt" if row.start else None
+        rate = self.learning_rate(searched(name))
         print(f"\n== {name}, seed {seed}: {updates} updates ({time.strftime('%H:%M:%S')})", flush=True)
-        rate = self.learning_rate(name, start)
         before = json.loads(start.with_name("done.json").read_text()) if start else {}
         begin = time.monotonic()
         log = self.train(row, folder, updates, seed, start, rate, validate=True)
@@ -244,25 +252,28 @@ class Comparison:
         updates = seconds / first if seconds < epoch * first else epoch + (seconds - epoch * first) / later
         return max(1, round(updates))
 
-    def learning_rate(self, name: str, start: Path | None) -> float:
-        """The best of those that are tried on the row that stands for this one, by its validation loss."""
-        like = searched(name)
+    def learning_rate(self, name: str) -> float:
+        """The best of those that are tried on a row, by its validation loss with the first seed."""
         if self.args.updates:
-            return LEARNING_RATES[like][1]
-        path = self.args.results / f"search-{like}.json"
-        with self.search_locks[like]:
+            return LEARNING_RATES[name][1]
+        with self.search_locks[name]:
+            path, begin, seed = self.found_rates(name), ROWS[name].start, self.args.seeds[0]
             found = json.loads(path.read_text()) if path.exists() else {"minutes": self.args.minutes, "losses": {}}
-            for rate in LEARNING_RATES[like]:
-                if str(rate) not in found["losses"]:
-                    updates = self.updates_of(like, SEARCH_SHARE)
-                    print(f"\n== {like} at learning rate {rate}: {updates} updates", flush=True)
-                    log = self.train(
-                        ROWS[like], self.args.out / f"search-{like}", updates, 1, start, rate, validate=True
-                    )
-                    points = curve(log)
-                    found["losses"][str(rate)] = points[-1]["loss"] if points else float("nan")
-                    write_json(path, found)
-            return min(LEARNING_RATES[like], key=lambda rate: (isnan(loss := found["losses"][str(rate)]), loss))
+            missing = [rate for rate in LEARNING_RATES[name] if str(rate) not in found["losses"]]
+            if missing and begin:
+                self.train_row(begin, seed)
+            for rate in missing:
+                updates = self.updates_of(name, SEARCH_SHARE)
+                print(f"\n== {name} at learning rate {rate}: {updates} updates", flush=True)
+                start = self.folder(begin, seed) / "checkpoint_last.pt" if begin else None
+                folder = self.args.out / f"search-{name}"
+                points = curve(self.train(ROWS[name], folder, updates, seed, start, rate, validate=True))
+                found["losses"][str(rate)] = points[-1].get("loss", float("nan")) if points else float("nan")
+                write_json(path, found)
+            return min(LEARNING_RATES[name], key=lambda rate: (isnan(loss := found["losses"][str(rate)]), loss))
+
+    def found_rates(self, name: str) -> Path:
+        return self.args.results / f"search-{name}.json"
 
     def folder(self, name: str, seed: int) -> Path:
         return self.args.out / "models" / f"{name}-seed{seed}"

@@ -132,8 +132,7 @@ def measure_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
         results["sets"][name] = measure_set(model, data, name, word_ends)
     results["text_kl"] = text_kl(model, args.data)
     if args.robustness:
-        data = Manifest.load(manifest_of(args.data, "heard"))
-        voices = voices_of(data, args.data)
+        voices = voices_of(Manifest.load(manifest_of(args.data, "heard")), args.data)
         results["conditions"] = {}
         for condition in tqdm(CONDITIONS, desc="under noise", unit="condition"):
             speech = [(under(condition, name, voices), SAMPLE_RATE) for name in voices.ids]
@@ -231,7 +230,8 @@ class WordEnds:
         assert utterance is not None
         aligned = model.align((utterance.waveform.numpy(), 16_000), transcript=utterance.row["src_text"])
         tokens = [(token.token, token.end) for token in aligned]
-        return [round(float(ms), 1) for ms in boundary_differences(tokens, [tuple(one) for one in ends]).differences_ms]
+        differences = boundary_differences(tokens, [(word, end) for word, end in ends]).differences_ms
+        return [round(float(ms), 1) for ms in differences]
 
 
 if __name__ == "__main__":

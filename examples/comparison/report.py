@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from pictures import plot_all
-from systems import CLAIMS, DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, QUESTIONS, ROWS, SCALED, SETS, UNTRAINED
+from systems import CLAIMS, DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, QUESTIONS, ROWS, SCALED, SETS, UNTRAINED, Claim
 
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.evaluation.metrics import Measurement, bleu, contains_match, error_rate, rouge_l
 from blspkd_fairseq.evaluation.significance import (
     Interval,
+    PairedResult,
     bootstrap_interval,
     holm,
     paired_bootstrap,
@@ -33,7 +34,7 @@ _LEVEL = 0.05
 
 
 class Measure(NamedTuple):
-    """A column. ``of`` makes its statistics from one run on one set; None where the system has none."""
+    """A column. ``of`` makes its statistics from a run, the text's run and the rows of a set, or None."""
 
     title: str
     of: Callable[[dict[str, Any], dict[str, Any], dict[str, str]], Measurement | None]
@@ -125,12 +126,16 @@ def _repeat(run: dict[str, Any], text: dict[str, Any], rows: dict[str, Any]) -> 
     return error_rate(run["repeat"], [rows[i]["src_text"] for i in run["id"]], "WER", "en")
 
 
-def _continued(metric: Callable[..., Measurement]) -> Callable[..., Measurement]:
+def _like_text(metric: Callable[..., Measurement], asked: str) -> Callable[..., Measurement]:
     def of(run: dict[str, Any], text: dict[str, Any], rows: dict[str, Any]) -> Measurement:
-        answers = dict(zip(text["id"], text["continue"], strict=True))
-        return metric(run["continue"], [answers[i] for i in run["id"]], "en")
+        answers = dict(zip(text["id"], text[asked], strict=True))
+        return metric(run[asked], [answers[i] for i in run["id"]], "en")
 
     return of
+
+
+def _capitals(run: dict[str, Any], text: dict[str, Any], rows: dict[str, Any]) -> Measurement:
+    return contains_match(run["chat"], [rows[i]["tgt_text"] for i in run["id"]], "en")
 
 
 def _counts(run: dict[str, Any], text: dict[str, Any], rows: dict[str, Any]) -> Measurement | None:
@@ -152,12 +157,24 @@ MEASURES = {
     "response_kl": Measure("response KL", _kl("response"), True, ".3f"),
     "agreement": Measure("top-1 agreement, %", _agreement, False, ".1f"),
     "wer": Measure("WER of repeat, %", _repeat, True, ".1f"),
-    "self_bleu": Measure("Self-BLEU of continuations", _continued(bleu), False, ".1f"),
-    "self_rouge": Measure("Self-ROUGE-L of continuations", _continued(rouge_l), False, ".1f"),
+    "self_bleu": Measure("Self-BLEU of continuations", _like_text(bleu, "continue"), False, ".1f"),
+    "self_rouge": Measure("Self-ROUGE-L of continuations", _like_text(rouge_l, "continue"), False, ".1f"),
     "count": Measure("token-count error, %", _counts, True, ".1f"),
     "boundary": Measure("boundary error, ms", _boundaries, True, ".0f"),
 }
-DECIDING = ("response_kl", "wer", "self_bleu")
+QUESTION_MEASURES = {
+    "capitals": Measure("right capitals, %", _capitals, False, ".0f"),
+    "answer_bleu": Measure("Self-BLEU of answers", _like_text(bleu, "chat"), False, ".1f"),
+    "answer_rouge": Measure("Self-ROUGE-L of answers", _like_text(rouge_l, "chat"), False, ".1f"),
+}
+_ALL = MEASURES | QUESTION_MEASURES
+# What the claims are tested on, and on which sets.
+DECIDING = {"response_kl": _SPOKEN, "wer": _SPOKEN, "self_bleu": _SPOKEN, "answer_bleu": QUESTIONS}
+
+
+def _kl_curve(run: dict[str, Any]) -> list[tuple[float, float]]:
+    """Updates and response KL of each validation; those of a warm-up alone have none."""
+    return [(point["num_updates"], point["response_kl"]) for point in run["curve"] if "response_kl" in point]
 
 
 def _interval(of_seeds: Sequence[Measurement]) -> Interval:
@@ -187,18 +204,26 @@ class Report:
         said = discussion.read_text(encoding="utf-8") if discussion.exists() else ""
         return cls(Runs.load(results), read_texts(data), audio_hours(data / "train.tsv"), said)
 
-    def measurements(self, name: str, sets: Sequence[str], measure: str) -> list[Measurement]:
-        """One for each seed; rows of several sets one after another; none where the system has no such figure."""
-        found = []
-        for run in self.runs.of.get(name, {}).values():
+    def by_seed(self, name: str, sets: Sequence[str], measure: str) -> dict[int, Measurement]:
+        """Rows of several sets one after another; nothing where the system has no such figure."""
+        found = {}
+        for seed, run in self.runs.of.get(name, {}).items():
             parts = [
-                MEASURES[measure].of(run["sets"][one], self.runs.of["text"][0]["sets"][one], self.texts[one])
+                _ALL[measure].of(run["sets"][one], self.runs.of["text"][0]["sets"][one], self.texts[one])
                 for one in sets
             ]
             whole = [part for part in parts if part is not None]
             if len(whole) == len(sets):
-                found.append(replace(whole[0], statistics=np.concatenate([part.statistics for part in whole])))
+                found[seed] = replace(whole[0], statistics=np.concatenate([part.statistics for part in whole]))
         return found
+
+    def measurements(self, name: str, sets: Sequence[str], measure: str) -> list[Measurement]:
+        """One for each seed."""
+        return list(self.by_seed(name, sets, measure).values())
+
+    def sentences(self, sets: Sequence[str]) -> list[str]:
+        """What is said in each row: the same in both voices, so that these rows are no two observations."""
+        return [self.texts[one][i]["src_text"] for one in sets for i in self.runs.of["text"][0]["sets"][one]["id"]]
 
     def interval(self, name: str, set_name: str, measure: str) -> Interval | None:
         made = self.measurements(name, [set_name], measure)
@@ -206,7 +231,7 @@ class Report:
 
     def cell(self, name: str, set_name: str, measure: str) -> str:
         """The score of all seeds with its interval, and the seeds' range."""
-        made, form = self.measurements(name, [set_name], measure), MEASURES[measure].form
+        made, form = self.measurements(name, [set_name], measure), _ALL[measure].form
         if not made:
             return "–"
         interval = _interval(made)
@@ -268,7 +293,7 @@ class Report:
         return [(level, error_rate(given, texts, "WER", "en").score) for level, given in levels.items()]
 
     def measure_title(self, measure: str) -> str:
-        return MEASURES[measure].title
+        return _ALL[measure].title
 
     def titles(self, name: str) -> str:
         return ROWS[name].title if name in ROWS else UNTRAINED[name]
@@ -312,37 +337,17 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def questions_table(self) -> str:
-        lines = [
-            "| system | " + " | ".join(
-                f"{column}, {SETS[one]}" for one in _SPOKEN
-                for column in ("right capitals, %", "Self-BLEU of answers", "Self-ROUGE-L of answers")
-            ) + " |",
-            "|---" * 7 + "|",
-        ]  # fmt: skip
+        columns = [(one, measure) for one in QUESTIONS for measure in QUESTION_MEASURES]
+        titles = [f"{_ALL[measure].title}, {SETS[one.removeprefix('questions_')]}" for one, measure in columns]
+        lines = ["| system | " + " | ".join(titles) + " |", "|---" * (1 + len(columns)) + "|"]
         for name in self.shown:
-            cells = [cell for one in _SPOKEN for cell in self.question_cells(name, f"questions_{one}")]
+            cells = [self.cell(name, one, measure) for one, measure in columns]
             lines.append(f"| {self.titles(name)} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
-    def question_cells(self, name: str, set_name: str) -> list[str]:
-        """Right answers, and how near the answers are to those to the text; intervals over questions."""
-        rows, text = self.texts[set_name], self.runs.of["text"][0]["sets"][set_name]
-        by_text = dict(zip(text["id"], text["chat"], strict=True))
-        made: list[list[Measurement]] = [[], [], []]
-        for run in self.runs.of[name].values():
-            given = run["sets"][set_name]
-            made[0].append(contains_match(given["chat"], [rows[i]["tgt_text"] for i in given["id"]], "en"))
-            made[1].append(bleu(given["chat"], [by_text[i] for i in given["id"]], "en"))
-            made[2].append(rouge_l(given["chat"], [by_text[i] for i in given["id"]], "en"))
-        cells = []
-        for of_seeds in made:
-            interval = _interval(of_seeds)
-            cells.append(f"{interval.score:.0f} [{interval.low:.0f}, {interval.high:.0f}]")
-        return cells if name != "text" else [cells[0], "100", "100"]
-
     def cost_table(self) -> str:
         trained = [name for name in self.shown if name in ROWS]
-        common = min((self.first(n)["updates"] for n in trained if not ROWS[n].transcripts), default=0)
+        common = max((points[0][0] for n in trained if (points := _kl_curve(self.first(n)))), default=0)
         lines = [
             "| system | KL of text against the base LLM | updates | utterances | updates/s | training minutes | "
             f"of it roll-outs | response KL in validation after {common} updates |",
@@ -356,7 +361,7 @@ class Report:
             rolled = float(np.mean([run["rollout_wall"] for run in runs])) / 60
             start = f" after {ROWS[name].start}" if ROWS[name].start else ""
             cells = [
-                f"{np.mean(text):.4f}" if max(text) else "0 (bit for bit)",
+                f"{np.mean(text):.4f}" if max(text) else "0",
                 f"{updates}{start}",
                 str(runs[0]["utterances_before"] + updates * runs[0]["batch"]),
                 f"{updates / max(wall, 1e-9):.2f}",
@@ -369,11 +374,10 @@ class Report:
 
     @staticmethod
     def validation_kl(runs: Sequence[dict[str, Any]], updates: int) -> str:
-        """Between two validations by interpolation."""
+        """Between two validations by interpolation; of what trained for less there is none."""
         found = []
-        for run in runs:
-            points = [(p["num_updates"], p["response_kl"]) for p in run["curve"] if "response_kl" in p]
-            if points:
+        for points in map(_kl_curve, runs):
+            if points and points[0][0] <= updates <= points[-1][0]:
                 found.append(float(np.interp(updates, *zip(*points, strict=True))))
         return f"{np.mean(found):.3f}" if found else "–"
 
@@ -387,41 +391,52 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def claims_table(self) -> str:
-        results: dict[tuple[int, str], Any] = {}
-        for measure in DECIDING:
-            tested = []
-            for index, claim in enumerate(CLAIMS):
-                pair = [self.measurements(name, _SPOKEN, measure) for name in (claim.better, claim.worse)]
-                if all(pair):
-                    one, other = (np.mean([m.statistics for m in made], axis=0) for made in pair)
-                    score_of = pair[0][0].score_of
-                    boot = paired_bootstrap(one, other, score_of)
-                    exchanged = paired_randomization(one, other, score_of)
-                    tested.append((index, boot, exchanged.p))
-            for (index, boot, _), p in zip(tested, holm([p for _, _, p in tested]), strict=True):
-                results[index, measure] = boot, p
-        lines = [
-            "| claim | " + " | ".join(MEASURES[measure].title for measure in DECIDING) + " | seeds |",
-            "|---" * (2 + len(DECIDING)) + "|",
-        ]
-        for index, claim in enumerate(CLAIMS):
-            cells = [self.verdict(measure, results.get((index, measure))) for measure in DECIDING]
-            seeds = min(
-                (len(self.runs.of.get(name, {})) for name in (claim.better, claim.worse) if name in ROWS), default=0
-            )
-            lines.append(f"| {claim.text} | " + " | ".join(cells) + f" | {seeds} |")
+        columns = {measure: self.claims_on(measure) for measure in DECIDING}
+        titles = [_ALL[measure].title for measure in DECIDING]
+        lines = ["| claim | " + " | ".join(titles) + " | seeds |", "|---" * (2 + len(DECIDING)) + "|"]
+        for claim in CLAIMS:
+            cells = [columns[measure].get(claim.text, "–") for measure in DECIDING]
+            lines.append(f"| {claim.text} | " + " | ".join(cells) + f" | {len(self.common_seeds(claim))} |")
         return "\n".join(lines) + "\n"
 
+    def common_seeds(self, claim: Claim) -> list[int]:
+        """That both rows were trained with; systems without training stand for every seed."""
+        sides = [set(self.runs.of.get(name, {})) for name in (claim.better, claim.worse) if name in ROWS]
+        return sorted(set.intersection(*sides))
+
+    def claims_on(self, measure: str) -> dict[str, str]:
+        """The verdict on each claim that can be tested, by its text."""
+        sets = DECIDING[measure]
+        blocks = self.sentences(sets)
+        tested = []
+        for claim in CLAIMS:
+            better, worse = (self.by_seed(name, sets, measure) for name in (claim.better, claim.worse))
+            seeds = self.common_seeds(claim) if better and worse else []
+            # A system without training is the same with every seed.
+            pairs = [tuple(side[seed if seed in side else 0] for side in (better, worse)) for seed in seeds]
+            if pairs:
+                one, other = (np.mean([pair[i].statistics for pair in pairs], axis=0) for i in (0, 1))
+                score_of = pairs[0][0].score_of
+                boot = paired_bootstrap(one, other, score_of, blocks=blocks)
+                p = paired_randomization(one, other, score_of, blocks=blocks).p
+                tested.append((claim.text, boot, p, [pair[0].score - pair[1].score for pair in pairs]))
+        corrected = holm([p for _, _, p, _ in tested])
+        return {
+            text: self.verdict(measure, boot, p, differences)
+            for (text, boot, _, differences), p in zip(tested, corrected, strict=True)
+        }
+
     @staticmethod
-    def verdict(measure: str, result: Any) -> str:
-        if result is None:
-            return "–"
-        boot, p = result
-        form = MEASURES[measure].form
-        gain = -boot.difference if MEASURES[measure].less_is_better else boot.difference
-        verdict = "not decided" if not p < _LEVEL else "**holds**" if gain > 0 else "**the opposite holds**"
+    def verdict(measure: str, boot: PairedResult, p: float, differences: Sequence[float]) -> str:
+        """Decided is what is significant, and has the same sign with every seed."""
+        form, sign = _ALL[measure].form, -1 if _ALL[measure].less_is_better else 1
+        decided = p < _LEVEL and len({np.sign(difference) for difference in differences}) == 1
+        verdict = (
+            "not decided" if not decided else "**holds**" if sign * boot.difference > 0 else "**the opposite holds**"
+        )
         low, high = f"{boot.low:+{form}}", f"{boot.high:+{form}}"
-        return f"{verdict}: {boot.difference:+{form}} [{low}, {high}], p {p:.3f}"
+        seeds = f" ({min(differences):+{form}} to {max(differences):+{form}})" if len(differences) > 1 else ""
+        return f"{verdict}: {boot.difference:+{form}} [{low}, {high}]{seeds}, p {p:.3f}"
 
     def commands(self) -> str:
         columns = ("row", "seed", "minutes", "commands (the names of the base models and folders aside)")

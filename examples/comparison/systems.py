@@ -73,7 +73,8 @@ ROWS |= PUBLISHED
 SETS = {"heard": "heard voices", "unheard": "a voice never heard", "real": "real recordings"}
 QUESTIONS = ("questions_heard", "questions_unheard")
 UNTRAINED = {"text": "the LLM reads the transcript", "cascade": "cascade: Whisper tiny.en, then the LLM"}
-MAIN = ("blsp", "cnn_kl", "blsp_kd", "warm_up", "warm_blsp_kd", "x_opd")  # with all seeds; the first under noise, too
+# With all seeds; the first under noise, too.
+MAIN = ("blsp", "cnn_kl", "blsp_kd", "warm_up", "warm_blsp_kd", "longer", "x_opd")
 
 # Rows again with less data, for as many minutes.
 SCALED = ("blsp", "warm_blsp_kd")
@@ -145,5 +146,6 @@ CLAIMS = (
     Claim("on-policy distillation beats as much more of BLSP-KD", "x_opd", "longer"),
     Claim("the exact estimator beats the sampled one (ours)", "x_opd_exact", "x_opd"),
     Claim("a shallow adapter beats a deeper one in this time (ours)", "warm_blsp_kd", "deep"),
-    Claim("the cascade stays ahead", "cascade", "warm_blsp_kd"),
+    Claim("the exact estimator beats as much more of BLSP-KD (ours)", "x_opd_exact", "longer"),
+    Claim("BLSP-KD beats the cascade of the same encoder (with the warm-up)", "warm_blsp_kd", "cascade"),
 )
