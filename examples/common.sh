@@ -31,6 +31,24 @@ fail() {
     exit 2
 }
 
+# from_here NAME ...: makes paths absolute before the caller's folder is left; what is no file is a name of a model hub
+from_here() {
+    local name
+    for name in "$@"; do
+        [ ! -e "${!name}" ] || printf -v "$name" '%s' "$(realpath "${!name}")"
+    done
+}
+
+# one_run FOLDER OPTIONS: a folder holds what was made with these options; with others its stages were no longer true
+one_run() {
+    local file=$1/options
+    if [ -e "$file" ] && [ "$(cat "$file")" != "$2" ]; then
+        fail "$1 holds a run with other options ($(cat "$file")): give another --out, or remove that folder"
+    fi
+    mkdir -p "$1"
+    printf '%s' "$2" >"$file"
+}
+
 # use_environment EXTRAS: makes it where it is missing
 use_environment() {
     bash "$root/scripts/venv.sh" "$1"

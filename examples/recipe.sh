@@ -1,33 +1,39 @@
-# The recipe of one system; sourced by examples/{blsp,warm_up,blsp_kd,x_opd,cascade}/run.sh, which set the variables of the first
-# paragraph and then call `recipe "$@"`. Stages that are done are skipped; each can be run again by itself.
+# The recipe of one system; sourced by examples/{blsp,warm_up,blsp_kd,x_opd,cascade}/run.sh, which set the variables of
+# the first paragraph and then call `recipe "$@"`. Stages that are done are skipped; each can be run again by itself.
 #
 #   --train "A.tsv B.tsv"  manifests to train on (README, Data)       --valid FILE    --test FILE
 #   --small                the same steps on real recordings, on two CPU cores, in minutes
 #   --speech-encoder NAME  default openai/whisper-small                --llm NAME      default Qwen/Qwen2.5-7B-Instruct
 #   --gpus N               on this machine (default 8; 0: CPU)         --nodes N --node-rank R --master HOST:PORT
 #   --from FILE            checkpoint to begin with
-#   --stage N --stop-stage N --out DIR --max-update N
+#   --stage N --stop-stage N --max-update N                            --out DIR       default out/SYSTEM, SYSTEM_small
 #
 #   1 data       one manifest for each split                           3 train      fairseq-train
 #   2 responses  the LLM continues the transcripts                     4 evaluate   against the cascade and the text
 set -euo pipefail
 
-name="" prompt=continue response_tokens=48 lr=1e-4 warm_up=1000 per_update=768 max_update=0 train_options=()
-small_options=() trained=yes needs_responses=yes
+# updates: 2,600 of 768 utterances are an epoch of 3,000 hours
+name="" prompt=continue response_tokens=48 lr=1e-4 warm_up=1000 per_update=768 updates=2600 max_update=0
+train_options=() small_options=() trained=yes needs_responses=yes
 recipe_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$recipe_folder/.." && pwd)
 source "$recipe_folder/common.sh"
 
 recipe() {
     local stage=0 stop_stage=4 train="" valid="" test="" gpus=8 nodes=1 node_rank=0 master=127.0.0.1:29500 from=""
-    local speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="$root/out/$name" small=""
+    local speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="" small=""
     parse_options small stage stop-stage train valid test gpus nodes node-rank master from speech-encoder llm out \
         max-update -- "$@"
     whole_numbers stage stop_stage gpus nodes node_rank max_update
     if [ -z "$small" ] && { [ -z "$test" ] || { [ -n "$trained" ] && { [ -z "$train" ] || [ -z "$valid" ]; }; }; }; then
         fail "${trained:+--train, --valid and }--test must be given (or --small; --help lists the options)"
     fi
-    out=$(realpath -m "$out")
+    local word words=""
+    for word in $train; do from_here word; words+="$word "; done
+    train=${words% }
+    from_here valid test from speech_encoder llm
+    out=$(realpath -m "${out:-$root/out/$name${small:+_small}}")
+    one_run "$out" "--train $train --valid $valid --test $test --speech-encoder $speech_encoder --llm $llm --from $from"
     # Utterances per update = GPUs x nodes x batch x accumulation: 8 x 1 x 8 x 12 = 768.
     local batch=8 accumulation device=() responses=(--max-new-tokens "$response_tokens" --batch-size 64) evaluate=()
     accumulation=$((per_update / (batch * nodes * (gpus > 0 ? gpus : 1))))
@@ -44,12 +50,12 @@ recipe() {
         responses=(--max-new-tokens 12 --batch-size 64 --rows 64) evaluate=(--max-new-tokens 16 --batch-size 32)
         [ "$max_update" -gt 0 ] || max_update=20
     fi
-    [ "$max_update" -gt 0 ] || max_update=2600  # an epoch of 3,000 hours
+    [ "$max_update" -gt 0 ] || max_update=$updates
     short_warm_up
     if [ -n "$trained" ]; then
         run_stage 1 "$name, data" make_data "$out"
         [ -z "$needs_responses" ] || run_stage 2 "$name, responses of the LLM to the transcripts" make_responses "$out"
-        run_stage 3 "$name, train" run_training "$out"
+        run_stage 3 "$name, train" run_training "$out" "$max_update updates"
     fi
     run_stage 4 "$name, evaluate" run_evaluation "$out"
     [ "$stop_stage" -lt 4 ] || echo "report: $out/report/report.md"
@@ -75,11 +81,11 @@ make_responses() {
 run_training() {
     local data=$out/data start=()
     [ -z "$needs_responses" ] || data=$out/data/responses
-    [ -z "$from" ] || start=(--finetune-from-model "$(realpath "$from")")
+    [ -z "$from" ] || start=(--finetune-from-model "$from")
     train_on_gpus "$data" --user-dir blspkd_fairseq --task blsp_kd "${device[@]}" --prompt "$prompt" \
         --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" \
-        --optimizer adam --lr "$lr" --lr-scheduler cosine --warmup-updates "$warm_up" --weight-decay 0.05 \
-        --clip-norm 1.0 --max-update "$max_update" --batch-size "$batch" --update-freq "$accumulation" \
+        --optimizer adam --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warm_up" --weight-decay 0.05 \
+        --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update" --batch-size "$batch" --update-freq "$accumulation" \
         --skip-bad-audio --seed 1 --num-workers 2 --log-interval 10 --keep-last-epochs 5 --save-dir "$out/model" \
         "${start[@]}" "${train_options[@]}"
 }

@@ -75,3 +75,24 @@ def test_the_recipes_of_all_systems_run(tmp_path: Path) -> None:
 def test_what_is_missing_is_said(name: str, options: list[str], message: str) -> None:
     done = subprocess.run(["bash", str(EXAMPLES / name / "run.sh"), *options], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "options").write_text("--train a.tsv")
+    given = ["--out", str(tmp_path), "--train", "b.tsv", "--valid", "v.tsv", "--test", "t.tsv"]
+    done = subprocess.run(["bash", str(EXAMPLES / "blsp" / "run.sh"), *given], capture_output=True, text=True)
+    assert done.returncode == 2 and "holds a run with other options (--train a.tsv): give another --out" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["options"]
+
+
+def test_paths_are_those_of_the_callers_folder(tmp_path: Path) -> None:
+    """The first stage, which leaves that folder, reads them; the names of models are left as they are."""
+    for name in ("a", "b", "v", "t"):
+        tiny.write_split(tmp_path, name, 2)
+    given = ["--train", "a.tsv b.tsv", "--valid", "v.tsv", "--test", "t.tsv", "--stop-stage", "1", "--out", "out"]
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / "blsp_kd" / "run.sh"), *given], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(Manifest.load(tmp_path / "out" / "data" / "train.tsv")) == 4
+    assert "--llm Qwen/Qwen2.5-7B-Instruct" in (tmp_path / "out" / "options").read_text()

@@ -3,7 +3,7 @@
 # Stages that are done are skipped; each can be run again by itself, and a stage that was killed goes on where it was.
 #
 #   bash examples/covost2/run.sh --common-voice DIR --translations DIR --direction en_de [options]
-#   bash examples/covost2/run.sh --small        the same steps on real recordings, on two CPU cores, in 10 minutes
+#   bash examples/covost2/run.sh --small        the same steps on real recordings, on two CPU cores, in minutes
 #
 #   --common-voice DIR     Common Voice 4, with a folder for each language (clips/, validated.tsv)
 #   --translations DIR     covost_v2.*.tsv
@@ -20,7 +20,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/examples/common.sh"
 
 stage=0 stop_stage=6 common_voice="" translations="" direction="" gpus=1 nodes=1 node_rank=0 master=127.0.0.1:29500
-speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="$root/out/covost2" max_update=0 small=""
+speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="" max_update=0 small=""
 usage() { sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 parse_options small stage stop-stage common-voice translations direction gpus nodes node-rank master speech-encoder \
     llm out max-update -- "$@"
@@ -29,9 +29,11 @@ if [ -z "$small" ] && { [ -z "$common_voice" ] || [ -z "$direction" ]; }; then
     fail "--common-voice and --direction are needed (or --small; --help lists the options)"
 fi
 common_voice=${common_voice:+$(realpath -m "$common_voice")} translations=${translations:+$(realpath -m "$translations")}
-out=$(realpath -m "$out")
+out=$(realpath -m "${out:-$root/out/covost2${small:+_small}}")
+from_here speech_encoder llm
+one_run "$out" "--common-voice $common_voice --translations $translations --speech-encoder $speech_encoder --llm $llm"
 
-# What 8 minutes of one CPU can show: that every step works. SmolLM2 cannot translate, so its BLEU says nothing.
+# What minutes of a CPU can show: that every step works. SmolLM2 cannot translate, so its BLEU says nothing.
 prepare=() responses=() train=() generate=(--max-len-b 128) evaluate=(--max-new-tokens 128)
 # The published recipe takes 768 utterances per update: GPUs x nodes x batch x accumulation.
 #   1 GPU:            1 x 1 x 8 x 96 = 768
@@ -65,7 +67,7 @@ run_direction() {
     local pair=$1 work=$out/$1 data=$out/$1/data model=$out/$1/model
     run_stage 1 "$pair, prepare" prepare_data "$work"
     run_stage 2 "$pair, responses of the LLM to the transcripts" make_responses "$work"
-    run_stage 3 "$pair, train" run_training "$work"
+    run_stage 3 "$pair, train" run_training "$work" "$max_update updates"
     [ "$node_rank" -eq 0 ] || return 0
     run_stage 4 "$pair, average" average_checkpoints "$work"
     run_stage 5 "$pair, generate" run_generation "$work"
@@ -92,8 +94,8 @@ run_training() {
     train_on_gpus "$data/responses" --user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${cuda[@]}" \
         --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" \
         --criterion kl_distillation --kd-temperature 2 \
-        --optimizer adam --lr "$lr" --lr-scheduler cosine --warmup-updates "$warm_up" --weight-decay 0.05 \
-        --clip-norm 1.0 --max-update "$max_update" --batch-size "$batch" --update-freq "$accumulation" \
+        --optimizer adam --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warm_up" --weight-decay 0.05 \
+        --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update" --batch-size "$batch" --update-freq "$accumulation" \
         --keep-last-epochs 5 --seed 1 --num-workers 2 --log-interval 10 --save-dir "$model" "${train[@]}"
 }
 

@@ -22,6 +22,8 @@ out="$root/out/quickstart" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
 usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 parse_options stage stop-stage minutes sentences speech-encoder llm out cache pretrained -- "$@"
 whole_numbers stage stop_stage minutes sentences
+out=$(realpath -m "$out") cache=$(realpath -m "$cache")
+from_here speech_encoder llm pretrained
 use_environment quickstart
 [ -z "$pretrained" ] || [ -f "$pretrained/config.json" ] ||
     fail "--pretrained $pretrained holds no config.json: give a folder of save_pretrained"

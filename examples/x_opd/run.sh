@@ -4,15 +4,15 @@
 #   bash examples/x_opd/run.sh --from out/blsp_kd/model/checkpoint_last.pt --train T.tsv --valid V.tsv --test T.tsv [options]
 #   bash examples/x_opd/run.sh --small [--from FILE]
 #
-# The paper trains the whole LLM (Adam, 2e-6, 256 utterances per update, 4 roll-outs each, one epoch); adapter and
-# Partial LoRA bear ten times that rate. As in the paper: --lora-scope all trains LoRA on text, too, held by L_im (what
+# The paper trains the whole LLM (Adam, 2e-6, 256 utterances per update, 4 roll-outs each, one epoch of 27,847: 109
+# updates); adapter and Partial LoRA bear ten times that rate. As in the paper: --lora-scope all trains LoRA on text, too, held by L_im (what
 # a checkpoint learned on speech acts on text from the start then). No dropout: roll-outs are drawn without. The prompt
 # is the spoken message itself. Add --teacher-llm for a larger teacher, --estimator exact for less variance.
 #
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"
 
-name=x_opd prompt=chat lr=2e-5 warm_up=50 per_update=256 needs_responses=""
+name=x_opd prompt=chat lr=2e-5 warm_up=50 per_update=256 updates=109 needs_responses=""
 train_options=(--criterion on_policy_distillation --rollouts 4 --rollout-max-tokens 256 --lora-scope speech
     --adapter-dropout 0 --lora-dropout 0)
 small_options=(--adapter-pre-layers 1 --adapter-post-layers 1 --adapter-heads 6 --rollouts 2 --rollout-max-tokens 8)
