@@ -375,7 +375,7 @@ def test_the_commands_of_the_readme(world: World, tmp_path: Path) -> None:
     names = {
         "blspkd_fairseq": str(PACKAGE), "openai/whisper-small": str(world.whisper),
         "Qwen/Qwen2.5-7B-Instruct": str(world.llm), "checkpoints": str(tmp_path), "results": str(tmp_path / "results"),
-        "checkpoints/checkpoint_best.pt": str(tmp_path / "checkpoint_best.pt"),
+        "checkpoints/checkpoint_best.pt": str(tmp_path / "checkpoint_best.pt"), "data/my": str(world.data),
     }  # fmt: skip
     small = ("--adapter-heads", 2, "--adapter-pre-layers", 1, "--adapter-post-layers", 1, "--eval-max-tokens", 4)
     train = readme_command("fairseq-train data", names)

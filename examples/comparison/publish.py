@@ -98,9 +98,9 @@ else it hears the sound and says something near.
 
 {minutes:.0f} minutes of {machine}: {utterances} utterances ({hours:.1f} hours, with repetitions) of
 `examples/comparison/data.py` in the voices joe (neural, CC0), slt and rms (CMU Arctic, by flite), speed varied. First a
-warm-up on transcripts, then distillation of the LLM's own continuations, both by
-`bash examples/comparison/run.sh --only small`. The base models were frozen; no task was trained but "Continue the
-following sentence":
+warm-up on transcripts, then distillation of the LLM's own continuations, as
+`bash examples/comparison/run.sh --only small --seeds 1` does both. The base models were frozen; no task was trained but
+"Continue the following sentence":
 
 ```
 {commands}
