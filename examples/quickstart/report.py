@@ -2,8 +2,8 @@
 
     python examples/quickstart/report.py --data DIR --checkpoint FILE --generated DIR --out DIR
 
-"before" is the same model with an adapter that has learned nothing. The answers of the LLM to the text are what its
-answers to the speech are compared with.
+"before" is the same model with an adapter that has learned nothing, or what --before gives. The answers of the LLM to the
+text are what its answers to the speech are compared with.
 """
 
 import argparse
@@ -45,7 +45,7 @@ PICTURES = 3
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     after = BlspKd.from_pretrained(args.checkpoint)
-    before = untrained(after)
+    before = began_with(after, args.before)
     results: dict[str, Any] = {"checkpoint": str(args.checkpoint), "sets": {}}
     with tqdm(total=2 * len(SETS), desc="evaluation", unit="pass") as bar:
         for split in SETS:
@@ -72,13 +72,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with test.tsv and test_unheard.tsv")
     parser.add_argument("--audio-root", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--before", type=Path, help="folder of save_pretrained that training began with")
     parser.add_argument("--generated", type=Path, required=True, help="--results-path of fairseq-generate")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args(arguments)
 
 
-def untrained(trained: BlspKd) -> BlspKd:
+def began_with(trained: BlspKd, folder: Path | None) -> BlspKd:
     """The model as training found it; it shares nothing with the trained one."""
+    if folder:
+        return BlspKd.from_pretrained(folder, llm=trained.config.llm, speech_encoder=trained.config.speech_encoder)
     torch.manual_seed(1)
     model, chat = build_speech_llm(trained.config)
     return BlspKd(model.to(trained.device), chat, trained.config)

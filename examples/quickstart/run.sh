@@ -53,7 +53,7 @@ for name, value in json.load(open(f"{sys.argv[1]}/config.json")).items():
 
 run_training() {
     # On two cores 8 minutes are 192 updates of 48 utterances of warm-up and 64 of 16 utterances of distillation.
-    local warm_up=$((minutes * 24)) distillation=$((minutes * 8)) start sizes common
+    local warm_up=$((minutes * 24)) distillation=$((minutes * 8)) lr=3e-4 start sizes common
     rm -rf "$model"
     common=(--user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${device[@]}"
         --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" --speech-encoder-dtype bfloat16
@@ -63,6 +63,7 @@ run_training() {
     if [ -n "$pretrained" ]; then
         mapfile -t start < <(sizes_of "$pretrained")
         start+=(--pretrained-model "$pretrained")
+        lr=1e-4  # it hears already: more of a rate loses what it can
     else
         sizes=(--adapter-pre-layers 2 --adapter-post-layers 2 --adapter-heads 6)
         start=("${sizes[@]}" --finetune-from-model "$model/warm-up/checkpoint_last.pt")
@@ -72,7 +73,7 @@ run_training() {
             --total-num-update "$warm_up" --max-update "$warm_up"
     fi
     fairseq-train "$data/responses" "${common[@]}" "${start[@]}" --save-dir "$model" \
-        --batch-size 16 --lr 3e-4 --warmup-updates 10 --total-num-update "$distillation" \
+        --batch-size 16 --lr "$lr" --warmup-updates $((distillation / 6)) --total-num-update "$distillation" \
         --max-update "$distillation"
 }
 
@@ -87,7 +88,8 @@ run_generation() {
 
 make_report() {
     python examples/quickstart/report.py --data "$data/responses" --audio-root "$data" \
-        --checkpoint "$model/checkpoint_last.pt" --generated "$out/generated" --out "$out/report"
+        --checkpoint "$model/checkpoint_last.pt" --generated "$out/generated" --out "$out/report" \
+        ${pretrained:+--before "$pretrained"}
 }
 
 speech_of="sentences=$sentences" responses_of="sentences=$sentences llm=$llm"
