@@ -2,8 +2,8 @@
 
     python examples/quickstart/report.py --data DIR --checkpoint FILE --generated DIR --out DIR
 
-"before" is the same model with an adapter that has learned nothing, or what --before gives. The answers of the LLM to the
-text are what its answers to the speech are compared with.
+"before" is the same model with an adapter that has learned nothing, or what --before gives. The answers of the LLM to
+the text are what its answers to the speech are compared with.
 """
 
 import argparse
