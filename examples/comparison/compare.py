@@ -92,6 +92,7 @@ class Comparison:
         self.data = args.out / "data"
         self.names = with_starts(args.only or list(ROWS))
         self.rates: dict[str, list[float]] = {}
+        self.rates_lock = threading.Lock()
         self.search_locks = {name: threading.Lock() for name in LEARNING_RATES}
         self.training_locks: dict[Path, threading.Lock] = {}
         self.device = [] if torch.cuda.is_available() else ["--cpu"]
@@ -143,8 +144,9 @@ class Comparison:
         shutil.rmtree(folder)
         seconds = [1 / max(1e-3, float(speed)) for speed in re.findall(r" ups=([\d.]+)", log)]
         first, later = mean(seconds[FIRST_COUNTED:PROBE_UPDATES]), mean(seconds[PROBE_UPDATES:])
-        self.rates[name] = [first, later]
-        write_json(self.args.out / "rates.json", self.rates)
+        with self.rates_lock:  # the file has all of them, whichever thread writes last
+            self.rates[name] = [first, later]
+            write_json(self.args.out / "rates.json", self.rates)
         print(f"{name}: {first:.2f} s per update in the first epoch, then {later:.2f} s", flush=True)
 
     def run_all(self) -> None:
