@@ -85,7 +85,8 @@ run_training() {
     train_on_gpus "$data" --user-dir blspkd_fairseq --task blsp_kd "${device[@]}" --prompt "$prompt" \
         --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" \
         --optimizer adam --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warm_up" --weight-decay 0.05 \
-        --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update" --batch-size "$batch" --update-freq "$accumulation" \
+        --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update" \
+        --batch-size "$batch" --update-freq "$accumulation" \
         --skip-bad-audio --seed 1 --num-workers 2 --log-interval 10 --keep-last-epochs 5 --save-dir "$out/model" \
         "${start[@]}" "${train_options[@]}"
 }

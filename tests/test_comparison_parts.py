@@ -39,7 +39,7 @@ def train_nothing(comparison: compare.Comparison, data: Path, monkeypatch: pytes
     def python(script: Path, *arguments: Any) -> None:
         Path(arguments[arguments.index("--out") + 1]).write_text("{}")
 
-    monkeypatch.setattr(comparison, "train", lambda *given, subset="", **options: train(*given, **options))
+    monkeypatch.setattr(comparison, "train", train)
     monkeypatch.setattr(compare, "python", python)
     return trained
 

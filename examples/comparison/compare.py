@@ -220,8 +220,7 @@ class Comparison:
 
     def train_now(self, name: str, seed: int) -> None:
         row, folder = ROWS[name], self.folder(name, seed)
-        updates = self.updates_of(name)
-        start = self.folder(row.start, seed) / "checkpoint_last.pt" if row.start else None
+        updates, start = self.updates_of(name), self.start_of(row, seed)
         rate = self.learning_rate(searched(name))
         print(f"\n== {name}, seed {seed}: {updates} updates ({time.strftime('%H:%M:%S')})", flush=True)
         before = json.loads(start.with_name("done.json").read_text()) if start else {}
@@ -259,17 +258,16 @@ class Comparison:
         if self.args.updates:
             return LEARNING_RATES[name][1]
         with self.search_locks[name]:
-            path, begin, seed = self.found_rates(name), ROWS[name].start, self.args.seeds[0]
+            path, row, seed = self.found_rates(name), ROWS[name], self.args.seeds[0]
             found = json.loads(path.read_text()) if path.exists() else {"minutes": self.args.minutes, "losses": {}}
             missing = [rate for rate in LEARNING_RATES[name] if str(rate) not in found["losses"]]
-            if missing and begin:
-                self.train_row(begin, seed)
+            if missing and row.start:
+                self.train_row(row.start, seed)
+            folder, start = self.args.out / f"search-{name}", self.start_of(row, seed)
             for rate in missing:
                 updates = self.updates_of(name, SEARCH_SHARE)
                 print(f"\n== {name} at learning rate {rate}: {updates} updates", flush=True)
-                start = self.folder(begin, seed) / "checkpoint_last.pt" if begin else None
-                folder = self.args.out / f"search-{name}"
-                points = curve(self.train(ROWS[name], folder, updates, seed, start, rate, validate=True))
+                points = curve(self.train(row, folder, updates, seed, start, rate, validate=True))
                 found["losses"][str(rate)] = points[-1].get("loss", float("nan")) if points else float("nan")
                 write_json(path, found)
             return min(LEARNING_RATES[name], key=lambda rate: (isnan(loss := found["losses"][str(rate)]), loss))
@@ -279,6 +277,10 @@ class Comparison:
 
     def folder(self, name: str, seed: int) -> Path:
         return self.args.out / "models" / f"{name}-seed{seed}"
+
+    def start_of(self, row: Row, seed: int) -> Path | None:
+        """The checkpoint that a row goes on from."""
+        return self.folder(row.start, seed) / "checkpoint_last.pt" if row.start else None
 
     @staticmethod
     def batch(row: Row) -> int:

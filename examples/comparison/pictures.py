@@ -26,12 +26,17 @@ def plot_all(report: "Report", folder: Path) -> None:
     plot_robustness(report, folder / "robustness.png")
 
 
+def kl_curve(run: dict[str, Any]) -> list[dict[str, float]]:
+    """The validations that have a response KL; those of a warm-up alone and of X-OPD have none."""
+    return [point for point in run["curve"] if "response_kl" in point]
+
+
 def plot_curves(report: "Report", path: Path) -> None:
     """KL and agreement in validation against updates, hours of audio and minutes, each with what it began with."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True, sharey="row", sharex="col")
     for number, name in enumerate(name for name in report.shown if name in MAIN):
         for index, run in enumerate(report.runs.of[name].values()):
-            points = [point for point in run["curve"] if "response_kl" in point]
+            points = kl_curve(run)
             if not points:
                 continue
             updates = np.array([point["num_updates"] for point in points])

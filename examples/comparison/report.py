@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pictures import plot_all
+from pictures import kl_curve, plot_all
 from systems import CLAIMS, DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, QUESTIONS, ROWS, SCALED, SETS, UNTRAINED, Claim
 
 from blspkd_fairseq.data.manifest import Manifest
@@ -170,11 +170,6 @@ QUESTION_MEASURES = {
 _ALL = MEASURES | QUESTION_MEASURES
 # What the claims are tested on, and on which sets.
 DECIDING = {"response_kl": _SPOKEN, "wer": _SPOKEN, "self_bleu": _SPOKEN, "answer_bleu": QUESTIONS}
-
-
-def _kl_curve(run: dict[str, Any]) -> list[tuple[float, float]]:
-    """Updates and response KL of each validation; those of a warm-up alone have none."""
-    return [(point["num_updates"], point["response_kl"]) for point in run["curve"] if "response_kl" in point]
 
 
 def _interval(of_seeds: Sequence[Measurement]) -> Interval:
@@ -355,7 +350,7 @@ class Report:
 
     def cost_table(self) -> str:
         trained = [name for name in self.shown if name in ROWS]
-        common = max((int(points[0][0]) for n in trained if (points := _kl_curve(self.first(n)))), default=0)
+        common = max((int(points[0]["num_updates"]) for n in trained if (points := kl_curve(self.first(n)))), default=0)
         lines = [
             "| system | KL of text against the base LLM | updates | utterances | updates/s | training minutes | "
             f"of it roll-outs | response KL in validation after {common} updates |",
@@ -384,9 +379,10 @@ class Report:
     def validation_kl(runs: Sequence[dict[str, Any]], updates: int) -> str:
         """Between two validations by interpolation; of what trained for less there is none."""
         found = []
-        for points in map(_kl_curve, runs):
-            if points and points[0][0] <= updates <= points[-1][0]:
-                found.append(float(np.interp(updates, *zip(*points, strict=True))))
+        for points in map(kl_curve, runs):
+            at = [point["num_updates"] for point in points]
+            if points and at[0] <= updates <= at[-1]:
+                found.append(float(np.interp(updates, at, [point["response_kl"] for point in points])))
         return f"{np.mean(found):.3f}" if found else "–"
 
     def learning_rates_table(self) -> str:
@@ -439,9 +435,8 @@ class Report:
         """Decided is what is significant, and has the same sign with every seed."""
         form, sign = _ALL[measure].form, -1 if _ALL[measure].less_is_better else 1
         decided = p < _LEVEL and len({np.sign(difference) for difference in differences}) == 1
-        verdict = (
-            "not decided" if not decided else "**holds**" if sign * boot.difference > 0 else "**the opposite holds**"
-        )
+        found = "**holds**" if sign * boot.difference > 0 else "**the opposite holds**"
+        verdict = found if decided else "not decided"
         low, high = f"{boot.low:+{form}}", f"{boot.high:+{form}}"
         seeds = f" ({min(differences):+{form}} to {max(differences):+{form}})" if len(differences) > 1 else ""
         return f"{verdict}: {boot.difference:+{form}} [{low}, {high}]{seeds}, p {p:.3f}"

@@ -95,7 +95,8 @@ run_training() {
         --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" \
         --criterion kl_distillation --kd-temperature 2 \
         --optimizer adam --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warm_up" --weight-decay 0.05 \
-        --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update" --batch-size "$batch" --update-freq "$accumulation" \
+        --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update" \
+        --batch-size "$batch" --update-freq "$accumulation" \
         --keep-last-epochs 5 --seed 1 --num-workers 2 --log-interval 10 --save-dir "$model" "${train[@]}"
 }
 
