@@ -126,6 +126,24 @@ def test_both_voices_of_a_sentence_are_one_observation() -> None:
     assert p == pytest.approx(2 / 2**5, abs=0.01)
 
 
+def continuing(answers: list[str]) -> dict[str, Any]:
+    run = measured({"heard": 0, "unheard": 0})
+    run["sets"]["heard"]["continue"] = answers
+    return run
+
+
+def test_a_score_of_several_seeds_is_their_mean() -> None:
+    """One seed says too little and one too much: in one corpus of both the lengths would come out right."""
+    full = [f"we see that {sentence} today" for sentence in SENTENCES]
+    seeds = {1: continuing(["today"] * len(full)), 2: continuing([f"{sentence} and so on" for sentence in full])}
+    rows = {i: {"src_text": sentence} for i, sentence in zip(IDS, SENTENCES, strict=True)}
+    report = Report(Runs({"text": {0: continuing(full)}, "kl": seeds}, {}), dict.fromkeys(SETS, rows), 0.0, "")
+    short, long = (made.score for made in report.measurements("kl", ["heard"], "self_bleu"))
+    interval = report.interval("kl", "heard", "self_bleu")
+    assert interval and interval.score == pytest.approx((short + long) / 2)
+    assert interval.low <= interval.score <= interval.high
+
+
 def test_a_system_without_training_stands_for_every_seed() -> None:
     better, worse = {"heard": 0, "unheard": 0}, {"heard": 9, "unheard": 9}
     runs = {"warm_blsp_kd": {1: measured(better), 2: measured(better)}, "cascade": {0: measured(worse)}}

@@ -23,6 +23,7 @@ from blspkd_fairseq.evaluation.metrics import Measurement, bleu, contains_match,
 from blspkd_fairseq.evaluation.significance import (
     Interval,
     PairedResult,
+    Score,
     bootstrap_interval,
     holm,
     paired_bootstrap,
@@ -172,9 +173,22 @@ _ALL = MEASURES | QUESTION_MEASURES
 DECIDING = {"response_kl": _SPOKEN, "wer": _SPOKEN, "self_bleu": _SPOKEN, "answer_bleu": QUESTIONS}
 
 
+def _over_seeds(of_seeds: Sequence[Measurement]) -> tuple[np.ndarray, Score]:
+    """The mean of the seeds' scores as one metric ``[rows, seeds k]``: what is drawn or exchanged, is so in all seeds.
+
+    Their sums would make one corpus, and the brevity penalty of BLEU sees nothing where short and long answers meet.
+    """
+
+    def score_of(totals: np.ndarray) -> np.ndarray:
+        parts = np.split(totals, len(of_seeds), axis=-1)
+        return np.mean([one.score_of(part) for one, part in zip(of_seeds, parts, strict=True)], axis=0)
+
+    return np.concatenate([one.statistics for one in of_seeds], axis=-1), score_of
+
+
 def _interval(of_seeds: Sequence[Measurement]) -> Interval:
-    """Over utterances; those of all seeds are drawn together."""
-    return bootstrap_interval(np.sum([one.statistics for one in of_seeds], axis=0), of_seeds[0].score_of)
+    """Of the seeds' mean, over utterances."""
+    return bootstrap_interval(*_over_seeds(of_seeds))
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -225,7 +239,7 @@ class Report:
         return _interval(made) if made else None
 
     def cell(self, name: str, set_name: str, measure: str) -> str:
-        """The score of all seeds with its interval, and the seeds' range."""
+        """The mean of the seeds with its interval, and their range."""
         made, form = self.measurements(name, [set_name], measure), _ALL[measure].form
         if not made:
             return "–"
@@ -419,8 +433,7 @@ class Report:
             # A system without training is the same with every seed.
             pairs = [tuple(side[seed if seed in side else 0] for side in (better, worse)) for seed in seeds]
             if pairs:
-                one, other = (np.mean([pair[i].statistics for pair in pairs], axis=0) for i in (0, 1))
-                score_of = pairs[0][0].score_of
+                (one, score_of), (other, _) = (_over_seeds(side) for side in zip(*pairs, strict=True))
                 boot = paired_bootstrap(one, other, score_of, blocks=blocks)
                 p = paired_randomization(one, other, score_of, blocks=blocks).p
                 tested.append((claim.text, boot, p, [pair[0].score - pair[1].score for pair in pairs]))

@@ -41,6 +41,7 @@ _ON_POLICY = (
 ROWS: dict[str, Row] = {
     "blsp": Row("BLSP: CNN, cross-entropy", f"{_CNN} {_CE} {_FROZEN}"),
     "cnn_kl": Row("CNN, response KL", f"{_CNN} {_FROZEN}"),
+    "cnn_kl_ce": Row("CNN, response KL + cross-entropy", f"{_CNN} --response-ce-weight 1 {_FROZEN}"),
     "cnn_kl_lora": Row("CNN, response KL, Partial LoRA", f"{_CNN} --lora-scope speech"),
     "ce": Row("CFormer, cross-entropy", f"{_CE} {_FROZEN}"),
     "kl": Row("CFormer, response KL", f"{_RESPONSE} {_FROZEN}"),
@@ -133,6 +134,7 @@ CLAIMS = (
     Claim("distillation beats cross-entropy on continuations (CNN)", "cnn_kl", "blsp"),
     Claim("distillation beats cross-entropy on continuations (CFormer)", "kl", "ce"),
     Claim("the same after the warm-up", "warm_kl", "warm_ce"),
+    Claim("cross-entropy beside the KL helps (CNN, ours)", "cnn_kl_ce", "cnn_kl"),
     Claim("an embedding for each token beats a fixed stride", "kl", "cnn_kl"),
     Claim("the whole of BLSP-KD beats BLSP", "blsp_kd", "blsp"),
     Claim("input KL helps", "kl_input", "kl"),
