@@ -44,7 +44,7 @@ def register() -> None:
     compat.allow_safe_checkpoint_globals()
     compat.silence_fairseq()
     compat.copy_checkpoints_atomically()
-    compat.refuse_a_folder_to_finetune_from()
+    compat.say_why_a_checkpoint_is_refused()
     from fairseq.models import import_models
     from fairseq.tasks import import_tasks
 

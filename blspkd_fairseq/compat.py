@@ -276,8 +276,9 @@ def copy_checkpoints_atomically() -> None:
         PathManager.copy = staticmethod(copy)
 
 
-def refuse_a_folder_to_finetune_from() -> None:
-    """fairseq takes a folder for --finetune-from-model, finds no file in it, and trains from scratch without a word."""
+def say_why_a_checkpoint_is_refused() -> None:
+    """fairseq takes a folder for --finetune-from-model, finds no file in it, and trains from scratch without a word;
+    what keeps a model from loading a checkpoint it replaces by "please ensure that the architectures match"."""
     from fairseq import checkpoint_utils
 
     load = checkpoint_utils.load_checkpoint
@@ -288,10 +289,15 @@ def refuse_a_folder_to_finetune_from() -> None:
                 f"--finetune-from-model {cfg.finetune_from_model} is a folder: give the checkpoint in it, or "
                 "--pretrained-model for a folder of save_pretrained"
             )
-        return load(cfg, *args, **kwargs)
+        try:
+            return load(cfg, *args, **kwargs)
+        except Exception as error:
+            if "architectures match" in str(error) and isinstance(error.__context__, ValueError):
+                raise error.__context__ from None
+            raise
 
-    load_checkpoint._refuses_folders = True  # type: ignore[attr-defined]
-    if not getattr(load, "_refuses_folders", False):
+    load_checkpoint._says_why = True  # type: ignore[attr-defined]
+    if not getattr(load, "_says_why", False):
         checkpoint_utils.load_checkpoint = load_checkpoint
 
 

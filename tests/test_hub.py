@@ -143,6 +143,18 @@ def test_other_base_models_and_wrong_options_are_said_plainly(trained: Trained, 
         BlspKd.from_pretrained(trained.checkpoint, lora_rank=2)
     with pytest.raises(ValueError, match="does not fit.*is unknown"):
         BlspKd.from_pretrained(trained.checkpoint, lora_scope="none")
+    # Of the same shapes, and yet not what was trained.
+    for option, other, message in (
+        ("adapter_heads", 4, "trained with --adapter-heads 2, .* something else with --adapter-heads 4"),
+        ("adapter_alignment", "pif", "trained with --adapter-alignment cif, .*: give --adapter-alignment cif"),
+        ("lora_alpha", 64.0, "trained with --lora-alpha 16, .*: give --lora-alpha 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BlspKd.from_pretrained(trained.checkpoint, **{option: other})
+    with pytest.raises(ValueError, match="must not be negative, got -1, 1 and None"):
+        BlspKd.from_pretrained(trained.checkpoint, adapter_pre_layers=-1)
+    with pytest.raises(ValueError, match="--adapter-alignment pif aligns tokens in the cformer"):
+        BlspKd.from_pretrained(trained.checkpoint, adapter="cnn", adapter_alignment="pif")
     with pytest.raises(ValueError, match="unknown --adapter 'nonesuch': choose from cformer"):
         BlspKd.from_pretrained(trained.checkpoint, adapter="nonesuch")
     with pytest.raises(ValueError, match="cannot load the .*'/no/such/llm'"):

@@ -49,6 +49,8 @@ class CFormer(nn.Module):
 
     one_to_one = True
     """Embedding i stands for token i of the transcript."""
+    settings: dict[str, float]
+    """Options that change what the weights mean, and not their shapes."""
 
     def __init__(
         self,
@@ -64,8 +66,14 @@ class CFormer(nn.Module):
         tokens_per_frame: float = 0.08,
     ) -> None:
         super().__init__()
-        if input_dim % heads:
+        if heads < 1 or input_dim % heads:
             raise ValueError(f"the adapter's heads ({heads}) must divide the speech encoder's width ({input_dim})")
+
+        if min(pre_layers, post_layers, ffn_dim or 0) < 0:
+            raise ValueError(
+                f"the adapter's layers and feed-forward width must not be negative, got {pre_layers}, {post_layers} "
+                f"and {ffn_dim}"
+            )
 
         def layers(count: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -75,6 +83,10 @@ class CFormer(nn.Module):
                 for _ in range(count)
             )
 
+        self.settings = {
+            "adapter_heads": float(heads),
+            "adapter_alignment": float(list(ALIGNMENTS).index(alignment)),
+        }
         self.integrate = ALIGNMENTS[alignment]
         self.input_norm = nn.LayerNorm(input_dim)
         self.pre = layers(pre_layers) if pre_layers else nn.ModuleList([nn.Linear(input_dim, input_dim)])

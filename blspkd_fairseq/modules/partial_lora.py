@@ -135,6 +135,15 @@ def add_partial_lora(
     return llm
 
 
+def lora_alpha(llm: PreTrainedModel) -> float | None:
+    """Alpha of the LLM's LoRA, or None if it has none."""
+    for module in llm.modules():
+        if isinstance(module, PartialLoraLinear):
+            name = module.active_adapters[0]
+            return float(module.scaling[name] * module.r[name])
+    return None
+
+
 def _check_targets(llm: PreTrainedModel, target_modules: Sequence[str]) -> None:
     """peft passes over a name that fits nothing as long as another fits."""
     layers = _linear_layers(llm)

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.fingerprint import fingerprint
-from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, speech_positions
+from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, lora_alpha, speech_positions
 from blspkd_fairseq.modules.sequence import Segment, Sequence, concatenate, is_valid, predicts
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
 
@@ -207,6 +207,12 @@ class SpeechLLM(ChatLLM):
         if not train_speech_encoder:
             self.fingerprints["speech_encoder"] = fingerprint(speech_encoder)
         self.train(self.training)
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Options that change what the trained weights mean, and not their shapes: checkpoints hold them."""
+        alpha = lora_alpha(self.llm)
+        return getattr(self.adapter, "settings", {}) | ({} if alpha is None else {"lora_alpha": alpha})
 
     # ---- modes -------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
-"""Checkpoints of a model most of which is frozen: what was trained, and by which frozen models."""
+"""Checkpoints of a model most of which is frozen: what was trained, by which frozen models and with which options."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,23 @@ from torch import Tensor
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.files import write_whole
+from blspkd_fairseq.modules.cformer import ALIGNMENTS
 from blspkd_fairseq.modules.fingerprint import fingerprint, same_fingerprint
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
-_FINGERPRINT = "frozen."
+_FINGERPRINT, _SETTING = "frozen.", "setting."
 _CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
 def trained_state_dict(model: SpeechLLM) -> dict[str, Tensor]:
-    """The trained parameters by name, and a fingerprint of each frozen model (a few hundred numbers)."""
+    """The trained parameters by name, a fingerprint of each frozen model (a few hundred numbers), and the settings."""
     parameters = dict(model.named_parameters())
     state = {name: parameters[name].detach() for name in sorted(model.trained_names)}
     for name, values in model.fingerprints.items():
         state[_FINGERPRINT + name] = values.clone()
+    for name, value in model.settings.items():
+        state[_SETTING + name] = torch.tensor(value)
     return state
 
 
@@ -35,10 +39,10 @@ def load_trained_state_dict(model: SpeechLLM, state: Mapping[str, Tensor]) -> No
     and the encoder must be the same. So training can go on with more parts than it began with.
 
     Raises:
-        ValueError: other frozen models than in training, or parameters that are missing, unknown or of other shapes
-            (the options of the model differ). Nothing has been loaded then.
+        ValueError: other frozen models than in training, parameters that are missing, unknown or of other shapes, or
+            settings that give the same weights another meaning. Nothing has been loaded then.
     """
-    weights = {name: value for name, value in state.items() if not name.startswith(_FINGERPRINT)}
+    weights = {name: value for name, value in state.items() if not name.startswith((_FINGERPRINT, _SETTING))}
     parameters = {name: p for name, p in model.named_parameters() if name in model.trained_names}
     then_trained = {_part(name) for name in weights}
     begins = {
@@ -70,12 +74,29 @@ def load_trained_state_dict(model: SpeechLLM, state: Mapping[str, Tensor]) -> No
             "the checkpoint does not fit the model's options (adapter, LoRA, unfrozen speech encoder) or its base "
             f"models: {shown}"
         )
+    _check_settings(model.settings, state)
     with torch.no_grad():
         for name, parameter in parameters.items():
             if name in weights:
                 parameter.copy_(weights[name])
             elif "lora_B" in name:
                 parameter.zero_()
+
+
+def _check_settings(settings: Mapping[str, float], state: Mapping[str, Tensor]) -> None:
+    """Checkpoints of versions before the settings have none of them."""
+    for name, now in settings.items():
+        then = float(state.get(_SETTING + name, now))
+        if not math.isclose(then, now, rel_tol=1e-3):  # averaged weights are rounded
+            option = f"--{name.replace('_', '-')}"
+            if name == "adapter_alignment":
+                shown = [list(ALIGNMENTS)[round(value)] for value in (then, now)]
+            else:
+                shown = [f"{value:g}" for value in (then, now)]
+            raise ValueError(
+                f"this checkpoint was trained with {option} {shown[0]}, and its weights mean something else with "
+                f"{option} {shown[1]}: give {option} {shown[0]}"
+            )
 
 
 def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
@@ -105,7 +126,7 @@ def write_trained(folder: Path, options: Mapping[str, Any], model: SpeechLLM, dt
     """Writes options and trained weights, these in ``dtype``, for :func:`read_trained`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {
-        name: (tensor if name.startswith(_FINGERPRINT) else tensor.to(dtype)).cpu().contiguous()
+        name: (tensor if name.startswith((_FINGERPRINT, _SETTING)) else tensor.to(dtype)).cpu().contiguous()
         for name, tensor in trained_state_dict(model).items()
     }
     write_whole(folder / _WEIGHTS, save(state))  # save_file lets nobody else read it
