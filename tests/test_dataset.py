@@ -72,6 +72,10 @@ def test_rows_may_have_their_own_prompts_languages_and_cut_responses(tmp_path: P
     assert (
         chat.end_of_turn_id not in text["response"][0].tolist() and chat.end_of_turn_id in text["response"][1].tolist()
     )
+    rewrite(tmp_path / "train.tsv", 1, cut="true")
+    data = SpeechTextDataset(Manifest.load(tmp_path / "train.tsv"), chat, prompt="repeat")
+    with pytest.raises(ManifestError, match=r"train.tsv.*cut is 'true': write 1 where the response was cut, or 0"):
+        data[1]
 
 
 def test_order_is_by_length_and_differs_between_training_epochs(tmp_path: Path, chat: ChatFormat) -> None:

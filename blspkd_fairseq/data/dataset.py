@@ -130,7 +130,10 @@ class SpeechTextDataset(FairseqDataset):
         except PromptError as error:
             raise ManifestError(f"{self.manifest.location(index)}: {error}") from error
         before, after = self.chat.prompt_ids(prompt)
-        response = row.get("tgt_text", "")
+        response, cut = row.get("tgt_text", ""), row.get("cut", "")
+        if cut not in ("", "0", "1"):
+            where = self.manifest.location(index)
+            raise ManifestError(f"{where}: cut is {cut!r}: write 1 where the response was cut, or 0")
         transcript = self.chat.encode_text(row.get("src_text", ""))
         if len(transcript) > max(_ANY_TOKENS, _TOKENS_PER_SECOND * len(samples) / SAMPLE_RATE):
             message = (
@@ -148,7 +151,7 @@ class SpeechTextDataset(FairseqDataset):
             list(before),
             transcript,
             list(after),
-            self.chat.response_ids(response, finished=row.get("cut", "") != "1") if response else [],
+            self.chat.response_ids(response, finished=cut != "1") if response else [],
             prompt,
         )
 
