@@ -7,6 +7,7 @@
 #   --gpus N               on this machine (default 8; 0: CPU)         --nodes N --node-rank R --master HOST:PORT
 #   --from FILE            checkpoint to begin with
 #   --stage N --stop-stage N --max-update N                            --out DIR       default out/SYSTEM, SYSTEM_small
+#   -- OPTIONS             more options of fairseq-train, in place of the recipe's where it has them
 #
 #   1 data       one manifest for each split                           3 train      fairseq-train
 #   2 responses  the LLM continues the transcripts                     4 evaluate   against the cascade and the text
@@ -21,9 +22,12 @@ source "$recipe_folder/common.sh"
 
 recipe() {
     local stage=0 stop_stage=4 train="" valid="" test="" gpus=8 nodes=1 node_rank=0 master=127.0.0.1:29500 from=""
-    local speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="" small=""
+    local speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="" small="" own=() more=()
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do own+=("$1"); shift; done
+    more=("${@:2}")
     parse_options small stage stop-stage train valid test gpus nodes node-rank master from speech-encoder llm out \
-        max-update -- "$@"
+        max-update -- "${own[@]}"
+    [ -n "$trained" ] || [ ${#more[@]} -eq 0 ] || fail "${more[*]}: nothing is trained here"
     whole_numbers stage stop_stage gpus nodes node_rank max_update
     if [ -z "$small" ] && { [ -z "$test" ] || { [ -n "$trained" ] && { [ -z "$train" ] || [ -z "$valid" ]; }; }; }; then
         fail "${trained:+--train, --valid and }--test must be given (or --small; --help lists the options)"
@@ -33,7 +37,7 @@ recipe() {
     train=${words% }
     from_here valid test from speech_encoder llm
     out=$(realpath -m "${out:-$root/out/$name${small:+_small}}")
-    one_run "$out" "--train $train --valid $valid --test $test --speech-encoder $speech_encoder --llm $llm --from $from"
+    one_run "$out" "--train $train --valid $valid --test $test --speech-encoder $speech_encoder --llm $llm --from $from${more[*]:+ -- ${more[*]}}"
     # Utterances per update = GPUs x nodes x batch x accumulation: 8 x 1 x 8 x 12 = 768.
     local batch=8 accumulation device=() responses=(--max-new-tokens "$response_tokens" --batch-size 64) evaluate=()
     accumulation=$((per_update / (batch * nodes * (gpus > 0 ? gpus : 1))))
@@ -88,7 +92,7 @@ run_training() {
         --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update" \
         --batch-size "$batch" --update-freq "$accumulation" \
         --skip-bad-audio --seed 1 --num-workers 2 --log-interval 10 --keep-last-epochs 5 --save-dir "$out/model" \
-        "${start[@]}" "${train_options[@]}"
+        "${start[@]}" "${train_options[@]}" "${more[@]}"
 }
 
 run_evaluation() {

@@ -53,7 +53,12 @@ def test_the_recipes_of_all_systems_run(tmp_path: Path) -> None:
     assert not any("lora_" in name for name in load(warm)["model"])
     run("blsp_kd", tmp_path / "kd", "--small", "--max-update", 2, "--from", warm, "--stop-stage", 3)
     checkpoint = tmp_path / "kd" / "model" / "checkpoint_last.pt"
-    run("x_opd", tmp_path / "opd", "--small", "--max-update", 1, "--from", checkpoint, "--stop-stage", 3)
+    run(
+        "x_opd", tmp_path / "opd", "--small", "--max-update", 1, "--from", checkpoint, "--stop-stage", 3,
+        "--", "--estimator", "exact", "--rollouts", 1,
+    )  # fmt: skip
+    options = load(tmp_path / "opd" / "model" / "checkpoint_last.pt")["cfg"]["criterion"]
+    assert (options["estimator"], options["rollouts"]) == ("exact", 1)
     assert set(load(tmp_path / "opd" / "model" / "checkpoint_last.pt")["model"]) == set(load(checkpoint)["model"])
     run("blsp", tmp_path / "blsp", "--small", "--max-update", 1, "--stop-stage", 3)
     assert not any("lora_" in n for n in load(tmp_path / "blsp" / "model" / "checkpoint_last.pt")["model"])
@@ -70,6 +75,7 @@ def test_the_recipes_of_all_systems_run(tmp_path: Path) -> None:
         ("cascade", [], "run.sh: --test must be given"),
         ("blsp_kd", ["--gpus", "many"], "--gpus must be a whole number"),
         ("x_opd", ["--from"], "--from needs a value"),
+        ("cascade", ["--small", "--", "--lr", "1"], "--lr 1: nothing is trained here"),
     ],
 )
 def test_what_is_missing_is_said(name: str, options: list[str], message: str) -> None:

@@ -5,10 +5,12 @@
 #   bash examples/x_opd/run.sh --small [--from FILE]
 #
 # The paper trains the whole LLM (Adam, 2e-6, 256 utterances per update, 4 roll-outs each, one epoch of 27,847: 109
-# updates); adapter and Partial LoRA bear ten times that rate. As in the paper: --lora-scope all trains LoRA on text,
-# too, held by L_im (what a checkpoint learned on speech acts on text from the start then). No dropout: roll-outs are
-# drawn without. The prompt is the spoken message itself. Add --teacher-llm for a larger teacher, --estimator exact for
-# less variance.
+# updates); adapter and Partial LoRA bear ten times that rate. No dropout: roll-outs are drawn without. The
+# prompt is the spoken message itself. To add behind the other options:
+#
+#   -- --lora-scope all    as in the paper: LoRA acts on text, too, held by L_im (what a checkpoint learned on speech acts
+#                          on text from the start then)
+#   -- --teacher-llm NAME  a larger teacher                     -- --estimator exact  less variance
 #
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"
