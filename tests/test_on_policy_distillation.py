@@ -21,6 +21,9 @@ from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
 blspkd_fairseq.register()
 
+from fairseq.logging import metrics  # noqa: E402
+
+from blspkd_fairseq.criterions import on_policy_distillation  # noqa: E402
 from blspkd_fairseq.criterions.on_policy_distillation import (  # noqa: E402
     OnPolicyDistillationConfig,
     OnPolicyDistillationCriterion,
@@ -70,7 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def criterion_of(model: BlspKdModel, **options: Any) -> OnPolicyDistillationCriterion:
-    defaults = {"rollouts": 2, "rollout_max_tokens": 6, "seed": 1, "quantity_weight": 0.0}
+    defaults = {"rollouts": 2, "rollout_max_tokens": 6, "seed": 1, "quantity_weight": 0.0, "trust_remote_code": False}
     cfg = OnPolicyDistillationConfig(**{**defaults, **options})  # type: ignore[arg-type]
     return OnPolicyDistillationCriterion(cfg, SimpleNamespace(chat=model.chat, target_dictionary=None))
 
@@ -243,6 +246,42 @@ def test_validation_leaves_the_kept_rollouts_alone(world: World) -> None:
     assert {key: rollouts.uses for key, rollouts in criterion._kept.items()} == kept != {}
 
 
+def test_a_batch_that_stands_in_for_another_uses_up_nothing(world: World) -> None:
+    model = world.build().train()
+    sample = world.sample(model, [0, 1])
+    criterion = criterion_of(model, rollout_lifetime=2, im_weight=0.0)
+    criterion(model, sample | {"left_out": True})
+    assert not criterion._kept
+    criterion(model, sample)
+    kept = dict(criterion._kept)
+    criterion(model, sample | {"left_out": True})
+    assert criterion._kept == kept and all(rollouts.uses == 1 for rollouts in kept.values())
+
+
+def test_several_processes_keep_no_rollouts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_policy_distillation, "get_data_parallel_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="--rollout-lifetime above 1 needs a single process"):
+        criterion_of(world.build(), rollout_lifetime=2)
+
+
+def test_no_agreement_is_logged_as_0(world: World) -> None:
+    logs = [{"speech_agree": 0.0, "speech_compared": 4.0}, {"speech_agree": 1.0, "speech_compared": 4.0}]
+    for given, expected in ((logs, 0.125), (logs[:1], 0.0)):
+        with metrics.aggregate(new_root=True) as logged_metrics:
+            OnPolicyDistillationCriterion.reduce_metrics(given)
+        assert logged_metrics["speech_agreement"].avg == expected
+    with metrics.aggregate(new_root=True) as logged_metrics:  # the sampled estimator measures none
+        OnPolicyDistillationCriterion.reduce_metrics([{"speech_compared": 0.0}])
+    assert "speech_agreement" not in logged_metrics
+
+
+def test_rollouts_longer_than_the_llm_reads_are_refused(world: World) -> None:
+    model = world.build().train()
+    positions = model.speech_llm.llm.config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"--rollout-max-tokens {positions} are longer than the {positions} pos"):
+        criterion_of(model, rollout_max_tokens=positions)(model, world.sample(model, [0]))
+
+
 def test_rollouts_take_the_frames_that_training_has_cached(world: World) -> None:
     model = world.build().train()
     model.speech_llm.cache_features = True
@@ -317,6 +356,7 @@ def test_off_policy_batches_are_the_divergence_on_the_responses(world: World) ->
     expected = sum(kl[out.rows == row].mean() for row in range(3))
     torch.testing.assert_close(loss, expected)
     assert log["rollouts"] == 0 and criterion.needs_responses
+    assert log["speech_off_policy_divergence_sum"] > 0 and log["speech_divergence_sum"] == 0  # another quantity
     shares = criterion_of(model, off_policy_share=0.5)
     chosen = []
     for update in range(40):
@@ -356,7 +396,8 @@ def test_a_larger_teacher_teaches(world: World, tmp_path: Path) -> None:
         ({"quantity_weight": -1}, "--quantity-weight must not be negative"),
         ({"teacher_llm_dtype": "fp16"}, "unknown --teacher-llm-dtype 'fp16': choose from float32, bfloat16, float16"),
         ({"rollouts": 0}, "at least one per prompt"),
-        ({"rollout_temperature": 0}, "temperature > 0"),
+        ({"rollout_temperature": 0}, "a temperature of at least 1e-06"),
+        ({"rollout_temperature": float("nan")}, "a temperature of at least 1e-06"),
         ({"rollout_top_p": 0}, "top-p"),
     ],
 )
@@ -400,6 +441,14 @@ def test_a_teacher_with_other_words_is_refused(world: World, tmp_path: Path) -> 
     (other / "tokenizer.json").write_text(tokenizer.replace('"!"', '"\\u00a1!"', 1), encoding="utf-8")
     with pytest.raises(ValueError, match="has another tokenizer than the student's LLM"):
         criterion_of(model, teacher_llm=str(other))
+    with pytest.raises(ValueError, match="cannot load the tokenizer '/no/such/llm': give --teacher-llm"):
+        criterion_of(model, teacher_llm="/no/such/llm")
+    with pytest.raises(ValueError, match="ends a turn with .*, the student's LLM with"):
+        own = SimpleNamespace(**{**vars(model.chat), "eos_ids": [3]})
+        OnPolicyDistillationCriterion(
+            OnPolicyDistillationConfig(seed=1, trust_remote_code=False, teacher_llm=str(world.llm)),
+            SimpleNamespace(chat=own, target_dictionary=None),
+        )
 
 
 # ---- through fairseq's commands ------------------------------------------------------------------------------------
@@ -474,7 +523,8 @@ def test_resumed_training_is_the_uninterrupted_one(world: World, tmp_path: Path)
 
 
 def test_generation_takes_its_checkpoints(world: World, tmp_path: Path) -> None:
-    world.train(tmp_path, *ON_POLICY, "--max-update", 1, "--disable-validation", "--off-policy-share", 0.5)
+    more = ("--off-policy-share", 0.5, "--teacher-llm", world.llm, "--trust-remote-code")
+    world.train(tmp_path, *ON_POLICY, "--max-update", 1, "--disable-validation", *more)
     output = fairseq(
         "generate", world.data, "--gen-subset", "valid", "--path", tmp_path / "checkpoint_last.pt", "--max-len-b", 3
     )

@@ -60,11 +60,12 @@ class OnPolicyDistillationConfig(FairseqDataclass):
         default=1,
         metadata={
             "help": "times that an utterance's roll-outs are trained on, an epoch after another, before new ones are "
-            "drawn; 1 is purely on-policy, more is cheaper. The sampled estimator weights them by the importance "
-            "ratio, the exact one takes them as prefixes. They are lost when training is resumed"
+            "drawn; 1 is purely on-policy, more is cheaper, in one process. The sampled estimator weights them by the "
+            "importance ratio, the exact one takes them as prefixes. They are lost when training is resumed"
         },
     )
     seed: int = II("common.seed")  # of the roll-outs
+    trust_remote_code: bool = II("model.trust_remote_code")  # of the teacher, as of the student
     im_weight: float = field(
         default=0.5, metadata={"help": "lambda: share of the student reading text; hearing has the rest (X-OPD: 0.5)"}
     )
@@ -190,7 +191,8 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
 
     def _rollouts_of(self, path: str, model: Any, sample: dict[str, Any], training: bool) -> "list[_Rollouts]":
         keys = sample["net_input"]["keys"]
-        lifetime = self.cfg.rollout_lifetime if training else 1
+        # A batch that stands in for another is not trained on.
+        lifetime = self.cfg.rollout_lifetime if training and not sample["left_out"] else 1
         if lifetime == 1:
             return self._draw(path, model, sample, list(range(len(keys))), training)
         new = [row for row, key in enumerate(keys) if (path, key) not in self._kept]
@@ -252,8 +254,8 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
             values, agrees = linear_jensen_shannon(
                 compared.student, teacher, weight, bias, self.cfg.beta, 1.0, self.cfg.chunk_size, head
             )
-            sums[f"{path}_divergence_sum"] = values.detach().sum()
-            sums[f"{path}_agree"] = agrees.sum()
+            divergence = values.detach().sum()
+            sums[f"{path}_agree"], sums[f"{path}_compared"] = agrees.sum(), torch.tensor(float(len(values)))
         else:
             student_log = -linear_cross_entropy(compared.student, compared.targets, weight, bias, self.cfg.chunk_size)
             with torch.no_grad():
@@ -263,8 +265,9 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
                 )
             advantage = teacher_log - student_log.detach()
             values = -importance_ratio(student_log, rolled) * advantage
-            sums[f"{path}_divergence_sum"] = -advantage.sum()
-        sums[f"{path}_tokens"] = torch.tensor(float(len(values)))
+            divergence = -advantage.sum()
+        name = path if rolled is not None else f"{path}_off_policy"
+        sums[f"{name}_divergence_sum"], sums[f"{name}_tokens"] = divergence, torch.tensor(float(len(values)))
         return values
 
     # ---- logging -----------------------------------------------------------------------------------------------
@@ -302,12 +305,14 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
             metrics.log_scalar("loss", total("loss") / utterances, utterances, round=4)
         if total("counted"):
             metrics.log_scalar("quantity", total("quantity_sum") / total("counted"), total("counted"), round=4)
-        for path in ("speech", "text"):
-            tokens = total(f"{path}_tokens")
+        for name in _DIVERGENCES:
+            tokens = total(f"{name}_tokens")
             if tokens:
-                metrics.log_scalar(f"{path}_divergence", total(f"{path}_divergence_sum") / tokens, tokens, round=4)
-                if total(f"{path}_agree"):
-                    metrics.log_scalar(f"{path}_agreement", total(f"{path}_agree") / tokens, tokens, round=4)
+                metrics.log_scalar(f"{name}_divergence", total(f"{name}_divergence_sum") / tokens, tokens, round=4)
+        for path in _PATHS:
+            compared = total(f"{path}_compared")
+            if compared:
+                metrics.log_scalar(f"{path}_agreement", total(f"{path}_agree") / compared, compared, round=4)
         if rollouts:
             metrics.log_scalar("rollout_length", total("rollout_tokens") / rollouts, rollouts, round=2)
             metrics.log_scalar("rollout_finished", total("rollouts_finished") / rollouts, rollouts, round=3)
@@ -316,8 +321,12 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         metrics.log_scalar_sum("rollout_wall", total("rollout_seconds") / workers, round=1)
 
 
+_PATHS = ("speech", "text")
+# What roll-outs give is one quantity, and the divergence on the manifest's responses another.
+_DIVERGENCES = (*_PATHS, *(f"{path}_off_policy" for path in _PATHS))
 _SUMS = [
-    *(f"{path}_{kind}" for path in ("speech", "text") for kind in ("divergence_sum", "agree", "tokens")),
+    *(f"{name}_{kind}" for name in _DIVERGENCES for kind in ("divergence_sum", "tokens")),
+    *(f"{path}_{kind}" for path in _PATHS for kind in ("agree", "compared")),
     "quantity_sum",
     "counted",
 ]
@@ -364,14 +373,22 @@ def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:
     Raises:
         ValueError: its tokenizer is not the student's.
     """
-    config = SpeechLlmConfig(llm=cfg.teacher_llm, llm_dtype=cfg.teacher_llm_dtype)
-    chat = ChatFormat(load_tokenizer(config), task.chat.system, task.chat.chat_template)
-    if chat.tokenizer.get_vocab() != task.chat.tokenizer.get_vocab() or chat.eos_ids != task.chat.eos_ids:
+    config = SpeechLlmConfig(
+        llm=cfg.teacher_llm, llm_dtype=cfg.teacher_llm_dtype, trust_remote_code=cfg.trust_remote_code
+    )
+    chat = ChatFormat(load_tokenizer(config, "teacher-llm"), task.chat.system, task.chat.chat_template)
+    if chat.tokenizer.get_vocab() != task.chat.tokenizer.get_vocab():
         raise ValueError(
             f"--teacher-llm {cfg.teacher_llm} has another tokenizer than the student's LLM: their words cannot be "
             "compared; take a larger model of the same family"
         )
-    return ChatLLM(load_llm(config, chat)).eval().requires_grad_(False)
+    if chat.eos_ids != task.chat.eos_ids:
+        ends = [" ".join(one.tokenizer.convert_ids_to_tokens(one.eos_ids)) for one in (chat, task.chat)]
+        raise ValueError(
+            f"--teacher-llm {cfg.teacher_llm} ends a turn with {ends[0]}, the student's LLM with {ends[1]}: take two "
+            "chat models of the same family (a base model ends otherwise)"
+        )
+    return ChatLLM(load_llm(config, chat, "teacher-llm")).eval().requires_grad_(False)
 
 
 def _check(cfg: OnPolicyDistillationConfig) -> None:
@@ -386,5 +403,10 @@ def _check(cfg: OnPolicyDistillationConfig) -> None:
         raise ValueError("--beta needs --estimator exact: the sampled estimator is one of the reverse KL (beta 1)")
     if cfg.rollout_lifetime < 1:
         raise ValueError(f"--rollout-lifetime must be at least 1, got {cfg.rollout_lifetime}")
+    if cfg.rollout_lifetime > 1 and get_data_parallel_world_size() > 1:
+        raise ValueError(
+            "--rollout-lifetime above 1 needs a single process: each keeps its own roll-outs, and shuffling moves the "
+            "utterances from one to another"
+        )
     if cfg.quantity_weight < 0:
         raise ValueError(f"--quantity-weight must not be negative, got {cfg.quantity_weight}")

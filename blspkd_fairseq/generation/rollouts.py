@@ -18,6 +18,8 @@ from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, speech_positions
 from blspkd_fairseq.modules.sequence import Segment
 from blspkd_fairseq.modules.speech_llm import ChatLLM
 
+_LEAST_TEMPERATURE = 1e-6  # practically greedy; smaller ones overflow
+
 
 @dataclass(frozen=True)
 class RolloutOptions:
@@ -38,8 +40,8 @@ class RolloutOptions:
     def __post_init__(self) -> None:
         if self.per_prompt < 1 or self.max_new_tokens < 1:
             raise ValueError("roll-outs: at least one per prompt, of at least one token")
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise ValueError("roll-outs need temperature > 0 and 0 < top-p <= 1")
+        if not (self.temperature >= _LEAST_TEMPERATURE and 0 < self.top_p <= 1):
+            raise ValueError(f"roll-outs need a temperature of at least {_LEAST_TEMPERATURE:g} and 0 < top-p <= 1")
 
 
 @torch.no_grad()
@@ -66,9 +68,11 @@ def roll_out(
         The ids of each roll-out, with the end of turn unless the length limit cut it; at least one.
 
     Raises:
+        ValueError: prompt and roll-out are longer than the LLM reads.
         FloatingPointError: the student's logits are not finite.
     """
     prompt = build_prompt(model, chat, heard, prompts)
+    _check_length(model, int(prompt.valid.sum(1).max()), options)
     everywhere = model.lora_scope == "all"
     mask = None
     if everywhere or (is_speech and model.lora_scope == "speech"):
@@ -92,6 +96,15 @@ def roll_out(
 def rollout_seed(*parts: object) -> int:
     """A seed that differs when one of the parts does, the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _check_length(model: ChatLLM, prompt: int, options: RolloutOptions) -> None:
+    positions = getattr(model.llm.config, "max_position_embeddings", None)
+    if positions is not None and prompt + options.max_new_tokens > positions:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and --rollout-max-tokens {options.max_new_tokens} are longer than the "
+            f"{positions} positions of the LLM: give less"
+        )
 
 
 def _until_end(ids: list[int], eos_ids: list[int]) -> list[int]:

@@ -140,13 +140,15 @@ def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:
     return ChatFormat(load_tokenizer(config), system=config.system_prompt or None, chat_template=template)
 
 
-def load_tokenizer(config: SpeechLlmConfig) -> Any:
-    """The tokenizer of the LLM that the options name."""
-    return _from_pretrained(AutoTokenizer, config.llm, "llm", "tokenizer", trust_remote_code=config.trust_remote_code)
+def load_tokenizer(config: SpeechLlmConfig, option: str = "llm") -> Any:
+    """The tokenizer of the LLM that the options name; ``option`` is the one that an error names."""
+    return _from_pretrained(AutoTokenizer, config.llm, option, "tokenizer", trust_remote_code=config.trust_remote_code)
 
 
-def load_llm(config: SpeechLlmConfig, chat: ChatFormat) -> PreTrainedModel:
+def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> PreTrainedModel:
     """The LLM that the options name, with a generation configuration that decodes as it is told and no other way.
+
+    ``option`` is the one that an error names.
 
     Raises:
         ValueError: it cannot be loaded, embeds fewer words than its tokenizer has, or its head is not linear.
@@ -154,7 +156,7 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat) -> PreTrainedModel:
     llm = _from_pretrained(
         AutoModelForCausalLM,
         config.llm,
-        "llm",
+        option,
         "LLM",
         dtype=DTYPES[config.llm_dtype],
         trust_remote_code=config.trust_remote_code,
@@ -209,6 +211,11 @@ def _check(config: SpeechLlmConfig) -> None:
         value = getattr(config, option)
         if value not in allowed:
             raise ValueError(f"unknown --{option.replace('_', '-')} {value!r}: choose from {', '.join(allowed)}")
+    if config.adapter != "cformer" and config.adapter_alignment != "cif":
+        raise ValueError(
+            f"--adapter-alignment {config.adapter_alignment} aligns tokens in the cformer: the {config.adapter} "
+            "adapter has none"
+        )
     if config.cache_encoder_features and config.unfreeze_speech_encoder:
         raise ValueError("--cache-encoder-features needs a frozen speech encoder: leave out --unfreeze-speech-encoder")
 
