@@ -15,7 +15,7 @@ set -euo pipefail
 
 # updates: 2,600 of 768 utterances are an epoch of 3,000 hours
 name="" prompt=continue response_tokens=48 lr=1e-4 warm_up=1000 per_update=768 updates=2600 max_update=0
-train_options=() small_options=() trained=yes needs_responses=yes
+train_options=() small_options=() trained=yes needs_responses=yes needs_start=""
 recipe_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$recipe_folder/.." && pwd)
 source "$recipe_folder/common.sh"
@@ -38,9 +38,9 @@ recipe() {
     from_here valid test from speech_encoder llm
     out=$(realpath -m "${out:-$root/out/$name${small:+_small}}")
     one_run "$out" "--train $train --valid $valid --test $test --speech-encoder $speech_encoder --llm $llm --from $from${more[*]:+ -- ${more[*]}}"
-    # Utterances per update = GPUs x nodes x batch x accumulation: 8 x 1 x 8 x 12 = 768.
+    [ -z "$needs_start" ] || [ -n "$small" ] || [ -n "$from" ] || fail "--from must be given: $needs_start"
     local batch=8 accumulation device=() responses=(--max-new-tokens "$response_tokens" --batch-size 64) evaluate=()
-    accumulation=$((per_update / (batch * nodes * (gpus > 0 ? gpus : 1))))
+    share_out
     [ "$gpus" -gt 0 ] || device=(--cpu)
     use_environment "quickstart${small:+,recordings}"
     if [ -n "$small" ]; then
@@ -63,6 +63,16 @@ recipe() {
     fi
     run_stage 4 "$name, evaluate" run_evaluation "$out"
     [ "$stop_stage" -lt 4 ] || echo "report: $out/report/report.md"
+}
+
+# Utterances per update = GPUs x nodes x batch x accumulation: 8 x 1 x 8 x 12 = 768
+share_out() {
+    local workers=$((nodes * (gpus > 0 ? gpus : 1)))
+    while [ "$batch" -gt 1 ] && [ $((batch * workers)) -gt "$per_update" ]; do batch=$((batch / 2)); done
+    accumulation=$(((per_update + batch * workers / 2) / (batch * workers)))
+    [ "$accumulation" -gt 0 ] || accumulation=1
+    local found=$((batch * workers * accumulation))
+    [ "$found" -eq "$per_update" ] || echo "an update has $found utterances, not $per_update: $workers GPUs do not divide them"
 }
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[-1]}"; sed -n '/^#   --train/,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -75,12 +77,38 @@ def test_the_recipes_of_all_systems_run(tmp_path: Path) -> None:
         ("cascade", [], "run.sh: --test must be given"),
         ("blsp_kd", ["--gpus", "many"], "--gpus must be a whole number"),
         ("x_opd", ["--from"], "--from needs a value"),
+        ("x_opd", ["--train", "a", "--valid", "b", "--test", "c"], "--from must be given"),
         ("cascade", ["--small", "--", "--lr", "1"], "--lr 1: nothing is trained here"),
     ],
 )
 def test_what_is_missing_is_said(name: str, options: list[str], message: str) -> None:
     done = subprocess.run(["bash", str(EXAMPLES / name / "run.sh"), *options], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("blsp", [], "--lr 5e-5 --warmup-updates 1000 --max-update 2600 --batch-size 8 --update-freq 12"),
+        ("blsp_kd", [], "--lr 1e-4 --warmup-updates 1000 --max-update 2600 --batch-size 8 --update-freq 12"),
+        ("x_opd", [], "--lr 2e-5 --warmup-updates 50 --max-update 109 --batch-size 8 --update-freq 4"),
+        ("blsp_kd", ["--gpus", 2, "--nodes", 3], "--batch-size 8 --update-freq 16"),
+        ("x_opd", ["--nodes", 8], "--batch-size 4 --update-freq 1"),
+        ("blsp_kd", ["--gpus", 7], "an update has 784 utterances, not 768 --batch-size 8 --update-freq 14"),
+    ],
+)
+def test_the_full_size_is_that_of_the_papers(tmp_path: Path, name: str, options: list[object], expected: str) -> None:
+    """768 utterances an update, 256 of X-OPD: what fairseq-train would be called with."""
+    examples = tmp_path / "examples"
+    shutil.copytree(EXAMPLES, examples, ignore=shutil.ignore_patterns("results"))
+    with (examples / "common.sh").open("a") as file:
+        file.write('use_environment() { :; }\ntrain_on_gpus() { echo "$@"; }\n')
+    paths = [word for split in ("train", "valid", "test", "from") for word in (f"--{split}", f"{split}.x")]
+    command = ["bash", str(examples / name / "run.sh"), *paths, "--stage", "3", "--stop-stage", "3"]
+    called = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, check=True).stdout
+    called = re.sub(r"(:.*?GPUs do not divide them|--total-num-update \d+ )", "", called, flags=re.S)
+    for part in re.findall(r"--\S+ \S+|an .*? 768", expected):
+        assert part in called
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:

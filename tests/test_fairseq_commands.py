@@ -1,6 +1,7 @@
 """fairseq's own commands, end to end on tiny random models."""
 
 import json
+import math
 import os
 import random
 import re
@@ -251,11 +252,16 @@ def test_the_grid_of_the_papers_overfits_two_utterances_by_options_alone(
     write_split(tmp_path / "data", "train", 2)
     log = world.train(
         tmp_path, "--adapter", adapter, "--adapter-bottleneck", 8, *weights_, "--lora-scope", lora, *trained,
-        "--max-update", 40, "--disable-validation", "--no-epoch-checkpoints", "--lr", 1e-2, "--adapter-dropout", 0,
+        "--max-update", 60, "--disable-validation", "--no-epoch-checkpoints", "--lr", 1e-2, "--adapter-dropout", 0,
         "--lora-dropout", 0, data=tmp_path / "data",
     )  # fmt: skip
-    losses = [float(loss) for loss in re.findall(r"^epoch \d+: +\d+ / \d+ loss=([\d.]+)", log, re.M)]
-    assert len(losses) == 40 and losses[-1] < (0.2 if lora == "all" else 0.8) * losses[0]
+    terms = ["response_ce"] if "--response-ce-weight" in weights_ else ["response_kl"]
+    for term in terms + (["input_kl"] if not weights_ else []):
+        values = [float(value) for value in re.findall(rf"^epoch \d+:.* {term}=([\d.]+)", log, re.M)]
+        # A frozen random LLM cannot be made to say anything: the likelihood of words comes to just above chance.
+        bound = 0.3 if lora == "all" else 0.75 if (term, lora) == ("response_ce", "none") else 0.5
+        assert len(values) == 60 and values[-1] < bound * values[0]
+        assert term != "response_ce" or values[-1] < math.log(400)  # tokens of the tiny LLM
     names = set(load(tmp_path / "checkpoint_last.pt")["model"])
     assert any("lora_" in n for n in names) == (lora != "none")
     assert any(n.startswith("speech_encoder.") for n in names) == (lora == "all")

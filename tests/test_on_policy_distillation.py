@@ -79,9 +79,10 @@ def criterion_of(model: BlspKdModel, **options: Any) -> OnPolicyDistillationCrit
 
 
 def trained_gradient(model: BlspKdModel) -> Tensor:
-    parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     model.zero_grad()
-    return torch.cat(parts)
+    return torch.cat([part.flatten() for part in parts])
 
 
 # ---- drawing -------------------------------------------------------------------------------------------------------
@@ -133,22 +134,29 @@ def test_rollouts_depend_on_their_seed_alone(world: World) -> None:
     assert all(not ends.intersection(ids[:-1]) for ids in together)
 
 
-def test_a_rollout_is_what_the_student_would_say_word_by_word(world: World) -> None:
-    """Each word against the full forward pass of the student over the words before it."""
-    model = world.build(dtype=torch.float64).eval()
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.8)])
+@pytest.mark.parametrize(("path", "scope"), [("speech", "speech"), ("speech", "all"), ("text", "all")])
+def test_a_rollout_is_what_the_student_would_say_word_by_word(
+    world: World, path: str, scope: str, temperature: float, top_p: float
+) -> None:
+    """Each word against the full forward pass of the student, hearing or reading, over the words before it."""
+    model = world.build(scope, dtype=torch.float64).eval()
     sample = world.sample(model, [0, 1])
-    ids = rolled(model.speech_llm, model.chat, sample, [0, 1], [3, 4])
-    text = dict(sample["net_input"]["text"])
-    text["response"] = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
-    text["response_lengths"] = torch.tensor([len(one) for one in ids])
+    criterion = criterion_of(
+        model, rollouts=1, rollout_max_tokens=12, rollout_temperature=temperature, rollout_top_p=top_p
+    )
+    rollouts = criterion._draw(path, model, sample, [0, 1], training=True)
+    replies = _with_responses(sample["net_input"]["text"], rollouts)
     with torch.no_grad():
-        inputs = {**sample["net_input"], "text": text}
-        compared = model(**inputs, positions=("response",), count_tokens=True).response
+        inputs = {**sample["net_input"], "text": replies, "text_replies": replies}
+        out = model(**inputs, positions=("response",), count_tokens=True)
+        compared = out.response if path == "speech" else out.text_response
         logits = compared.student @ model.speech_llm.head[0].t()
-    for row, seed in enumerate((3, 4)):
+    for row, one in enumerate(rollouts):
+        seed = rollout_seed(1, path, 0, sample["rows"][row]["id"], 0)
         uniform = torch.rand(12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        words = draw(logits[compared.rows == row], uniform[: len(ids[row])])
-        assert words.tolist() == ids[row]
+        words = draw(logits[compared.rows == row], uniform[: len(one.ids[0])], temperature, top_p)
+        assert words.tolist() == one.ids[0]
 
 
 def test_seeds_differ_in_every_part() -> None:
@@ -161,37 +169,59 @@ def test_seeds_differ_in_every_part() -> None:
 # ---- estimators ----------------------------------------------------------------------------------------------------
 
 
-def analytic_gradient(model: BlspKdModel, sample: dict[str, Any]) -> Tensor:
-    """Of the reverse KL at the first word of the answer, over the whole vocabulary, by autograd."""
+def first_words(model: BlspKdModel, sample: dict[str, Any], path: str = "speech") -> tuple[Tensor, Tensor]:
+    """``[B, V]`` log-probabilities of the first word of the answer, of the student and of the teacher."""
     text = dict(sample["net_input"]["text"])
     one = torch.ones_like(text["response_lengths"])
     text |= {"response": text["response"][:, :1], "response_lengths": one}
-    compared = model(**{**sample["net_input"], "text": text}, positions=("response",), count_tokens=True).response
+    inputs = {**sample["net_input"], "text": text, "text_replies": text}
+    out = model(**inputs, positions=("response",), count_tokens=True)
+    compared = out.response if path == "speech" else out.text_response
     weight = model.speech_llm.head[0]
-    log_q = (compared.student @ weight.t()).log_softmax(1)
-    log_p = (compared.teacher @ weight.t()).log_softmax(1)
-    (log_q.exp() * (log_q - log_p)).sum().backward()
-    return trained_gradient(model)
+    return (compared.student @ weight.t()).log_softmax(1), (compared.teacher @ weight.t()).log_softmax(1)
 
 
-def test_the_exact_estimator_is_the_analytic_gradient_and_the_sampled_one_is_unbiased(world: World) -> None:
-    model = world.build(dtype=torch.float64).train()
+@pytest.mark.parametrize(
+    ("path", "scope", "im_weight", "rollouts"), [("speech", "speech", 0.0, 256), ("text", "all", 1.0, 48)]
+)
+def test_the_exact_estimator_is_the_analytic_gradient_and_the_sampled_one_is_unbiased(
+    world: World, path: str, scope: str, im_weight: float, rollouts: int
+) -> None:
+    """L_cm and L_im against the reverse KL at the first word, over the whole vocabulary, by autograd."""
+    model = world.build(scope, dtype=torch.float64).train()
     sample = world.sample(model, [0, 1])
-    expected = analytic_gradient(model, sample)
+    log_q, log_p = first_words(model, sample, path)
+    (log_q.exp() * (log_q - log_p)).sum().backward()
+    expected = trained_gradient(model)
 
     def gradient(**options: Any) -> Tensor:
-        criterion = criterion_of(model, rollout_max_tokens=1, im_weight=0.0, **options)
+        criterion = criterion_of(model, rollout_max_tokens=1, im_weight=im_weight, **options)
         criterion(model, sample)[0].backward()
         return trained_gradient(model)
 
     # After one word every prefix is the same, so that the exact one has nothing left to chance.
     torch.testing.assert_close(gradient(estimator="exact", rollouts=2), expected)
-    groups = torch.stack([gradient(estimator="sampled", rollouts=256, seed=seed) for seed in range(24)])
+    groups = torch.stack([gradient(estimator="sampled", rollouts=rollouts, seed=seed) for seed in range(24)])
     error = (groups.var(0) / len(groups)).sum().sqrt()
     distance = (groups.mean(0) - expected).norm()
+    print(path, error / expected.norm(), distance / error)
     assert error < 0.2 * expected.norm()  # close enough to tell it from another gradient
     assert distance < 1.6 * error
     assert (groups.mean(0) + expected).norm() > 5 * error
+
+
+def test_beta_is_that_of_the_divergence_at_each_prefix(world: World) -> None:
+    model = world.build(dtype=torch.float64).train()
+    sample = world.sample(model, [0, 1])
+    log_q, log_p = first_words(model, sample)
+    for beta in (0.0, 0.3, 1.0):
+        p, q = log_p.exp(), log_q.exp()
+        log_m = (beta * p + (1 - beta) * q).log()
+        forward, reverse = (p * (log_p - log_m)).sum(), (q * (log_q - log_m)).sum()
+        of_m = {0.0: (p * (log_p - log_q)).sum(), 1.0: (q * (log_q - log_p)).sum()}
+        criterion = criterion_of(model, estimator="exact", beta=beta, rollout_max_tokens=1, im_weight=0.0)
+        expected = of_m.get(beta, beta * forward + (1 - beta) * reverse)
+        torch.testing.assert_close(criterion(model, sample)[0], expected)
 
 
 def log_probabilities(
@@ -273,6 +303,37 @@ def test_no_agreement_is_logged_as_0(world: World) -> None:
     with metrics.aggregate(new_root=True) as logged_metrics:  # the sampled estimator measures none
         OnPolicyDistillationCriterion.reduce_metrics([{"speech_compared": 0.0}])
     assert "speech_agreement" not in logged_metrics
+
+
+def test_the_cost_of_rollouts_is_measured_apart(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = world.build().train()
+    clock = iter([10.0, 13.0])
+    monkeypatch.setattr(on_policy_distillation.time, "perf_counter", lambda: next(clock))
+    log = criterion_of(model)(model, world.sample(model, [0]))[2]
+    with metrics.aggregate(new_root=True) as logged_metrics:
+        OnPolicyDistillationCriterion.reduce_metrics([log, log])
+    assert logged_metrics["rollout_wall"].sum == 6.0
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({}, False),
+        ({"rollout_temperature": 0.9}, True),
+        ({"rollout_top_p": 0.9}, True),
+        ({"estimator": "exact"}, False),
+    ],
+)
+def test_what_biases_the_sampled_estimator_is_said(
+    world: World, options: dict[str, Any], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = world.build()
+    criterion_of(model, **options).check_model(model.speech_llm)
+    assert ("biases the sampled estimator" in caplog.text) == warned
+    caplog.clear()
+    next(m for m in model.modules() if isinstance(m, nn.Dropout)).p = 0.1
+    criterion_of(model, **options).check_model(model.speech_llm)
+    assert ("dropout" in caplog.text) == (options.get("estimator") != "exact")
 
 
 def test_rollouts_longer_than_the_llm_reads_are_refused(world: World) -> None:
@@ -382,6 +443,18 @@ def test_a_larger_teacher_teaches(world: World, tmp_path: Path) -> None:
     torch.testing.assert_close(same(model, sample)[0], loss)
     loss_of_other.backward()
     assert trained_gradient(model).abs().max() > 0
+    sampled = criterion_of(
+        model, im_weight=0.0, teacher_llm=str(larger), teacher_llm_dtype="float32", rollout_lifetime=2
+    )
+    value = sampled(model, sample)[0].detach()
+    ids = [one for kept in sampled._kept.values() for one in kept.ids]  # in the order of the batch
+    student_log, _, rows = log_probabilities(model, sample, ids)
+    replies = _with_responses(sample["net_input"]["text"], list(sampled._kept.values()))
+    teacher = sampled._teacher[0]
+    logits = teacher.teach(replies, ("response",))["response"] @ teacher.head[0].t()
+    words = torch.tensor([word for one in ids for word in one]).unsqueeze(1)
+    values = student_log - logits.log_softmax(1).gather(1, words)[:, 0]
+    torch.testing.assert_close(value, torch.stack([values[rows == row].mean() for row in range(4)]).sum() / 2)
     assert all(parameter.grad is None for parameter in other._teacher[0].parameters())
 
 
@@ -472,16 +545,21 @@ def text_states(world: World, save_dir: Path) -> tuple[Tensor, Tensor]:
     return student["response"], base.speech_llm.teach(text, ("response",))["response"]
 
 
-def test_it_learns_from_a_warm_start_and_leaves_text_alone(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("estimator", "updates", "rollouts"), [("exact", 16, 4), ("sampled", 32, 8)])
+def test_it_learns_from_a_warm_start_and_leaves_text_alone(
+    world: World, tmp_path: Path, estimator: str, updates: int, rollouts: int
+) -> None:
     world.train(tmp_path / "warm", "--max-update", 4, "--disable-validation", "--no-epoch-checkpoints")
     warm = tmp_path / "warm" / "checkpoint_last.pt"
     log = world.train(
-        tmp_path / "opd", *ON_POLICY, "--finetune-from-model", warm, "--max-update", 16, "--estimator", "exact",
-        "--rollouts", 4, "--lr", 5e-3, "--validate-interval", 100,
+        tmp_path / "opd", *ON_POLICY, "--finetune-from-model", warm, "--max-update", updates, "--estimator", estimator,
+        "--rollouts", rollouts, "--lr", 5e-3, "--validate-interval", 100,
     )  # fmt: skip
     divergence = logged(log, "speech_divergence")
-    assert len(divergence) == 16 and sum(divergence[-3:]) < 0.8 * sum(divergence[:3])
-    assert len(logged(log, "rollout_wall")) == 16 and all(1 <= length <= 6 for length in logged(log, "rollout_length"))
+    assert len(divergence) == updates and sum(divergence[-4:]) < 0.8 * sum(divergence[:4])
+    assert len(logged(log, "rollout_wall")) == updates and all(
+        1 <= length <= 6 for length in logged(log, "rollout_length")
+    )
     assert re.search(r"valid on 'valid' subset.*speech_divergence [\d.]+", log)
     student, base = text_states(world, tmp_path / "opd")
     assert torch.equal(student, base)

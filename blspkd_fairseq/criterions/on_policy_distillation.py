@@ -15,6 +15,7 @@ Roll-outs are drawn without dropout. For the sampled estimator, which is unbiase
 distribution, train without it, too (``--adapter-dropout 0 --lora-dropout 0``), at temperature 1 and top-p 1.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed.utils import get_data_parallel_world_size
 from fairseq.logging import metrics
 from omegaconf import II
-from torch import Tensor
+from torch import Tensor, nn
 
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import pad_ids
@@ -38,6 +39,7 @@ from blspkd_fairseq.modules.sequence import Segment, mean_per_row
 from blspkd_fairseq.modules.speech_llm import ChatLLM, Distillation, SpeechLLM
 
 ESTIMATORS = ("sampled", "exact")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -116,7 +118,7 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         return self.cfg.off_policy_share > 0
 
     def check_model(self, model: SpeechLLM) -> None:
-        """Refuses options that leave nothing to train.
+        """Refuses options that leave nothing to train, and says what makes the gradient another than X-OPD's.
 
         Raises:
             ValueError: names the options.
@@ -126,6 +128,21 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
                 f"--im-weight 1 trains the student reading text alone, which is the teacher itself with --lora-scope "
                 f"{model.lora_scope}: give a smaller weight, or --lora-scope all"
             )
+        biases = {
+            "--adapter-dropout or --lora-dropout above 0": any(
+                isinstance(module, nn.Dropout) and module.p > 0
+                for part, module in model.named_modules()
+                if part.startswith("adapter.") or "lora_dropout" in part
+            ),
+            f"--rollout-temperature {self.cfg.rollout_temperature}": self.cfg.rollout_temperature != 1,
+            f"--rollout-top-p {self.cfg.rollout_top_p}": self.cfg.rollout_top_p != 1,
+        }
+        found = [option for option, is_biased in biases.items() if is_biased]
+        if found and self.cfg.estimator == "sampled":
+            logger.warning(
+                f"{' and '.join(found)} biases the sampled estimator, whose words must be drawn by the student that is "
+                "trained: --estimator exact is free of that"
+            )
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
@@ -134,6 +151,8 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict[str, float]]:
         """Returns the summed loss of the batch's utterances, their number, and sums to log."""
         off_policy = self._is_off_policy(model, sample)
+        if torch.cuda.is_available():  # what an earlier micro-batch left running is no roll-out
+            torch.cuda.synchronize()
         begin = time.perf_counter()
         rolled = {} if off_policy else self._roll_out(model, sample)
         rollout_seconds = time.perf_counter() - begin

@@ -16,6 +16,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"
 
 name=x_opd prompt=chat lr=2e-5 warm_up=50 per_update=256 updates=109 needs_responses=""
+needs_start="roll-outs of a student that does not hear yet teach nothing"
 train_options=(--criterion on_policy_distillation --rollouts 4 --rollout-max-tokens 256 --lora-scope speech
     --adapter-dropout 0 --lora-dropout 0)
 small_options=(--adapter-pre-layers 1 --adapter-post-layers 1 --adapter-heads 6 --rollouts 2 --rollout-max-tokens 8)
