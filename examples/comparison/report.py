@@ -191,6 +191,11 @@ def _interval(of_seeds: Sequence[Measurement]) -> Interval:
     return bootstrap_interval(*_over_seeds(of_seeds))
 
 
+def _range(counts: Sequence[int]) -> str:
+    """Of all seeds."""
+    return f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
+
+
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
@@ -374,15 +379,16 @@ class Report:
             runs = list(self.runs.of[name].values())
             text = [sum(run["text_kl"]["kl"]) / sum(run["text_kl"]["tokens"]) for run in runs]
             wall = float(np.mean([run["train_wall"] for run in runs]))
-            updates = runs[0]["updates"]
+            updates = [run["updates"] for run in runs]
+            utterances = [run["utterances_before"] + run["updates"] * run["batch"] for run in runs]
             rolled = float(np.mean([run["rollout_wall"] for run in runs])) / 60
             start = f" after {ROWS[name].start}" if ROWS[name].start else ""
             cells = [
                 f"{np.mean(text):.4f}" if max(text) else "0",
-                f"{updates}{start}",
-                str(runs[0]["utterances_before"] + updates * runs[0]["batch"]),
-                f"{updates / max(wall, 1e-9):.2f}",
-                f"{(runs[0]['wall_before'] + wall) / 60:.1f}",
+                f"{_range(updates)}{start}",
+                _range(utterances),
+                f"{np.mean(updates) / max(wall, 1e-9):.2f}",
+                f"{(np.mean([run['wall_before'] for run in runs]) + wall) / 60:.1f}",
                 f"{rolled:.1f}" if rolled else "–",
                 self.validation_kl(runs, common),
             ]
@@ -470,18 +476,20 @@ _HEAD = """# Which is better: BLSP, BLSP-KD, X-OPD?
 
 Made by `bash examples/comparison/run.sh`; every figure was measured. Whisper tiny.en and SmolLM2-135M-Instruct, both
 frozen unless a row says otherwise; trained on the prompt "Continue the following sentence" alone, tested on it and,
-without training for them, on "repeat" and on questions. In brackets: 95 % intervals over utterances (bootstrap); in
-parentheses: lowest and highest seed. Runs so far: {seeds}. On {machine}.
+without training for them, on "repeat" and on questions (not on translation, which SmolLM2 cannot do from text either).
+In brackets: 95 % intervals over utterances (bootstrap); in parentheses: lowest and highest seed.
+Runs so far: {seeds}. On {machine}.
 
 **Data.** 2,400 sentences of a grammar of 140 words and 32 countries in three synthetic voices, since a few CPU hours
 do not teach an open vocabulary. Tested on {sizes}. The sentences of the heard voices and of the voice never heard are
 the same, new ones made of known words; the real recordings (a person's telephone prompts) hold mostly words that
-training never had, which nothing here but the cascade can repeat.
+training never had, which nothing here but the cascade can repeat. There are no audio books among them: no package of
+the sources used here has some.
 
 **Time.** Every row is given the same minutes, counted in updates by the seconds per update of that row, measured
 before (what it took stands below); a warm-up is paid out of it, and X-OPD is compared with as much more of BLSP-KD.
-16 utterances an update, temperature 1, one layer before and one after CIF. The learning rate of every row was
-searched in the same way (below).
+16 utterances an update, temperature 1, one layer before and one after CIF. Learning rates were searched in one way
+for one row of each kind, whose rate the others of that kind have (below).
 
 **The warm-up** is no paper's. It learns from transcripts, token by token, among the words of the training set,
 without the LLM: an update of 48 utterances takes less time than one of 16 with the LLM, so that in the same minutes
@@ -491,13 +499,14 @@ it hears about six times as many. The KL rows compare the whole vocabulary.
 it counts wrongly when it answers (token-count error) shows in WER, Self-BLEU and answers only.
 """
 _QUESTIONS = """"What is the capital of Estonia?", spoken to the model without any instruction; training never asks a
-question of this form. Self-BLEU and Self-ROUGE-L: the overlap with what the LLM answers to the text."""
+question of this form. Right is an answer that contains the capital's name. Self-BLEU and Self-ROUGE-L: the overlap
+with what the LLM answers to the text."""
 _LEARNING_RATES = """Three rates, half a decade apart, for each kind of training, a third of a row's minutes each,
 with a linear warm-up of a tenth of the updates and linear decay; the best by validation loss (bold) is taken for all
-rows of that kind: with the CNN, those of BLSP and of response KL; with the CFormer from scratch, that of response KL,
-also for cross-entropy; and those of the warm-up, of what follows it, and of X-OPD. Rows with more layers or trained
-parts have the rate of the others of their kind. Adam, gradients clipped at 1; 16 utterances an update, 48 in a
-warm-up."""
+rows of that kind: with the CNN, those of BLSP (also for both losses together) and of response KL; with the CFormer from
+scratch, that of response KL, also for cross-entropy; and those of the warm-up, of what follows it, and of X-OPD. Rows
+with more layers or trained parts have the rate of the others of their kind. Adam, gradients clipped at 1; 16 utterances
+an update, 48 in a warm-up."""
 _CLAIMS = """Heard and unheard voices together, difference of both systems (95 % interval, paired bootstrap; in
 parentheses: lowest and highest seed); p of the paired randomisation test, corrected for all claims of a column (Holm;
 the intervals are not). Drawn and exchanged are sentences, each with its two voices, as the mean over the seeds that

@@ -1,0 +1,62 @@
+"""Writes the main rows of the comparison into the README's first table.
+
+    python examples/comparison/readme_table.py --results examples/comparison/results --data out/comparison/data
+
+The seeds' range of each figure is in RESULTS.md.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from report import Report
+
+ROOT = Path(__file__).resolve().parents[2]
+_MODEL = "blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m/README.md"
+ROWS = {
+    "text": "the LLM reads the transcript",
+    "cascade": "cascade: Whisper tiny.en, then the LLM",
+    "blsp": "BLSP: CNN, cross-entropy",
+    "cnn_kl": "CNN, response KL",
+    "blsp_kd": "BLSP-KD from scratch",
+    "warm_up": "warm-up: token cross-entropy alone",
+    "warm_blsp_kd": "half of it warm-up, then BLSP-KD",
+    "longer": "... half as long again",
+    "x_opd": "... X-OPD (sampled) on top",
+    "x_opd_exact": "... X-OPD (exact) on top",
+    "small": f"the [published model]({_MODEL}) (BLSP-KD, rank 4)",
+}
+COLUMNS = {
+    'WER of "repeat", %': ("heard", "wer"),
+    "... a voice never heard": ("unheard", "wer"),
+    "Self-BLEU of continuations": ("heard", "self_bleu"),
+    "... of answers": ("questions_heard", "answer_bleu"),
+    "response KL": ("heard", "response_kl"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    args = parser.parse_args(arguments)
+    text, made = args.readme.read_text(encoding="utf-8"), table(Report.load(args.results, args.data))
+    begin = text.index("| system | WER of")
+    args.readme.write_text(text[:begin] + made + text[text.index("\n\n", begin) + 1 :], encoding="utf-8")
+
+
+def table(report: Report) -> str:
+    """The seeds' mean with its interval."""
+    lines = [f"| system | {' | '.join(COLUMNS)} | seeds |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for name, title in ROWS.items():
+        if name in report.runs.of:
+            cells = [re.sub(r" \([^)]*\)$", "", report.cell(name, *column)) for column in COLUMNS.values()]
+            seeds = sorted(seed for seed in report.runs.of[name] if seed)
+            lines.append(f"| {title} | {' | '.join(cells)} | {len(seeds) or '–'} |")
+    return "\n".join(lines).replace("100.0 [100.0, 100.0]", "100") + "\n"
+
+
+if __name__ == "__main__":
+    main()
