@@ -124,12 +124,13 @@ class Comparison:
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def measure_rates(self) -> None:
-        """Seconds per update of every row in its first epoch and later, under the load that the trainings will have."""
+        """Seconds per update of what is to be trained, in its first epoch and later, under the load of trainings."""
         path = self.args.out / "rates.json"
         self.rates = json.loads(path.read_text()) if path.exists() else {}
         if not self.args.updates:
-            searches = [name for name in map(searched, self.names) if not self.found_rates(name).exists()]
-            names = dict.fromkeys(twin(name) for name in (*self.names, *with_starts(searches)))
+            needed = [name for name, seed in self.pieces() if self.is_needed(name, seed)]
+            searches = [name for name in map(searched, needed) if not self.found_rates(name).exists()]
+            names = dict.fromkeys(twin(name) for name in (*needed, *with_starts(searches)))
             for batch in {self.batch(ROWS[name]) for name in names}:  # before the threads that read them
                 self.write_part(f"train_probe_{batch}", PROBE_UPDATES * batch)
             with ThreadPoolExecutor(self.args.jobs) as pool:

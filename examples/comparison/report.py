@@ -474,7 +474,8 @@ class Report:
 
 _HEAD = """# Which is better: BLSP, BLSP-KD, X-OPD?
 
-Made by `bash examples/comparison/run.sh`; every figure was measured. Whisper tiny.en and SmolLM2-135M-Instruct, both
+Made by `bash examples/comparison/run.sh`, and again from the measurements beside it with `--results` and this folder;
+every figure was measured. Whisper tiny.en and SmolLM2-135M-Instruct, both
 frozen unless a row says otherwise; trained on the prompt "Continue the following sentence" alone, tested on it and,
 without training for them, on "repeat" and on questions (not on translation, which SmolLM2 cannot do from text either).
 In brackets: 95 % intervals over utterances (bootstrap); in parentheses: lowest and highest seed.
