@@ -25,7 +25,7 @@ ROWS = {
     "longer": "... half as long again",
     "x_opd": "... X-OPD (sampled) on top",
     "x_opd_exact": "... X-OPD (exact) on top",
-    "small": f"the [published model]({_MODEL}) (BLSP-KD, rank 4)",
+    "small": f"the [published model]({_MODEL}) (BLSP-KD, rank 4, {{minutes:.0f}} minutes)",
 }
 COLUMNS = {
     'WER of "repeat", %': ("heard", "wer"),
@@ -54,6 +54,9 @@ def table(report: Report) -> str:
         if name in report.runs.of:
             cells = [re.sub(r" \([^)]*\)$", "", report.cell(name, *column)) for column in COLUMNS.values()]
             seeds = sorted(seed for seed in report.runs.of[name] if seed)
+            if seeds:
+                run = report.runs.of[name][seeds[0]]
+                title = title.format(minutes=(run["wall_before"] + run["train_wall"]) / 60)
             lines.append(f"| {title} | {' | '.join(cells)} | {len(seeds) or '–'} |")
     return "\n".join(lines).replace("100.0 [100.0, 100.0]", "100") + "\n"
 
