@@ -75,7 +75,7 @@ SETS = {"heard": "heard voices", "unheard": "a voice never heard", "real": "real
 QUESTIONS = ("questions_heard", "questions_unheard")
 UNTRAINED = {"text": "the LLM reads the transcript", "cascade": "cascade: Whisper tiny.en, then the LLM"}
 # With all seeds; the first under noise, too.
-MAIN = ("blsp", "cnn_kl", "blsp_kd", "warm_up", "warm_blsp_kd", "longer", "x_opd")
+MAIN = ("blsp", "cnn_kl", "blsp_kd", "warm_up", "warm_blsp_kd", "longer", "x_opd", "x_opd_exact")
 
 # Rows again with less data, for as many minutes.
 SCALED = ("blsp", "warm_blsp_kd")
