@@ -3,7 +3,7 @@
 #
 #   bash examples/comparison/run.sh [--minutes M] [--seeds "1 2 3"] [--only "row row"] [--out DIR] [--results DIR]
 #
-# The default, 12 minutes a row, takes about 13 CPU hours; killed, it goes on where it was. As many rows train at a time as
+# The default, 12 minutes a row, takes about 15 CPU hours; killed, it goes on where it was. As many rows train at a time as
 # there are CPU cores; all of them have the first seed, the main ones the others, too.
 # RESULTS.md and the pictures are in OUT/report; with --results DIR, the folder of the measurements, there. What DIR holds is
 # not measured again: --results examples/comparison/results makes the committed report from the committed measurements.
