@@ -465,7 +465,10 @@ class Report:
         lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for name in (*self.shown, *LESS_DATA):
             for seed, run in self.runs.of.get(name, {}).items():
-                if "commands" in run:
+                if name in UNTRAINED:
+                    system = " --cascade WHISPER --robustness" if name == "cascade" else ""
+                    lines.append(f"| {name} | – | 0 | `python examples/comparison/measure.py --data data --llm LLM{system}` |")
+                else:
                     minutes = (run["wall_before"] + run["train_wall"]) / 60
                     commands = "<br>".join(f"`{command}`" for command in run["commands"])
                     lines.append(f"| {name} | {seed} | {minutes:.1f} | {commands} |")
