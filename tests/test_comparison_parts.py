@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,6 @@ def test_one_row_alone_is_trained_with_all_that_it_needs(tmp_path: Path, monkeyp
         "small-seed1 0.0001",
     ]  # fmt: skip
     assert {path.name for path in comparison.args.results.glob("*seed*")} == {"small-seed1.json"}
-    (tmp_path / "rates.json").unlink()  # as in a clone, which has the results alone
     again = compare.Comparison(comparison.args)
     trained = train_nothing(again, tmp_path / "data", monkeypatch)
     again.measure_rates()
@@ -76,6 +76,14 @@ def test_every_row_finds_its_start_and_its_learning_rate(tmp_path: Path, monkeyp
     assert first == set(ROWS)
     second = {name.removesuffix("-seed2") for name in rows if name.endswith("-seed2")}
     assert second == {*compare.MAIN, "warm_half"}
+
+    shutil.rmtree(tmp_path / "models")  # as in a clone, which has the results alone
+    (tmp_path / "rates.json").unlink()
+    again = compare.Comparison(comparison.args)
+    trained = train_nothing(again, tmp_path / "data", monkeypatch)
+    again.measure_rates()
+    again.run_all()
+    assert trained == []
 
 
 # ---- claims ----------------------------------------------------------------------------------------------------------

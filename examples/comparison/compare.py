@@ -91,6 +91,7 @@ class Comparison:
         self.args = args
         self.data = args.out / "data"
         self.names = with_starts(args.only or list(ROWS))
+        self.planned = frozenset(self.pieces())
         self.rates: dict[str, list[float]] = {}
         self.rates_lock = threading.Lock()
         self.search_locks = {name: threading.Lock() for name in LEARNING_RATES}
@@ -208,6 +209,8 @@ class Comparison:
 
     def is_needed(self, name: str, seed: int) -> bool:
         """Whether it is still to be measured, or a row that goes on from it."""
+        if (name, seed) not in self.planned:
+            return False
         if name not in HIDDEN and not (self.args.results / f"{name}-seed{seed}.json").exists():
             return True
         return any(ROWS[other].start == name and self.is_needed(other, seed) for other in self.names)

@@ -467,7 +467,9 @@ class Report:
             for seed, run in self.runs.of.get(name, {}).items():
                 if name in UNTRAINED:
                     system = " --cascade WHISPER --robustness" if name == "cascade" else ""
-                    lines.append(f"| {name} | – | 0 | `python examples/comparison/measure.py --data data --llm LLM{system}` |")
+                    lines.append(
+                        f"| {name} | – | 0 | `python examples/comparison/measure.py --data data --llm LLM{system}` |"
+                    )
                 else:
                     minutes = (run["wall_before"] + run["train_wall"]) / 60
                     commands = "<br>".join(f"`{command}`" for command in run["commands"])
