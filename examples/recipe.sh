@@ -32,13 +32,13 @@ recipe() {
     if [ -z "$small" ] && { [ -z "$test" ] || { [ -n "$trained" ] && { [ -z "$train" ] || [ -z "$valid" ]; }; }; }; then
         fail "${trained:+--train, --valid and }--test must be given (or --small; --help lists the options)"
     fi
+    [ -z "$needs_start" ] || [ -n "$small" ] || [ -n "$from" ] || fail "--from must be given: $needs_start"
     local word words=""
     for word in $train; do from_here word; words+="$word "; done
     train=${words% }
     from_here valid test from speech_encoder llm
     out=$(realpath -m "${out:-$root/out/$name${small:+_small}}")
     one_run "$out" "--train $train --valid $valid --test $test --speech-encoder $speech_encoder --llm $llm --from $from${more[*]:+ -- ${more[*]}}"
-    [ -z "$needs_start" ] || [ -n "$small" ] || [ -n "$from" ] || fail "--from must be given: $needs_start"
     local batch=8 accumulation device=() responses=(--max-new-tokens "$response_tokens" --batch-size 64) evaluate=()
     share_out
     [ "$gpus" -gt 0 ] || device=(--cpu)

@@ -81,9 +81,11 @@ def test_the_recipes_of_all_systems_run(tmp_path: Path) -> None:
         ("cascade", ["--small", "--", "--lr", "1"], "--lr 1: nothing is trained here"),
     ],
 )
-def test_what_is_missing_is_said(name: str, options: list[str], message: str) -> None:
-    done = subprocess.run(["bash", str(EXAMPLES / name / "run.sh"), *options], capture_output=True, text=True)
+def test_what_is_missing_is_said(tmp_path: Path, name: str, options: list[str], message: str) -> None:
+    command = ["bash", str(EXAMPLES / name / "run.sh"), "--out", str(tmp_path / "out"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr
+    assert not (tmp_path / "out").exists()  # which would refuse the options that are given next
 
 
 @pytest.mark.parametrize(
