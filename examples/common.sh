@@ -74,6 +74,17 @@ short_warm_up() {
     [ "$warm_up" -lt "$max_update" ] || { warm_up=$((max_update / 10)); echo "warm-up: $warm_up updates"; }
 }
 
+# share_out: sets batch and accumulation so that an update has per_update utterances on --gpus of each of --nodes.
+# GPUs x nodes x batch x accumulation, such as 8 x 1 x 8 x 12 = 768
+share_out() {
+    local workers=$((nodes * (gpus > 0 ? gpus : 1)))
+    while [ "$batch" -gt 1 ] && [ $((batch * workers)) -gt "$per_update" ]; do batch=$((batch / 2)); done
+    accumulation=$(((per_update + batch * workers / 2) / (batch * workers)))
+    [ "$accumulation" -gt 0 ] || accumulation=1
+    local found=$((batch * workers * accumulation))
+    [ "$found" -eq "$per_update" ] || echo "an update has $found utterances, not $per_update: $workers GPUs do not divide them"
+}
+
 # train_on_gpus ARGUMENTS: fairseq-train on --gpus of each of --nodes
 train_on_gpus() {
     if [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; then

@@ -65,16 +65,6 @@ recipe() {
     [ "$stop_stage" -lt 4 ] || echo "report: $out/report/report.md"
 }
 
-# Utterances per update = GPUs x nodes x batch x accumulation: 8 x 1 x 8 x 12 = 768
-share_out() {
-    local workers=$((nodes * (gpus > 0 ? gpus : 1)))
-    while [ "$batch" -gt 1 ] && [ $((batch * workers)) -gt "$per_update" ]; do batch=$((batch / 2)); done
-    accumulation=$(((per_update + batch * workers / 2) / (batch * workers)))
-    [ "$accumulation" -gt 0 ] || accumulation=1
-    local found=$((batch * workers * accumulation))
-    [ "$found" -eq "$per_update" ] || echo "an update has $found utterances, not $per_update: $workers GPUs do not divide them"
-}
-
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[-1]}"; sed -n '/^#   --train/,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 make_data() {

@@ -38,7 +38,7 @@ def test_the_comparison_runs_resumes_reports_and_publishes(tmp_path: Path) -> No
     command = [sys.executable, EXAMPLES / "comparison" / "readme_table.py"]
     subprocess.run([*command, *(x for k, v in folders.items() for x in (k, tmp_path / v))], check=True)
     table = (tmp_path / "README.md").read_text().split("| system | WER of")[1].split("\n\n")[0]
-    assert [line.split(" |")[0] for line in table.splitlines()[2:]][:1] == ["| the LLM reads the transcript"]
+    assert table.splitlines()[2].startswith("| the LLM reads the transcript |")
     assert len(table.splitlines()) == 2 + 3 and table.endswith(" | 1 |")
     rest = [text.split("| system | WER of")[0] for text in (readme, (tmp_path / "README.md").read_text())]
     assert rest[0] == rest[1] and (tmp_path / "README.md").read_text().endswith(readme[-2000:])

@@ -23,6 +23,14 @@ LOG = """
 """
 
 
+def trained_by(comparison: compare.Comparison, data: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All that the command trains."""
+    trained = train_nothing(comparison, data, monkeypatch)
+    comparison.measure_rates()
+    comparison.run_all()
+    return trained
+
+
 def train_nothing(comparison: compare.Comparison, data: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stands for the trainings and measurings; the names of what was trained, in their order, come to the list."""
     row: dict[str, object] = {"id": "1", "audio": "1.wav", "n_frames": 9, "src_text": "a", "tgt_text": "b"}
@@ -47,9 +55,7 @@ def train_nothing(comparison: compare.Comparison, data: Path, monkeypatch: pytes
 
 def test_one_row_alone_is_trained_with_all_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = compare.Comparison(compare.parse(["--out", str(tmp_path), "--only", "small", "--jobs", "2"]))
-    trained = train_nothing(comparison, tmp_path / "data", monkeypatch)
-    comparison.measure_rates()
-    comparison.run_all()
+    trained = trained_by(comparison, tmp_path / "data", monkeypatch)
     trained = [name for name in trained if not name.startswith("probe")]
     # The rate of the warm-up is searched first, then that of what follows one, on top of the half warm-up.
     assert trained == [
@@ -58,18 +64,12 @@ def test_one_row_alone_is_trained_with_all_that_it_needs(tmp_path: Path, monkeyp
         "small-seed1 0.0001",
     ]  # fmt: skip
     assert {path.name for path in comparison.args.results.glob("*seed*")} == {"small-seed1.json"}
-    again = compare.Comparison(comparison.args)
-    trained = train_nothing(again, tmp_path / "data", monkeypatch)
-    again.measure_rates()
-    again.run_all()
-    assert trained == []
+    assert trained_by(compare.Comparison(comparison.args), tmp_path / "data", monkeypatch) == []
 
 
 def test_every_row_finds_its_start_and_its_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = compare.Comparison(compare.parse(["--out", str(tmp_path), "--jobs", "3", "--seeds", "1", "2"]))
-    trained = train_nothing(comparison, tmp_path / "data", monkeypatch)
-    comparison.measure_rates()
-    comparison.run_all()
+    trained = trained_by(comparison, tmp_path / "data", monkeypatch)
     rows = [name.split()[0] for name in trained if re.search(r"-seed\d", name)]
     assert len(rows) == len(set(rows))  # nothing twice
     first = {name.removesuffix("-seed1") for name in rows if name.endswith("-seed1")}
@@ -79,11 +79,7 @@ def test_every_row_finds_its_start_and_its_learning_rate(tmp_path: Path, monkeyp
 
     shutil.rmtree(tmp_path / "models")  # as in a clone, which has the results alone
     (tmp_path / "rates.json").unlink()
-    again = compare.Comparison(comparison.args)
-    trained = train_nothing(again, tmp_path / "data", monkeypatch)
-    again.measure_rates()
-    again.run_all()
-    assert trained == []
+    assert trained_by(compare.Comparison(comparison.args), tmp_path / "data", monkeypatch) == []
 
 
 # ---- claims ----------------------------------------------------------------------------------------------------------

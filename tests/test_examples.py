@@ -108,9 +108,8 @@ def test_the_full_size_is_that_of_the_papers(tmp_path: Path, name: str, options:
     paths = [word for split in ("train", "valid", "test", "from") for word in (f"--{split}", f"{split}.x")]
     command = ["bash", str(examples / name / "run.sh"), *paths, "--stage", "3", "--stop-stage", "3"]
     called = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, check=True).stdout
-    called = re.sub(r"(:.*?GPUs do not divide them|--total-num-update \d+ )", "", called, flags=re.S)
     for part in re.findall(r"--\S+ \S+|an .*? 768", expected):
-        assert part in called
+        assert re.search(rf"{re.escape(part)}\b", called)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:

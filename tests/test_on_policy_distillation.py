@@ -204,7 +204,6 @@ def test_the_exact_estimator_is_the_analytic_gradient_and_the_sampled_one_is_unb
     groups = torch.stack([gradient(estimator="sampled", rollouts=rollouts, seed=seed) for seed in range(24)])
     error = (groups.var(0) / len(groups)).sum().sqrt()
     distance = (groups.mean(0) - expected).norm()
-    print(path, error / expected.norm(), distance / error)
     assert error < 0.2 * expected.norm()  # close enough to tell it from another gradient
     assert distance < 1.6 * error
     assert (groups.mean(0) + expected).norm() > 5 * error

@@ -151,7 +151,7 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict[str, float]]:
         """Returns the summed loss of the batch's utterances, their number, and sums to log."""
         off_policy = self._is_off_policy(model, sample)
-        if torch.cuda.is_available():  # what an earlier micro-batch left running is no roll-out
+        if not off_policy and torch.cuda.is_available():  # what an earlier micro-batch left running is no roll-out
             torch.cuda.synchronize()
         begin = time.perf_counter()
         rolled = {} if off_policy else self._roll_out(model, sample)
@@ -390,7 +390,7 @@ def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:
     """Another LLM as teacher.
 
     Raises:
-        ValueError: its tokenizer is not the student's.
+        ValueError: it cannot be loaded, or has not the student's words and ends of turn.
     """
     config = SpeechLlmConfig(
         llm=cfg.teacher_llm, llm_dtype=cfg.teacher_llm_dtype, trust_remote_code=cfg.trust_remote_code

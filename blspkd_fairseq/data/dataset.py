@@ -18,8 +18,8 @@ from fairseq.data import FairseqDataset  # noqa: E402
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, load_audio  # noqa: E402
 from blspkd_fairseq.data.chat import ChatFormat  # noqa: E402
-from blspkd_fairseq.data.manifest import Manifest, ManifestError  # noqa: E402
-from blspkd_fairseq.data.prompts import PromptError, resolve_prompt  # noqa: E402
+from blspkd_fairseq.data.manifest import Manifest, ManifestError, response_is_cut  # noqa: E402
+from blspkd_fairseq.data.prompts import resolve_prompt  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -126,14 +126,11 @@ class SpeechTextDataset(FairseqDataset):
             logger.warning(f"left out: {message}")
             return None
         try:
-            prompt = self._prompt(row)
-        except PromptError as error:
+            prompt, is_cut = self._prompt(row), response_is_cut(row)
+        except ValueError as error:
             raise ManifestError(f"{self.manifest.location(index)}: {error}") from error
         before, after = self.chat.prompt_ids(prompt)
-        response, cut = row.get("tgt_text", ""), row.get("cut", "")
-        if cut not in ("", "0", "1"):
-            where = self.manifest.location(index)
-            raise ManifestError(f"{where}: cut is {cut!r}: write 1 where the response was cut, or 0")
+        response = row.get("tgt_text", "")
         transcript = self.chat.encode_text(row.get("src_text", ""))
         if len(transcript) > max(_ANY_TOKENS, _TOKENS_PER_SECOND * len(samples) / SAMPLE_RATE):
             message = (
@@ -151,7 +148,7 @@ class SpeechTextDataset(FairseqDataset):
             list(before),
             transcript,
             list(after),
-            self.chat.response_ids(response, finished=cut != "1") if response else [],
+            self.chat.response_ids(response, finished=not is_cut) if response else [],
             prompt,
         )
 

@@ -36,6 +36,18 @@ class ManifestError(ValueError):
 # --- cells ----------------------------------------------------------------------------------------
 
 
+def response_is_cut(row: Mapping[str, str]) -> bool:
+    """Whether the length limit ended the response of a row, so that it has no end of turn.
+
+    Raises:
+        ValueError: the cell ``cut`` is neither 1 nor 0 nor empty.
+    """
+    cut = row.get("cut", "")
+    if cut not in ("", "0", "1"):
+        raise ValueError(f"cut is {cut!r}: write 1 where the response was cut, or 0")
+    return cut == "1"
+
+
 def _encode_cell(text: str) -> str:
     is_plain = not (text.startswith(_JSON_CELL) or "\t" in text or "\n" in text or "\r" in text)
     return text if is_plain else "json:" + json.dumps(text, ensure_ascii=False)

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio
-from blspkd_fairseq.data.manifest import Manifest, ManifestError
+from blspkd_fairseq.data.manifest import Manifest, ManifestError, response_is_cut
 from blspkd_fairseq.data.prompts import PromptError, resolve_prompt
 
 _TEXTS = ("src_text", "tgt_text")
@@ -150,8 +150,10 @@ def _check_rows(manifest: Manifest, findings: Findings) -> _Facts:
 def _check_cells(manifest: Manifest, index: int, row: dict[str, str], findings: Findings) -> None:
     """What training would stop at."""
     where = manifest.location(index)
-    if row.get("cut", "") not in ("", "0", "1"):
-        findings.problems.append(f"{where}: cut is {row['cut']!r}: write 1 where the response was cut, or 0")
+    try:
+        response_is_cut(row)
+    except ValueError as error:
+        findings.problems.append(f"{where}: {error}")
     if row.get("prompt"):
         try:
             resolve_prompt(row["prompt"], row.get("src_lang", ""), row.get("tgt_lang", ""))

@@ -139,8 +139,7 @@ def lora_alpha(llm: PreTrainedModel) -> float | None:
     """Alpha of the LLM's LoRA, or None if it has none."""
     for module in llm.modules():
         if isinstance(module, PartialLoraLinear):
-            name = module.active_adapters[0]
-            return float(module.scaling[name] * module.r[name])
+            return float(module.lora_alpha[module.active_adapters[0]])
     return None
 
 

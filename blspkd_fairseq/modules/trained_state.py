@@ -17,6 +17,7 @@ from blspkd_fairseq.modules.fingerprint import fingerprint, same_fingerprint
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
 _FINGERPRINT, _SETTING = "frozen.", "setting."
+_NO_WEIGHT = (_FINGERPRINT, _SETTING)
 _CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
@@ -42,7 +43,7 @@ def load_trained_state_dict(model: SpeechLLM, state: Mapping[str, Tensor]) -> No
         ValueError: other frozen models than in training, parameters that are missing, unknown or of other shapes, or
             settings that give the same weights another meaning. Nothing has been loaded then.
     """
-    weights = {name: value for name, value in state.items() if not name.startswith((_FINGERPRINT, _SETTING))}
+    weights = {name: value for name, value in state.items() if not name.startswith(_NO_WEIGHT)}
     parameters = {name: p for name, p in model.named_parameters() if name in model.trained_names}
     then_trained = {_part(name) for name in weights}
     begins = {
@@ -126,7 +127,7 @@ def write_trained(folder: Path, options: Mapping[str, Any], model: SpeechLLM, dt
     """Writes options and trained weights, these in ``dtype``, for :func:`read_trained`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {
-        name: (tensor if name.startswith((_FINGERPRINT, _SETTING)) else tensor.to(dtype)).cpu().contiguous()
+        name: (tensor if name.startswith(_NO_WEIGHT) else tensor.to(dtype)).cpu().contiguous()
         for name, tensor in trained_state_dict(model).items()
     }
     write_whole(folder / _WEIGHTS, save(state))  # save_file lets nobody else read it

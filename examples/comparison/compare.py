@@ -91,7 +91,7 @@ class Comparison:
         self.args = args
         self.data = args.out / "data"
         self.names = with_starts(args.only or list(ROWS))
-        self.planned = frozenset(self.pieces())
+        self.planned = self.pieces()
         self.rates: dict[str, list[float]] = {}
         self.rates_lock = threading.Lock()
         self.search_locks = {name: threading.Lock() for name in LEARNING_RATES}
@@ -129,7 +129,7 @@ class Comparison:
         path = self.args.out / "rates.json"
         self.rates = json.loads(path.read_text()) if path.exists() else {}
         if not self.args.updates:
-            needed = [name for name, seed in self.pieces() if self.is_needed(name, seed)]
+            needed = [name for name, seed in self.planned if self.is_needed(name, seed)]
             searches = [name for name in map(searched, needed) if not self.found_rates(name).exists()]
             names = dict.fromkeys(twin(name) for name in (*needed, *with_starts(searches)))
             for batch in {self.batch(ROWS[name]) for name in names}:  # before the threads that read them
@@ -154,7 +154,7 @@ class Comparison:
     def run_all(self) -> None:
         """All pieces, --jobs at a time, each after the one that it goes on from."""
         self.args.results.mkdir(parents=True, exist_ok=True)
-        pending = [*((name, 0) for name in UNTRAINED), *self.pieces()]
+        pending = [*((name, 0) for name in UNTRAINED), *self.planned]
         running: dict[Future[None], tuple[str, int]] = {}
         with ThreadPoolExecutor(self.args.jobs) as pool:
             while pending or running:

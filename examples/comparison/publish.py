@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from report import Report
+from report import Report, training_minutes
 from systems import SETS
 
 from blspkd_fairseq import BlspKd
@@ -50,7 +50,7 @@ def card(report: Report, folder: Path, example: str) -> str:
         example=example,
         cache=CACHE,
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
-        minutes=(run["wall_before"] + run["train_wall"]) / 60,
+        minutes=training_minutes(run),
         machine=run["machine"].replace(" for each row", ""),
         hours=utterances * report.utterance_hours,
         utterances=utterances,

@@ -6,11 +6,11 @@ The seeds' range of each figure is in RESULTS.md.
 """
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from report import Report
+from report import Report, training_minutes
+from systems import UNTRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
 _MODEL = "blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m/README.md"
@@ -52,12 +52,12 @@ def table(report: Report) -> str:
     lines = [f"| system | {' | '.join(COLUMNS)} | seeds |", "|---" * (2 + len(COLUMNS)) + "|"]
     for name, title in ROWS.items():
         if name in report.runs.of:
-            cells = [re.sub(r" \([^)]*\)$", "", report.cell(name, *column)) for column in COLUMNS.values()]
-            seeds = sorted(seed for seed in report.runs.of[name] if seed)
-            if seeds:
-                run = report.runs.of[name][seeds[0]]
-                title = title.format(minutes=(run["wall_before"] + run["train_wall"]) / 60)
-            lines.append(f"| {title} | {' | '.join(cells)} | {len(seeds) or '–'} |")
+            cells = [report.cell(name, *column, with_range=False) for column in COLUMNS.values()]
+            seeds = "–"
+            if name not in UNTRAINED:
+                seeds = str(len(report.runs.of[name]))
+                title = title.format(minutes=training_minutes(report.first(name)))
+            lines.append(f"| {title} | {' | '.join(cells)} | {seeds} |")
     return "\n".join(lines).replace("100.0 [100.0, 100.0]", "100") + "\n"
 
 

@@ -191,6 +191,11 @@ def _interval(of_seeds: Sequence[Measurement]) -> Interval:
     return bootstrap_interval(*_over_seeds(of_seeds))
 
 
+def training_minutes(run: dict[str, Any]) -> float:
+    """Of a row, with what it began with."""
+    return float(run["wall_before"] + run["train_wall"]) / 60
+
+
 def _range(counts: Sequence[int]) -> str:
     """Of all seeds."""
     return f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
@@ -243,14 +248,14 @@ class Report:
         made = self.measurements(name, [set_name], measure)
         return _interval(made) if made else None
 
-    def cell(self, name: str, set_name: str, measure: str) -> str:
+    def cell(self, name: str, set_name: str, measure: str, with_range: bool = True) -> str:
         """The mean of the seeds with its interval, and their range."""
         made, form = self.measurements(name, [set_name], measure), _ALL[measure].form
         if not made:
             return "–"
         interval = _interval(made)
         text = f"{interval.score:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
-        if len(made) > 1:
+        if with_range and len(made) > 1:
             scores = [one.score for one in made]
             text += f" ({min(scores):{form}}–{max(scores):{form}})"
         return text
@@ -388,7 +393,7 @@ class Report:
                 f"{_range(updates)}{start}",
                 _range(utterances),
                 f"{np.mean(updates) / max(wall, 1e-9):.2f}",
-                f"{(np.mean([run['wall_before'] for run in runs]) + wall) / 60:.1f}",
+                f"{np.mean([training_minutes(run) for run in runs]):.1f}",
                 f"{rolled:.1f}" if rolled else "–",
                 self.validation_kl(runs, common),
             ]
@@ -471,9 +476,8 @@ class Report:
                         f"| {name} | – | 0 | `python examples/comparison/measure.py --data data --llm LLM{system}` |"
                     )
                 else:
-                    minutes = (run["wall_before"] + run["train_wall"]) / 60
                     commands = "<br>".join(f"`{command}`" for command in run["commands"])
-                    lines.append(f"| {name} | {seed} | {minutes:.1f} | {commands} |")
+                    lines.append(f"| {name} | {seed} | {training_minutes(run):.1f} | {commands} |")
         return "\n".join(lines) + "\n"
 
 

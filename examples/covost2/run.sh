@@ -39,7 +39,8 @@ prepare=() responses=() train=() generate=(--max-len-b 128) evaluate=(--max-new-
 #   1 GPU:            1 x 1 x 8 x 96 = 768
 #   8 GPUs:           8 x 1 x 8 x 12 = 768
 #   2 nodes of 8:     8 x 2 x 8 x  6 = 768
-batch=8 accumulation=$((768 / (batch * nodes * (gpus > 0 ? gpus : 1))))
+batch=8 per_update=768
+share_out
 # 2,000 updates are five epochs of English, the largest set; the published warm-up of 1,000 is for ten times the data.
 lr=1e-4 warm_up=200 cuda=()
 [ "$gpus" -gt 0 ] || cuda=(--cpu)
