@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperMo
 from blspkd_fairseq.modules.cformer import AdapterOutput, CFormer
 from blspkd_fairseq.modules.distillation_loss import linear_kl_div
 from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
-from blspkd_fairseq.modules.sequence import Segment, concatenate, predicts
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
 
@@ -195,25 +194,10 @@ def test_without_response_terms_the_llm_stops_at_the_speech(build: Callable[...,
     short = model(
         *speech_batch(), {**text, "response": text["response"][:, :0], "response_lengths": torch.zeros(3)}, ["input"]
     )
-    assert short.response is None and seen == [5, 5]  # before + transcript of the longest row
+    assert short.response is None and seen == [15, 15]  # prefix, what comes before and transcripts of all rows
     torch.testing.assert_close(short.input.student, full.input.student)
     assert model(*speech_batch(), text, []).input is None and len(seen) == 2  # the warm-up runs no LLM
     hook.remove()
-
-
-def test_concatenation_on_either_side() -> None:
-    segments = [
-        Segment(torch.tensor([[[1.0], [2.0]], [[3.0], [99.0]]]), torch.tensor([2, 1])),
-        Segment(torch.tensor([[[99.0]], [[4.0]]]), torch.tensor([0, 1])),
-        Segment(torch.tensor([[[5.0], [6.0]], [[99.0], [99.0]]]), torch.tensor([2, 0])),
-    ]
-    right = concatenate(segments)
-    assert right.embeds.squeeze(2).tolist() == [[1, 2, 5, 6], [3, 4, 0, 0]]
-    assert right.segment.tolist() == [[0, 0, 2, 2], [0, 1, -1, -1]]
-    left = concatenate(segments, pad_left=True)
-    assert left.embeds.squeeze(2).tolist() == [[1, 2, 5, 6], [0, 0, 3, 4]]
-    assert left.segment.tolist() == [[0, 0, 2, 2], [-1, -1, 0, 1]]
-    assert predicts(right.segment, 2).tolist() == [[False, True, True, False], [False] * 4]
 
 
 def test_cached_features_are_the_encoders_and_it_hears_each_utterance_once(build: Callable[..., SpeechLLM]) -> None:

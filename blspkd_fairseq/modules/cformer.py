@@ -5,7 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from blspkd_fairseq.data.batch import Rows
+from blspkd_fairseq.modules.attention import attend
 from blspkd_fairseq.modules.cif import continuous_integrate_and_fire, parallel_integrate_and_fire
+from blspkd_fairseq.modules.ragged import Ragged, pack, pad, rows_of
 
 ALIGNMENTS = {"cif": continuous_integrate_and_fire, "pif": parallel_integrate_and_fire}
 
@@ -77,7 +80,7 @@ class CFormer(nn.Module):
 
         def layers(count: int) -> nn.ModuleList:
             return nn.ModuleList(
-                nn.TransformerEncoderLayer(
+                PackedTransformerLayer(
                     input_dim, heads, ffn_dim or 4 * input_dim, dropout, "gelu", batch_first=True, norm_first=True
                 )
                 for _ in range(count)
@@ -107,17 +110,39 @@ class CFormer(nn.Module):
             padding_mask: ``[B, T]`` bool, True on padding.
             target_lengths: ``[B]`` tokens of each utterance (training); by default alpha decides.
         """
-        hidden = self.input_norm(features)
-        for layer in self.pre:
-            hidden = layer(hidden) if isinstance(layer, nn.Linear) else layer(hidden, src_key_padding_mask=padding_mask)
-        hidden = self.pre_norm(hidden)
-        alpha = torch.sigmoid(hidden[..., -1].float() + self.rate).masked_fill(padding_mask, 0.0)
-        cif = self.integrate(hidden[..., :-1], alpha, padding_mask, target_lengths)
+        rows = rows_of((~padding_mask).sum(1))
+        tokens = None if target_lengths is None else rows_of(target_lengths)
+        return self.adapt(Ragged(pack(features, rows), rows), tokens)
 
-        tokens = self.expand(cif.embeddings)
-        token_padding = torch.arange(tokens.shape[1], device=tokens.device) >= cif.lengths.unsqueeze(1)
+    def adapt(self, frames: Ragged, tokens: Rows | None = None) -> AdapterOutput:
+        """As :meth:`forward`, of frames without padding; with ``tokens``, the device is asked for nothing."""
+        hidden = self.input_norm(frames.values)
+        for layer in self.pre:
+            hidden = layer(hidden) if isinstance(layer, nn.Linear) else layer(hidden, frames.rows)
+        hidden = pad(self.pre_norm(hidden), frames.rows)
+        padding_mask = frames.rows.is_padding
+        alpha = torch.sigmoid(hidden[..., -1].float() + self.rate).masked_fill(padding_mask, 0.0)
+        targets, longest = (None, None) if tokens is None else (tokens.lengths, tokens.longest)
+        cif = self.integrate(hidden[..., :-1], alpha, padding_mask, targets, longest=longest)
+
+        rows = rows_of(cif.lengths) if tokens is None else tokens
+        packed = self.expand(pack(cif.embeddings, rows))
         for layer in self.post:
-            tokens = layer(tokens, src_key_padding_mask=token_padding)
-        embeddings = self.output_norm(self.project(self.post_norm(tokens))) * self.output_scale
-        embeddings = embeddings.masked_fill(token_padding.unsqueeze(2), 0.0)
-        return AdapterOutput(embeddings, cif.lengths, alpha, cif.alpha_sum, cif.boundaries)
+            packed = layer(packed, rows)
+        embeddings = self.output_norm(self.project(self.post_norm(packed))) * self.output_scale
+        return AdapterOutput(pad(embeddings, rows), cif.lengths, alpha, cif.alpha_sum, cif.boundaries)
+
+
+class PackedTransformerLayer(nn.TransformerEncoderLayer):
+    """torch's pre-norm layer over packed rows ``[N, D]``: the same parameters and numbers, without padding."""
+
+    def forward(self, hidden: Tensor, rows: Rows) -> Tensor:  # type: ignore[override]
+        hidden = hidden + self.dropout1(self._attend(self.norm1(hidden), rows))
+        return hidden + self._ff_block(self.norm2(hidden))
+
+    def _attend(self, hidden: Tensor, rows: Rows) -> Tensor:
+        attention = self.self_attn
+        projected = nn.functional.linear(hidden, attention.in_proj_weight, attention.in_proj_bias)
+        query, key, value = (one.unflatten(1, (attention.num_heads, -1)) for one in projected.chunk(3, 1))
+        dropout = attention.dropout if self.training else 0.0
+        return attention.out_proj(attend(query, key, value, rows, dropout=dropout).flatten(1))

@@ -39,6 +39,8 @@ def continuous_integrate_and_fire(
     alpha: Tensor,
     padding_mask: Tensor | None = None,
     target_lengths: Tensor | None = None,
+    *,
+    longest: int | None = None,
 ) -> CifOutput:
     """Integrates frames into tokens, each of which receives a total weight of exactly 1.
 
@@ -49,6 +51,7 @@ def continuous_integrate_and_fire(
         padding_mask: ``[B, T]`` bool, True on padding; those frames count nothing.
         target_lengths: ``[B]`` tokens per utterance (training). Without it, ``max(1, round(sum(alpha)))``. The
             weights are rescaled to this sum in both cases (BLSP-KD's code does so at inference, too).
+        longest: the largest of ``target_lengths``, if known; otherwise a GPU is waited for.
 
     Returns:
         A :class:`CifOutput`. An utterance whose weights are all zero gives zeros, an utterance of padding alone has
@@ -57,7 +60,7 @@ def continuous_integrate_and_fire(
     Raises:
         ValueError: the shapes do not fit each other.
     """
-    plan = _plan(features, alpha, padding_mask, target_lengths)
+    plan = _plan(features, alpha, padding_mask, target_lengths, longest)
     embeddings = _integrate(_zero_padding(features, padding_mask), plan.ends, plan.lengths, plan.tokens)
     return CifOutput(embeddings, plan.lengths, plan.alpha_sum, plan.boundaries)
 
@@ -68,6 +71,8 @@ def parallel_integrate_and_fire(
     padding_mask: Tensor | None = None,
     target_lengths: Tensor | None = None,
     sharpness: float = 6.0,
+    *,
+    longest: int | None = None,
 ) -> CifOutput:
     """A smooth alignment in place of CIF's sharp one, after PIF of E-Paraformer (Zou et al., Interspeech 2024).
 
@@ -76,10 +81,10 @@ def parallel_integrate_and_fire(
     at hand). Lengths and boundaries are those of CIF.
 
     Args:
-        features, alpha, padding_mask, target_lengths: and errors as of :func:`continuous_integrate_and_fire`.
+        features, alpha, padding_mask, target_lengths, longest: and errors as of :func:`continuous_integrate_and_fire`.
         sharpness: 1 / (2 variance) of the kernel, in tokens; 6 is as wide as CIF's token. It works on ``B x U x T``.
     """
-    plan = _plan(features, alpha, padding_mask, target_lengths)
+    plan = _plan(features, alpha, padding_mask, target_lengths, longest)
     middles = plan.ends - torch.diff(plan.ends, dim=1, prepend=torch.zeros_like(plan.ends[:, :1])) / 2  # B x T
     centres = torch.arange(plan.tokens, device=alpha.device, dtype=middles.dtype) + 0.5
     distance = (middles.unsqueeze(1) - centres.unsqueeze(1)).square()  # B x U x T
@@ -127,7 +132,13 @@ class _Plan(NamedTuple):
     boundaries: Tensor
 
 
-def _plan(features: Tensor, alpha: Tensor, padding_mask: Tensor | None, target_lengths: Tensor | None) -> _Plan:
+def _plan(
+    features: Tensor,
+    alpha: Tensor,
+    padding_mask: Tensor | None,
+    target_lengths: Tensor | None,
+    longest: int | None,
+) -> _Plan:
     """Where tokens begin and end."""
     _check_shapes(features, alpha, padding_mask, target_lengths)
     exact = alpha.dtype if alpha.dtype == torch.float64 else torch.float32  # of what is returned
@@ -145,13 +156,18 @@ def _plan(features: Tensor, alpha: Tensor, padding_mask: Tensor | None, target_l
     silent = alpha_sum <= 0
     scale = lengths / alpha_sum.masked_fill(silent, 1.0)
     ends = (alpha * scale.unsqueeze(1)).cumsum(1)  # B x T, running sum after each frame
-    fewest, tokens = (int(bound) for bound in lengths.aminmax()) if lengths.numel() else (0, 0)
-    if fewest < 0:
-        raise ValueError(f"target_lengths must not be negative, got {fewest}")
+    tokens = _longest(lengths) if longest is None else longest
     valid = torch.arange(tokens, device=alpha.device) < lengths.unsqueeze(1)  # B x U
 
     boundaries = _boundaries(ends.detach(), tokens) * (valid & ~silent.unsqueeze(1))
     return _Plan(ends, tokens, lengths, alpha_sum.to(exact), boundaries.to(exact))
+
+
+def _longest(lengths: Tensor) -> int:
+    fewest, most = (int(bound) for bound in lengths.aminmax()) if lengths.numel() else (0, 0)
+    if fewest < 0:
+        raise ValueError(f"target_lengths must not be negative, got {fewest}")
+    return most
 
 
 def _integrate(features: Tensor, ends: Tensor, lengths: Tensor, tokens: int) -> Tensor:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from blspkd_fairseq.data.batch import Rows
 from blspkd_fairseq.modules.cformer import AdapterOutput
+from blspkd_fairseq.modules.ragged import Ragged, pack, pad, rows_of
 
 
 class ConvAdapter(nn.Module):
@@ -42,6 +44,7 @@ class ConvAdapter(nn.Module):
                 f"the CNN adapter needs layers >= 1, an odd kernel size and a bottleneck >= 1, got {layers}, "
                 f"{kernel_size} and {bottleneck}"
             )
+        self.halvings = layers
         # Gates halve the channels: input_dim, then 2 x input_dim gated to input_dim, and the LLM's width at the end.
         inputs = [input_dim] * layers
         outputs = [2 * input_dim] * (layers - 1) + [2 * output_dim]
@@ -63,7 +66,12 @@ class ConvAdapter(nn.Module):
             padding_mask: ``[B, T]`` bool, True on padding.
             target_lengths: ignored: the factor is fixed.
         """
-        lengths = (~padding_mask).sum(1)
+        rows = rows_of((~padding_mask).sum(1))
+        return self.adapt(Ragged(pack(features, rows), rows))
+
+    def adapt(self, frames: Ragged, tokens: Rows | None = None) -> AdapterOutput:
+        """As :meth:`forward`, of frames without padding."""
+        features, padding_mask, lengths = pad(*frames), frames.rows.is_padding, frames.rows.lengths
         hidden = features.masked_fill(padding_mask.unsqueeze(2), 0.0).transpose(1, 2)  # B x D x T
         for convolution in self.convolutions:
             hidden = nn.functional.glu(convolution(hidden), dim=1)

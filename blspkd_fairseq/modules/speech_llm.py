@@ -1,31 +1,36 @@
 """The speech-to-LLM model: speech encoder -> adapter -> LLM, as a student beside its own teacher.
 
-text:   [ prefix | before | transcript tokens | after | response ]
-speech: [ prefix | before | speech embeddings | after | response ]
+text:   [ ... text | transcript tokens | text ... | response ]
+speech: [ ... text | speech embeddings | text ... | response ]
 
-The teacher is the LLM reading the first sequence, the student the same weights reading the second. ``prefix`` is what
-all rows of the batch begin with; its keys and values are computed once and reused by both.
+The teacher is the LLM reading the first sequence, the student the same weights reading the second. Where everything
+goes is planned before (:mod:`blspkd_fairseq.data.batch`); here the device only computes, and is asked for nothing.
 """
 
 import copy
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from blspkd_fairseq.data.batch import Batch, Layout, Rows, SpeechLengths, plan_from_text
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.fingerprint import fingerprint
-from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, lora_alpha, speech_positions
-from blspkd_fairseq.modules.sequence import Segment, Sequence, concatenate, is_valid, predicts
-from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
+from blspkd_fairseq.modules.packed_llm import can_read_packed, padded_places, read_packed, read_padded
+from blspkd_fairseq.modules.partial_lora import (
+    ALL_POSITIONS,
+    PositionMask,
+    SpeechPlaces,
+    lora_alpha,
+    speech_positions,
+)
+from blspkd_fairseq.modules.ragged import Ragged, pad, rows_of
+from blspkd_fairseq.modules.whisper_encoder import SAMPLES_PER_FRAME, SpeechEncoder, frame_counts, frame_lengths
 
 LORA_SCOPES = ("speech", "all", "none")
-_SPEECH, _RESPONSE = 1, 3  # indices into [before, speech or transcript, after, response]
-_CACHED_PREFIXES = 16
 
 
 class Distillation(NamedTuple):
@@ -35,26 +40,32 @@ class Distillation(NamedTuple):
         student: ``[N, D]`` before the output head.
         teacher: ``[N, D]`` of the LLM reading the transcript, or None when not asked for.
         rows: ``[N]`` utterance of each position.
-        targets: ``[N]`` the token that follows each position.
+        targets: ``[N]`` the token at each input position; at a response position, the one that follows.
+        counts: ``[N]`` positions of the same utterance.
     """
 
     student: Tensor
     teacher: Tensor | None
     rows: Tensor
     targets: Tensor
+    counts: Tensor
 
 
 class SpeechLlmOutput(NamedTuple):
-    """Attributes: the adapter's output, and what was asked for at the input and at the response positions.
+    """What was asked for.
 
-    ``text_response`` is that of the student reading the transcript, which only LoRA on all positions tells apart from
-    the teacher.
+    Attributes:
+        adapter: the adapter's output.
+        input, response: what is compared at the speech positions, and at those that predict the response.
+        text_response: of the student reading the transcript; differs from the teacher only with ``lora_scope="all"``.
+        batch: the plan, on the model's device.
     """
 
     adapter: AdapterOutput
     input: Distillation | None
     response: Distillation | None
-    text_response: Distillation | None = None
+    text_response: Distillation | None
+    batch: Batch
 
 
 class ChatLLM(nn.Module):
@@ -63,7 +74,7 @@ class ChatLLM(nn.Module):
     Args:
         llm: a causal LLM.
         lora_scope: where its LoRA acts: on "speech" positions, on "all", or "none" (it has none).
-        share_prefix: compute the keys and values of the common prefix once. Off, the same numbers take longer.
+        share_prefix: what all rows begin with is read once. Off, the same numbers take longer.
     """
 
     def __init__(self, llm: PreTrainedModel, lora_scope: str = "none", share_prefix: bool = True) -> None:
@@ -71,7 +82,7 @@ class ChatLLM(nn.Module):
         self.llm = llm
         self.lora_scope = lora_scope
         self.share_prefix = share_prefix
-        self._prefixes: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self.reads_packed = can_read_packed(llm)
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -80,90 +91,43 @@ class ChatLLM(nn.Module):
         bias = getattr(layer, "bias", None)
         return layer.weight.detach(), None if bias is None else bias.detach()
 
+    @property
+    def device(self) -> torch.device:
+        return self.llm.get_input_embeddings().weight.device
+
+    @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """The LLM's input embeddings of token ids, without gradient."""
-        with torch.no_grad():
-            return self.llm.get_input_embeddings()(ids)
+        table = self.llm.get_input_embeddings()
+        # Called on its class: gradient checkpointing hangs a hook on the layer that asks for a gradient.
+        return type(table).forward(table, ids)
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def teach(self, text: Mapping[str, Tensor], positions: Collection[str]) -> dict[str, Tensor]:
-        """The LLM's own hidden states ``[N, D]`` at each of ``positions``; see :meth:`SpeechLLM.forward`."""
-        return self._read(text, self._segment(text, "transcript"), positions, with_lora=False)
+    def teach(self, layout: Layout) -> Tensor:
+        """The LLM's own hidden states ``[N, D]`` of the sequences with the transcripts."""
+        return self.hidden(self.embed(layout.ids), layout)
 
-    def read(self, text: Mapping[str, Tensor], positions: Collection[str]) -> dict[str, Tensor]:
+    def read(self, layout: Layout) -> Tensor:
         """As :meth:`teach` for the student, which is the teacher itself unless LoRA acts on all positions."""
-        transcript = self._segment(text, "transcript")
-        return self._read(text, transcript, positions, with_lora=self.lora_scope == "all")
+        return self.hidden(self.embed(layout.ids), layout, ALL_POSITIONS if self.lora_scope == "all" else None)
 
-    def _read(
-        self, text: Mapping[str, Tensor], heard: Segment, positions: Collection[str], with_lora: bool
-    ) -> dict[str, Tensor]:
-        """Hidden states at each of ``positions`` of the sequence around ``heard``."""
-        sequence, hidden = self._hidden(text, heard, positions, with_lora)
-        return {name: hidden[_select(sequence.segment, name)] for name in positions}
+    def hidden(self, embeds: Tensor, layout: Layout, lora: PositionMask = None) -> Tensor:
+        """The LLM's hidden states ``[N, D]`` of packed embeddings ``[N, D]``."""
+        with speech_positions(self.llm, lora):
+            if self.reads_packed:
+                return read_packed(self.llm, embeds, layout.positions, layout.rows)
+            return read_padded(self.llm, embeds, layout.rows)
 
-    def _hidden(
-        self, text: Mapping[str, Tensor], heard: Segment, positions: Collection[str], with_lora: bool
-    ) -> tuple[Sequence, Tensor]:
-        """The sequence around ``heard``, and the LLM's hidden states ``[B, L, D]`` over it."""
-        segments = [self._segment(text, "before"), heard]
-        if "response" in positions:
-            segments += [self._segment(text, "after"), self._segment(text, "response")]
-        prefix = text["prefix"]
-        cache = None
-        if self._can_share_prefix(prefix):
-            cache = self._prefix_cache(prefix, batch=len(heard.lengths))
-        elif len(prefix):
-            rows = self.embed(prefix).expand(len(heard.lengths), -1, -1)
-            embeds, lengths = segments[0]
-            segments[0] = Segment(torch.cat([rows, embeds], 1), lengths + len(prefix))
-        sequence = concatenate(segments)
-        with speech_positions(self.llm, self.lora_mask(sequence) if with_lora else None):
-            output = self.llm.get_decoder()(
-                inputs_embeds=sequence.embeds, past_key_values=cache, use_cache=cache is not None
-            )
-        return sequence, output.last_hidden_state
-
-    def lora_mask(self, sequence: Sequence) -> PositionMask:
+    def speech_places(self, layout: Layout) -> PositionMask:
         """Where the student's LoRA acts."""
-        if self.lora_scope == "none":
-            return None
-        return ALL_POSITIONS if self.lora_scope == "all" else sequence.segment == _SPEECH
-
-    def _segment(self, text: Mapping[str, Tensor], name: str) -> Segment:
-        return Segment(self.embed(text[name]), text[f"{name}_lengths"])
-
-    # ---- prefix ------------------------------------------------------------------------------------------------
-
-    def _can_share_prefix(self, prefix: Tensor) -> bool:
-        # LoRA on all positions changes the student's prefix; checkpointed layers refuse a cache.
-        checkpointing = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.llm.modules())
-        return self.share_prefix and len(prefix) > 0 and self.lora_scope != "all" and not checkpointing
-
-    def _prefix_cache(self, prefix: Tensor, batch: int) -> DynamicCache:
-        """A fresh cache that holds the prefix for every row."""
-        key = tuple(prefix.tolist())
-        if key not in self._prefixes:
-            self._prefixes[key] = self._prefix_states(prefix)
-            while len(self._prefixes) > _CACHED_PREFIXES:
-                self._prefixes.popitem(last=False)
-        cache = DynamicCache(config=self.llm.config)
-        for index, (keys, values) in enumerate(self._prefixes[key]):
-            cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
-        return cache
-
-    @torch.no_grad()
-    def _prefix_states(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values ``[1, H, P, d]`` of each layer."""
-        with speech_positions(self.llm, None):
-            output = self.llm.get_decoder()(inputs_embeds=self.embed(prefix)[None], use_cache=True)
-        return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
-        self._prefixes.clear()  # moved to another device or dtype
-        return super()._apply(fn, recurse)
+        if self.lora_scope != "speech":
+            return ALL_POSITIONS if self.lora_scope == "all" else None
+        rows = layout.rows
+        if self.reads_packed:
+            return SpeechPlaces(layout.speech, (1, rows.total))
+        return SpeechPlaces(padded_places(rows)[1][: layout.speech], (len(rows.counts), rows.prefix + rows.longest))
 
 
 class SpeechLLM(ChatLLM):
@@ -175,7 +139,7 @@ class SpeechLLM(ChatLLM):
         llm: a causal LLM, frozen but for its (Partial) LoRA.
         lora_scope: where the LLM's LoRA acts: on "speech" positions, on "all", or "none" (the LLM has none).
         train_speech_encoder: unfreeze the speech encoder.
-        share_prefix: compute the keys and values of the common prefix once. Off, the same numbers take longer.
+        share_prefix: what all rows begin with is read once. Off, the same numbers take longer.
         cache_features: keep the frozen encoder's frames of training utterances in memory, so that it hears each once.
     """
 
@@ -203,6 +167,7 @@ class SpeechLLM(ChatLLM):
         for name, parameter in llm.named_parameters():
             parameter.requires_grad_("lora_" in name and lora_scope != "none")
         self.trained_names = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
+        self.speech_lengths = SpeechLengths(getattr(adapter, "halvings", None), SAMPLES_PER_FRAME)
         self.fingerprints = {"llm": fingerprint(llm)}
         if not train_speech_encoder:
             self.fingerprints["speech_encoder"] = fingerprint(speech_encoder)
@@ -247,33 +212,43 @@ class SpeechLLM(ChatLLM):
         self,
         waveforms: Tensor,
         lengths: Tensor,
-        target_lengths: Tensor | None = None,
+        target_lengths: Tensor | Rows | None = None,
         keys: Seq[int] | None = None,
         from_cache: bool = False,
+        samples: Seq[int] | None = None,
     ) -> AdapterOutput:
         """Speech embeddings of waveforms ``[B, S]`` (fp32, 16 kHz) of ``lengths`` [B] samples.
 
-        ``target_lengths`` [B] are the tokens of each utterance in training; ``keys`` name utterances for the cache,
-        which evaluation passes by unless ``from_cache`` says that these are training utterances (roll-outs).
+        Args:
+            waveforms, lengths: the pieces of speech.
+            target_lengths: ``[B]`` tokens of each in training; by default the adapter counts, and the device is asked.
+            keys: a number for each, the same whenever it comes. The cache is used in training; in eval mode only with
+                ``from_cache`` (roll-outs of training utterances).
+            samples: ``lengths`` as Python numbers; without them the device is asked.
         """
+        samples = lengths.tolist() if samples is None else samples
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_speech_encoder):
             if keys is not None and (self.training or from_cache) and self.cache_features:
-                features, padding_mask = self._cached_features(waveforms, lengths, keys)
+                frames = self._cached_features(waveforms, lengths, keys, samples)
             else:
-                features, padding_mask = self.speech_encoder(waveforms, lengths)
-        return self.adapter(features.to(self.adapter_dtype), padding_mask, target_lengths)
+                frames = self.speech_encoder(waveforms, lengths, samples, ragged=True)
+        tokens = rows_of(target_lengths) if isinstance(target_lengths, Tensor) else target_lengths
+        frames = Ragged(frames.values.to(self.adapter_dtype), frames.rows)
+        if hasattr(self.adapter, "adapt"):
+            return self.adapter.adapt(frames, tokens)
+        # An adapter of one's own may know padded frames alone.
+        return self.adapter(pad(*frames), frames.rows.is_padding, None if tokens is None else tokens.lengths)
 
-    def _cached_features(self, waveforms: Tensor, lengths: Tensor, keys: Seq[int]) -> tuple[Tensor, Tensor]:
+    def _cached_features(self, waveforms: Tensor, lengths: Tensor, keys: Seq[int], samples: Seq[int]) -> Ragged:
         """The encoder's output; an utterance's frames do not depend on its batch, so they can be kept."""
         new = [row for row, key in enumerate(keys) if key not in self._features]
         if new:
-            features, padding_mask = self.speech_encoder(waveforms[new], lengths[new])
-            for row, frames, padding in zip(new, features, padding_mask, strict=True):
-                self._features[keys[row]] = frames[~padding].clone()
-        rows = [self._features[key] for key in keys]
-        counts = torch.tensor([len(row) for row in rows], device=waveforms.device)
-        features = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return features, torch.arange(features.shape[1], device=waveforms.device) >= counts.unsqueeze(1)
+            frames = self.speech_encoder(waveforms[new], lengths[new], [samples[row] for row in new], ragged=True)
+            for row, one in zip(new, frames.values.split(frames.rows.counts), strict=True):
+                self._features[keys[row]] = one.clone()
+        values = torch.cat([self._features[key] for key in keys])
+        counts = frame_counts(samples)
+        return Ragged(values, rows_of(frame_lengths(lengths), counts))
 
     @property
     def adapter_dtype(self) -> torch.dtype:
@@ -285,59 +260,88 @@ class SpeechLLM(ChatLLM):
         self,
         src_tokens: Tensor,
         src_lengths: Tensor,
-        text: Mapping[str, Tensor],
+        text: Batch | Mapping[str, Tensor],
         positions: Collection[str] = ("input", "response"),
         teacher: bool = True,
         keys: Seq[int] | None = None,
         count_tokens: bool = False,
-        text_replies: Mapping[str, Tensor] | None = None,
+        text_replies: Batch | Mapping[str, Tensor] | None = None,
+        samples: Seq[int] | None = None,
     ) -> SpeechLlmOutput:
         """Runs student and teacher.
 
         Args:
-            src_tokens: ``[B, S]`` waveforms, fp32 at 16 kHz (fairseq's name for a model's source).
-            src_lengths: ``[B]`` samples.
-            text: ids of the sequences' text: ``prefix`` [P]; ``before``, ``transcript``, ``after``, ``response`` as
-                right-padded ``[B, N]`` with ``<name>_lengths`` [B]. With several responses to each utterance,
-                ``[B x m, N]``, those of an utterance one after another.
+            src_tokens: ``[P, S]`` waveforms, fp32 at 16 kHz (fairseq's name for a model's source).
+            src_lengths: ``[P]`` samples.
+            text: the plan of the batch, or padded ids from which one is made
+                (:func:`~blspkd_fairseq.data.batch.plan_from_text`).
             positions: which to return: "input" (the speech positions; needs an adapter that gives one embedding per
                 transcript token) and "response" (those that predict the response). Empty: the LLM does not run.
             teacher: run the teacher, too.
-            keys: a number for each utterance, the same whenever it comes (for ``cache_features``).
+            keys: a number for each piece of speech, the same whenever it comes (for ``cache_features``).
             count_tokens: the adapter counts the tokens itself, as in generation, and is not told the transcript's.
             text_replies: as ``text``; the student reads its transcripts, too (``text_response`` of the output).
+            samples: ``src_lengths`` as Python numbers; without them the device is asked.
         """
-        replies = len(text["response_lengths"]) // max(1, len(src_lengths))
-        target_lengths = None if count_tokens else text["transcript_lengths"][:: max(1, replies)]
-        adapter = self.adapt(src_tokens, src_lengths, target_lengths, keys)
+        samples = src_lengths.tolist() if samples is None else samples
+        if isinstance(text, Batch) and not count_tokens:
+            batch = text.to(src_tokens.device)
+            adapter = self.adapt(src_tokens, src_lengths, batch.pieces, keys, samples=samples)
+        else:
+            if isinstance(text, Batch):
+                raise ValueError("a plan knows how many tokens there are: let count_tokens be off")
+            batch, adapter = self._planned(src_tokens, src_lengths, text, positions, keys, count_tokens, samples)
         if not positions:
-            return SpeechLlmOutput(adapter, None, None)
-        speech = Segment(adapter.embeddings.to(self.llm.dtype), adapter.lengths)
-        if replies > 1:
-            speech = Segment(*(part.repeat_interleave(replies, 0) for part in speech))
-        hearing = self._read(text, speech, positions, with_lora=True)
-        taught = self.teach(text, positions) if teacher else {}
-        compared = {name: _compare(text, name, hearing, taught) for name in positions}
+            return SpeechLlmOutput(adapter, None, None, None, batch)
+        hearing, taught = self._hear(adapter, batch.student), self.teach(batch.teacher) if teacher else None
+        heard: dict[str, Distillation] = {}
+        if "input" in positions:
+            spoken = slice(batch.student.speech)
+            teaching = None if taught is None else taught[spoken]
+            heard["input"] = Distillation(hearing[spoken], teaching, *batch.transcript)
+        if "response" in positions:
+            answered = hearing.index_select(0, batch.student.response)
+            teaching = None if taught is None else taught.index_select(0, batch.teacher.response)
+            heard["response"] = Distillation(answered, teaching, *batch.response)
         text_response = None
         if text_replies is not None:
-            reading = self.read(text_replies, ("response",))
-            taught = self.teach(text_replies, ("response",)) if teacher else {}
-            text_response = _compare(text_replies, "response", reading, taught)
-        return SpeechLlmOutput(adapter, compared.get("input"), compared.get("response"), text_response)
+            replies = self._plan(text_replies, samples, positions).to(src_tokens.device)
+            taught = self.teach(replies.teacher) if teacher else None
+            reading = self.read(replies.teacher).index_select(0, replies.teacher.response)
+            teaching = None if taught is None else taught.index_select(0, replies.teacher.response)
+            text_response = Distillation(reading, teaching, *replies.response)
+        return SpeechLlmOutput(adapter, heard.get("input"), heard.get("response"), text_response, batch)
+
+    def _hear(self, adapter: AdapterOutput, layout: Layout) -> Tensor:
+        """Hidden states ``[N, D]`` of the sequences with the speech."""
+        speech = adapter.embeddings.flatten(0, 1).index_select(0, layout.source).to(self.llm.dtype)
+        embeds = torch.cat([speech, self.embed(layout.ids[layout.speech :])])
+        return self.hidden(embeds, layout, self.speech_places(layout))
+
+    def _plan(self, text: Batch | Mapping[str, Tensor], samples: Seq[int], positions: Collection[str]) -> Batch:
+        if isinstance(text, Batch):
+            return text
+        return plan_from_text(text, samples, self.speech_lengths, "response" in positions, self.share_prefix)
+
+    def _planned(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor,
+        text: Mapping[str, Tensor],
+        positions: Collection[str],
+        keys: Seq[int] | None,
+        count_tokens: bool,
+        samples: Seq[int],
+    ) -> tuple[Batch, AdapterOutput]:
+        """A plan made here, after the adapter has counted: it asks the device."""
+        replies = len(text["response_lengths"]) // max(1, len(samples))
+        tokens = None if count_tokens else text["transcript_lengths"][:: max(1, replies)]
+        adapter = self.adapt(src_tokens, src_lengths, tokens, keys, samples=samples)
+        counts = adapter.lengths.tolist()
+        plan = plan_from_text(text, samples, counts, "response" in positions, self.share_prefix)
+        return plan.to(src_tokens.device), adapter
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
         self._features.clear()
         return super()._apply(fn, recurse)
 
-
-def _compare(
-    text: Mapping[str, Tensor], name: str, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
-) -> Distillation:
-    segment = "transcript" if name == "input" else "response"
-    valid = is_valid(text[segment], text[f"{segment}_lengths"])
-    return Distillation(student[name], teacher.get(name), valid.nonzero()[:, 0], text[segment][valid])
-
-
-def _select(segment: Tensor, name: str) -> Tensor:
-    """Input positions are the speech positions themselves, response positions those that predict the response."""
-    return segment == _SPEECH if name == "input" else predicts(segment, _RESPONSE)

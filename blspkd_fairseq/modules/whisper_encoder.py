@@ -4,11 +4,18 @@ Whisper was trained on 30 s windows and transformers refuses anything shorter, b
 its position table can be sliced and padding masked. That makes a 6 s clip 4 times and a 3 s clip 6 times cheaper.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, WhisperConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from blspkd_fairseq.data.batch import Rows
+from blspkd_fairseq.modules.packed_llm import packed_rows
+from blspkd_fairseq.modules.ragged import Ragged, crop, pack, pad, rows_of
 
 SAMPLE_RATE = 16_000
 SAMPLES_PER_FRAME = 320
@@ -23,6 +30,11 @@ _TRAILING_SILENCE = FRAMES_PER_SECOND / 2
 def frame_lengths(samples: Tensor) -> Tensor:
     """Encoder frames of utterances of that many samples (at least 1)."""
     return ((samples + SAMPLES_PER_FRAME - 1) // SAMPLES_PER_FRAME).clamp(min=1)
+
+
+def frame_counts(samples: Sequence[int]) -> list[int]:
+    """:func:`frame_lengths` of Python numbers."""
+    return [max(1, -(-one // SAMPLES_PER_FRAME)) for one in samples]
 
 
 class LogMel(nn.Module):
@@ -99,34 +111,39 @@ class SpeechEncoder(nn.Module):
         """Longest utterance that fits the position table: 30 s at 16 kHz for every published Whisper."""
         return self.max_frames * SAMPLES_PER_FRAME
 
-    def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor, samples: Sequence[int] | None = None, ragged: bool = False
+    ) -> Any:
         """Encodes a batch; every row's result is independent of the others.
 
         Args:
             waveforms: ``[B, S]`` fp32 at 16 kHz.
             lengths: ``[B]`` samples.
+            samples: the same as Python numbers; without them the device is asked.
+            ragged: return the frames without padding.
 
         Returns:
-            Frames ``[B, T, D]`` at 50 per second, cropped to the speech, in the encoder's dtype, and the padding mask
-            ``[B, T]``, True on padding.
+            Frames ``[B, T, D]`` at 50 per second, cropped to the longest speech, in the encoder's dtype, and the
+            padding mask ``[B, T]``, True on padding; or :class:`~blspkd_fairseq.modules.ragged.Ragged` frames.
 
         Raises:
             ValueError: an utterance is longer than the encoder's window.
         """
-        speech = frame_lengths(lengths)
-        longest = int(speech.max())
-        if longest > self.max_frames:
+        speech = rows_of(frame_lengths(lengths), frame_counts(lengths.tolist() if samples is None else samples))
+        if speech.longest > self.max_frames:
             raise ValueError(
-                f"an utterance of {longest / FRAMES_PER_SECOND:.1f} s does not fit the speech encoder's "
+                f"an utterance of {speech.longest / FRAMES_PER_SECOND:.1f} s does not fit the speech encoder's "
                 f"{self.max_frames / FRAMES_PER_SECOND:.0f} s: cut it into segments"
             )
-        if self.pad_to_30s:
-            visible = torch.full_like(speech, self.max_frames)
-        else:
-            visible = (speech + int(_TRAILING_SILENCE)).clamp(max=self.max_frames)
-        hidden = self._encode(self._convolve(waveforms, lengths, int(visible.max())), visible)
-        frames = torch.arange(longest, device=lengths.device)
-        return hidden[:, :longest], frames >= speech.unsqueeze(1)
+        # Whisper's input is this much longer than the speech; at most its window, all of it if asked for.
+        margin = self.max_frames if self.pad_to_30s else int(_TRAILING_SILENCE)
+        visible = rows_of(
+            (speech.lengths + margin).clamp(max=self.max_frames),
+            [min(count + margin, self.max_frames) for count in speech.counts],
+        )
+        hidden = pack(self._convolve(waveforms, lengths, visible.longest), visible)
+        frames = Ragged(self._encode(hidden, visible), visible)
+        return crop(frames, speech) if ragged else (pad(*frames)[:, : speech.longest], speech.is_padding)
 
     def _convolve(self, waveforms: Tensor, lengths: Tensor, frames: int) -> Tensor:
         """``[B, frames, D]``. One more frame is computed, so that the last one sees silence and not the zero padding of
@@ -137,17 +154,13 @@ class SpeechEncoder(nn.Module):
         hidden = nn.functional.gelu(self.encoder.conv2(hidden))
         return hidden[:, :, :frames].transpose(1, 2)
 
-    def _encode(self, hidden: Tensor, visible: Tensor) -> Tensor:
-        """Positions and transformer layers; row b sees its first ``visible[b]`` frames."""
+    def _encode(self, hidden: Tensor, rows: Rows) -> Tensor:
+        """Positions and transformer layers over packed frames ``[N, D]``; each row sees itself."""
         encoder = self.encoder
-        frames = torch.arange(hidden.shape[1], device=hidden.device)
-        hidden = hidden + encoder.embed_positions(frames)
-        hidden = nn.functional.dropout(hidden, p=encoder.dropout, training=encoder.training)
-        invisible = frames >= visible.unsqueeze(1)
-        mask = None
-        if bool(invisible.any()):
-            mask = torch.zeros_like(invisible, dtype=hidden.dtype)
-            mask = mask.masked_fill(invisible, torch.finfo(hidden.dtype).min)[:, None, None, :]
-        for layer in encoder.layers:
-            hidden = layer(hidden, mask)
-        return encoder.layer_norm(hidden)
+        within = torch.arange(rows.total, device=hidden.device) - rows.begins[rows.row]
+        hidden = hidden + encoder.embed_positions.weight[within]
+        hidden = nn.functional.dropout(hidden, p=encoder.dropout, training=encoder.training).unsqueeze(0)
+        with packed_rows(encoder.config, rows):
+            for layer in encoder.layers:
+                hidden = layer(hidden, None)
+        return encoder.layer_norm(hidden).squeeze(0)
