@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from blspkd_fairseq.data.batch import Segment, Speech
+from blspkd_fairseq.data.conversation import Conversation, Turn, one_turn
 from blspkd_fairseq.data.prompts import SPEECH_SLOT
 
 if TYPE_CHECKING:
@@ -78,8 +80,8 @@ class ChatFormat:
         # An unknown character is no control token, unless the tokenizer uses one token for both.
         self._unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self.eos_ids else None
         self._warned = False
-        self._cached_prompt_ids = lru_cache(maxsize=1024)(self._prompt_ids)
-        self._template_controls = self._controls(*self._prompt_ids(SPEECH_SLOT))
+        self._cached_render = lru_cache(maxsize=1024)(self._render_turns)
+        self.prompt_ids(SPEECH_SLOT)  # a template that cannot be used is said now
 
     def __reduce__(self) -> tuple[type[ChatFormat], tuple[Any, ...]]:
         """A spawned worker builds it again: a cache of a method cannot be pickled."""
@@ -173,30 +175,74 @@ class ChatFormat:
         Raises:
             ChatError: there is not exactly one slot, or the template fails, loses it, or refuses the system message.
         """
-        before, after = self._cached_prompt_ids(prompt)
-        return list(before), list(after)
-
-    def _prompt_ids(self, prompt: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if prompt.count(SPEECH_SLOT) != 1:
             raise ChatError(f"the prompt {prompt!r} must have exactly one slot {SPEECH_SLOT}")
+        before, _, after = self.render(one_turn(prompt))
+        return list(before), list(after)
+
+    def render(self, conversation: Conversation) -> list[Segment]:
+        """A conversation, up to where the next answer begins, as typed segments.
+
+        For example, of ``one_turn("Repeat: {speech}")`` with ChatML::
+
+            rendered   <|im_start|>user\\nRepeat: (0)<|im_end|>\\n<|im_start|>assistant\\n
+            segments   [ids of "<|im_start|>user\\nRepeat: "], Speech(0), [ids of "<|im_end|>\\n<|im_start|>assistant\\n"]
+
+        Only the template makes control tokens: those that a text spells are hidden by markers while the template is
+        rendered. Earlier answers are encoded by themselves, as :meth:`response_ids` does.
+
+        Raises:
+            ChatError: the template fails, loses a part, or refuses the system message.
+        """
+        return [one if isinstance(one, Speech) else list(one) for one in self._cached_render(conversation)]
+
+    def _render_turns(self, conversation: Conversation) -> tuple[Segment, ...]:
+        segments = self._segments(conversation)
+        texts = [one for one in segments if not isinstance(one, Speech)]
+        plain = tuple(Turn(role, tuple("a" if isinstance(p, str) else p for p in parts)) for role, parts in conversation)
+        if plain != conversation and self._controls(*texts) != self._plain_controls(plain):
+            said = "".join(part for turn in conversation for part in turn.parts if isinstance(part, str))
+            raise ChatError(f"the text {said[:80]!r} changes the control tokens of the chat: remove them from it")
+        return segments
+
+    def _plain_controls(self, conversation: Conversation) -> list[int]:
+        texts = [one for one in self._cached_render(conversation) if not isinstance(one, Speech)]
+        return self._controls(*texts)
+
+    def _segments(self, conversation: Conversation) -> tuple[Segment, ...]:
         hidden = _Hidden(self._control_names)
-        left, right = map(hidden.hide_names, prompt.split(SPEECH_SLOT))
-        slot = hidden.hide(SPEECH_SLOT)
-        messages = [{"role": "user", "content": f"{left}{slot}{right}"}]
-        if self.system is not None:
+        slots: dict[str, Speech | str] = {}
+
+        def hide(role: str, part: str | Speech) -> str:
+            if isinstance(part, str) and role != "assistant":
+                return hidden.hide_names(part)
+            marker = hidden.hide(SPEECH_SLOT)
+            slots[marker] = part
+            return marker
+
+        messages = [{"role": turn.role, "content": "".join(hide(turn.role, p) for p in turn.parts)} for turn in conversation]
+        if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": hidden.hide_names(self.system)})
         rendered = self._render(messages, add_generation_prompt=True)
-        if self.system is not None and messages[0]["content"].strip() not in rendered:
+        if messages[0]["role"] == "system" and messages[0]["content"].strip() not in rendered:
             raise ChatError(f"the chat template of {_name(self.tokenizer)} ignores the system message: leave it out")
-        if rendered.count(slot) != 1:
+        found = [(rendered.find(marker), marker) for marker in slots]
+        if any(rendered.count(marker) != 1 for marker in slots) or found != sorted(found):
             raise ChatError(f"the chat template of {_name(self.tokenizer)} does not show what the user says once")
-        before, after = rendered.split(slot)
-        if self._adds_space:
-            before = before.removesuffix(" ")  # the transcript brings its own
-        ids = self._encode_template(before, hidden), self._encode_template(after, hidden, is_inside=True)
-        if prompt != SPEECH_SLOT and self._controls(*ids) != self._template_controls:
-            raise ChatError(f"the prompt {prompt!r} changes the control tokens of the chat: remove them from it")
-        return ids
+        segments: list[Segment] = []
+        text: list[int] = []
+        for marker, part in slots.items():
+            before, rendered = rendered.split(marker)
+            if self._adds_space:
+                before = before.removesuffix(" ")  # the transcript brings its own
+            text += self._encode_template(before, hidden, is_inside=bool(segments or text))
+            if isinstance(part, Speech):
+                segments += [tuple(text), part]
+                text = []
+            else:
+                text += self.encode_text(part)
+        text += self._encode_template(rendered, hidden, is_inside=bool(segments or text))
+        return (*segments, tuple(text))
 
     def _encode_template(self, text: str, hidden: _Hidden, is_inside: bool = False) -> tuple[int, ...]:
         """Ids of template text, in which hidden names stand for themselves."""
@@ -207,8 +253,9 @@ class ChatFormat:
             is_inside = True
         return tuple(ids)
 
-    def _controls(self, before: Sequence[int], after: Sequence[int]) -> list[int]:
-        return [token for token in (*before, *after) if token in self.control_ids and token != self._unknown_id]
+    def _controls(self, *texts: Sequence[int]) -> list[int]:
+        ids = (token for text in texts for token in text)
+        return [token for token in ids if token in self.control_ids and token != self._unknown_id]
 
     def _find_end_of_turn(self) -> int:
         hidden = _Hidden(self._control_names)

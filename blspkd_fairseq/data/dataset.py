@@ -17,9 +17,17 @@ compat.require_fairseq()  # one sentence instead of a missing module
 from fairseq.data import FairseqDataset  # noqa: E402
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, load_audio  # noqa: E402
+from blspkd_fairseq.data.batch import PlanRow, Segment, SpeechLengths, plan_batch  # noqa: E402
 from blspkd_fairseq.data.chat import ChatFormat  # noqa: E402
+from blspkd_fairseq.data.conversation import (  # noqa: E402
+    AudioPart,
+    Conversation,
+    ConversationError,
+    one_turn,
+    read_messages,
+)
 from blspkd_fairseq.data.manifest import Manifest, ManifestError, response_is_cut  # noqa: E402
-from blspkd_fairseq.data.prompts import resolve_prompt  # noqa: E402
+from blspkd_fairseq.data.prompts import SPEECH_SLOT, resolve_prompt  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +36,7 @@ _FAIRSEQ_MAX_TOKENS = 12_000
 _MAX_TOKENS = 120 * SAMPLE_RATE
 # More tokens than Whisper has frames; people speak two to six a second.
 _ANY_TOKENS, _TOKENS_PER_SECOND = 64, 50
+_MOST_PIECES = 64  # of speech in a conversation
 
 
 class Utterance(NamedTuple):
@@ -36,21 +45,24 @@ class Utterance(NamedTuple):
     Attributes:
         place: its index in the manifest.
         row: its cells.
-        waveform: ``[S]`` fp32 at 16 kHz.
-        before, after: ids of the prompt around the speech.
-        transcript: ids of ``src_text``.
+        waveforms: ``[S]`` fp32 at 16 kHz, of each piece of speech.
+        segments: the conversation up to where the response begins.
+        transcripts: ids of the transcript of each piece.
         response: ids of ``tgt_text``, with the end of turn unless the response was cut.
-        prompt: the instruction as text, with its ``{speech}`` slot.
+        prompt: the last instruction as text, with its ``{speech}`` slot.
     """
 
     place: int
     row: dict[str, str]
-    waveform: Tensor
-    before: list[int]
-    transcript: list[int]
-    after: list[int]
+    waveforms: list[Tensor]
+    segments: list[Segment]
+    transcripts: list[list[int]]
     response: list[int]
     prompt: str
+
+
+class _OtherText(ManifestError):
+    """A transcript that cannot be that of its audio."""
 
 
 class SpeechTextDataset(FairseqDataset):
@@ -65,6 +77,9 @@ class SpeechTextDataset(FairseqDataset):
         max_seconds: rows that are longer are an error.
         shuffle: train in a new random order every epoch; batches hold utterances of similar length.
         skip_bad_audio: leave out rows whose audio is too long, missing, unreadable or of another text.
+        lengths: how many embeddings the adapter makes of a piece of speech.
+        with_response: the LLM reads up to the end of the response; otherwise no further than the speech.
+        share_prefix: what all rows of a batch begin with is read once.
     """
 
     def __init__(
@@ -76,6 +91,9 @@ class SpeechTextDataset(FairseqDataset):
         max_seconds: float = 30.0,
         shuffle: bool = False,
         skip_bad_audio: bool = False,
+        lengths: SpeechLengths = SpeechLengths(),
+        with_response: bool = True,
+        share_prefix: bool = True,
     ) -> None:
         self.manifest = manifest
         self.chat = chat
@@ -84,6 +102,9 @@ class SpeechTextDataset(FairseqDataset):
         self.max_seconds = max_seconds
         self.shuffle = shuffle
         self.skip_bad_audio = skip_bad_audio
+        self.lengths = lengths
+        self.with_response = with_response
+        self.share_prefix = share_prefix
         too_long = np.flatnonzero(manifest.n_frames > max_seconds * SAMPLE_RATE)
         if len(too_long) and not skip_bad_audio:
             first = int(too_long[0])
@@ -95,7 +116,7 @@ class SpeechTextDataset(FairseqDataset):
         if len(too_long):
             logger.warning(f"{manifest.path}: {len(too_long)} rows longer than {max_seconds:g} s are left out")
         # Keys of utterances differ between manifests: an epoch may be a slice of the data.
-        self._first_key = zlib.crc32(str(manifest.path.resolve()).encode()) << 32
+        self._first_key = zlib.crc32(str(manifest.path.resolve()).encode()) << 40
         self._too_long = frozenset(too_long.tolist())
         if len(manifest):
             self._prompt(manifest[0])  # an unknown prompt is said now and not by a worker
@@ -115,50 +136,69 @@ class SpeechTextDataset(FairseqDataset):
 
     def __getitem__(self, index: int) -> Utterance | None:
         index = int(index)  # fairseq's are numpy's, which overflow
-        row = self.manifest[index]
         try:
-            root = self._root(row["audio"])
-            samples = load_audio(row["audio"], root, int(self.manifest.n_frames[index]), self.max_seconds)
-        except AudioError as error:
-            message = f"{self.manifest.location(index)}: {error}"
+            return self._read(index, self.manifest[index])
+        except (AudioError, _OtherText) as error:
             if not self.skip_bad_audio:
-                raise AudioError(message) from error
-            logger.warning(f"left out: {message}")
+                raise
+            logger.warning(f"left out: {error}")
             return None
+
+    def _read(self, index: int, row: dict[str, str]) -> Utterance:
+        where = self.manifest.location(index)
         try:
-            prompt, is_cut = self._prompt(row), response_is_cut(row)
+            conversation, pieces, prompt = self._conversation(row)
+            is_cut = response_is_cut(row)
         except ValueError as error:
-            raise ManifestError(f"{self.manifest.location(index)}: {error}") from error
-        before, after = self.chat.prompt_ids(prompt)
+            raise ManifestError(f"{where}: {error}") from error
+        try:
+            waveforms = self._load(pieces, row, int(self.manifest.n_frames[index]))
+        except AudioError as error:
+            raise AudioError(f"{where}: {error}") from error
+        transcripts = [self.chat.encode_text(piece.transcript) for piece in pieces]
+        for waveform, transcript in zip(waveforms, transcripts, strict=True):
+            if len(transcript) > max(_ANY_TOKENS, _TOKENS_PER_SECOND * len(waveform) / SAMPLE_RATE):
+                raise _OtherText(
+                    f"{where}: {len(transcript)} tokens of transcript for {len(waveform) / SAMPLE_RATE:.1f} s of audio: "
+                    "it is not the text of this audio, or lacks its end"
+                )
         response = row.get("tgt_text", "")
-        transcript = self.chat.encode_text(row.get("src_text", ""))
-        if len(transcript) > max(_ANY_TOKENS, _TOKENS_PER_SECOND * len(samples) / SAMPLE_RATE):
-            message = (
-                f"{self.manifest.location(index)}: {len(transcript)} tokens of transcript for "
-                f"{len(samples) / SAMPLE_RATE:.1f} s of audio: it is not the text of this audio, or lacks its end"
-            )
-            if not self.skip_bad_audio:
-                raise ManifestError(message)
-            logger.warning(f"left out: {message}")
-            return None
         return Utterance(
             index,
             row,
-            torch.from_numpy(samples),
-            list(before),
-            transcript,
-            list(after),
+            waveforms,
+            self.chat.render(conversation),
+            transcripts,
             self.chat.response_ids(response, finished=not is_cut) if response else [],
             prompt,
         )
 
+    def _conversation(self, row: Mapping[str, str]) -> tuple[Conversation, list[AudioPart], str]:
+        """A row's turns, its pieces of speech, and its last instruction."""
+        if not row.get("conversation"):
+            prompt = self._prompt(row)
+            return one_turn(prompt), [AudioPart(row["audio"], row.get("src_text", ""))], prompt
+        turns, pieces = read_conversation(row["conversation"])
+        last = "".join(part if isinstance(part, str) else SPEECH_SLOT for part in turns[-1].parts)
+        return turns, pieces, last
+
+    def _load(self, pieces: Sequence[AudioPart], row: Mapping[str, str], n_frames: int) -> list[Tensor]:
+        """The sound of each piece; ``n_frames`` counts all of them together."""
+        expected = n_frames if len(pieces) == 1 else None
+        samples = [load_audio(p.audio, self._root(p.audio), expected, self.max_seconds) for p in pieces]
+        total = sum(map(len, samples))
+        if expected is None and abs(total - n_frames) > max(0.1 * SAMPLE_RATE, 0.02 * total):
+            raise AudioError(f"n_frames is {n_frames}, but its {len(pieces)} pieces of audio have {total} samples")
+        return [torch.from_numpy(one) for one in samples]
+
     def collater(self, samples: Sequence[Utterance | None]) -> dict[str, Any]:
-        """Pads and stacks.
+        """Plans a batch; all that a device needs of its texts is one tensor.
 
         Returns:
             ``id`` [B], ``net_input`` (the arguments of the model), ``target`` (ids of ``tgt_text`` [B, N] padded with
-            -1, or None without that column), ``nsentences``, ``ntokens``, ``prompts`` and ``rows`` (lists). If every
-            row was left out, one that can be read stands in for them, and ``left_out`` is True.
+            -1, or None without that column), ``nsentences``, ``ntokens``; and lists with an entry for each row:
+            ``plan_rows``, ``prompts`` and ``rows``. If every row was left out, one that can be read stands in for them,
+            and ``left_out`` is True.
 
         Raises:
             AudioError: no row of the manifest can be read.
@@ -167,31 +207,29 @@ class SpeechTextDataset(FairseqDataset):
         left_out = not utterances and len(self.manifest) > 0
         if left_out:
             utterances = [self._first_readable()]
-        lengths = torch.tensor([len(u.waveform) for u in utterances], dtype=torch.long)
-        prefix = common_prefix([u.before for u in utterances])
-        text: dict[str, Tensor] = {"prefix": torch.tensor(prefix, dtype=torch.long)}
-        segments = {
-            "before": [u.before[len(prefix) :] for u in utterances],
-            "transcript": [u.transcript for u in utterances],
-            "after": [u.after for u in utterances],
-            "response": [u.response for u in utterances],
-        }
-        for name, rows in segments.items():
-            text[name], text[f"{name}_lengths"] = pad_ids(rows), torch.tensor([len(r) for r in rows], dtype=torch.long)
+        plan_rows = _plan_rows(utterances)
+        batch = plan_batch(
+            plan_rows, self.lengths, self.with_response, self.share_prefix, end_of_turn=self.chat.end_of_turn_id
+        )
+        plan, spec = batch.flatten()
+        waveforms = [waveform for u in utterances for waveform in u.waveforms]
         has_target = "tgt_text" in self.manifest.columns
         targets = [self.chat.encode_text(u.row["tgt_text"]) for u in utterances] if has_target else []
         return {
             "id": torch.tensor([u.place for u in utterances], dtype=torch.long),
             "net_input": {
-                "src_tokens": pad_waveforms([u.waveform for u in utterances]),
-                "src_lengths": lengths,
-                "text": text,
-                "keys": [self._first_key + u.place for u in utterances],
+                "src_tokens": pad_waveforms(waveforms),
+                "src_lengths": torch.tensor([len(waveform) for waveform in waveforms], dtype=torch.long),
+                "plan": plan,
+                "spec": spec,
+                "samples": [len(waveform) for waveform in waveforms],
+                "keys": [self._first_key + u.place * _MOST_PIECES + i for u in utterances for i in range(len(u.waveforms))],
             },
             "target": pad_ids(targets, -1) if has_target else None,
             "left_out": left_out,
             "nsentences": len(utterances),
-            "ntokens": int(text["transcript_lengths"].sum() + text["response_lengths"].sum()),
+            "ntokens": batch.tokens + sum(len(u.response) for u in utterances),
+            "plan_rows": plan_rows,
             "prompts": [u.prompt for u in utterances],
             "rows": [u.row for u in utterances],
         }
@@ -262,13 +300,32 @@ class SpeechDataset(FairseqDataset):
         return int(self.sizes[index])
 
 
-def common_prefix(rows: Sequence[list[int]]) -> list[int]:
-    """The ids that all rows begin with."""
-    if not rows:
-        return []
-    first, last = min(rows), max(rows)
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return list(first[:length])
+def read_conversation(cell: str) -> tuple[Conversation, list[AudioPart]]:
+    """The cell ``conversation`` of a manifest.
+
+    Raises:
+        ConversationError: no conversation, none with speech, or audio that is not named by a path or has no transcript.
+    """
+    turns, pieces = read_messages(cell)
+    if not pieces:
+        raise ConversationError("the conversation has no piece of audio: nothing is heard in it")
+    if len(pieces) > _MOST_PIECES:
+        raise ConversationError(f"the conversation has {len(pieces)} pieces of audio: {_MOST_PIECES} at most")
+    for number, piece in enumerate(pieces, start=1):
+        if not isinstance(piece.audio, str) or not piece.audio.strip():
+            raise ConversationError(f"piece {number} of the conversation's audio must be a path")
+        if not piece.transcript.strip():
+            raise ConversationError(f'piece {number} of the conversation\'s audio has no transcript: give it as "text"')
+    return turns, pieces
+
+
+def _plan_rows(utterances: Sequence[Utterance]) -> list[PlanRow]:
+    rows, first = [], 0
+    for u in utterances:
+        pieces = range(first, first + len(u.waveforms))
+        rows.append(PlanRow(u.segments, u.transcripts, [len(w) for w in u.waveforms], u.response, pieces))
+        first += len(u.waveforms)
+    return rows
 
 
 def pad_ids(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:

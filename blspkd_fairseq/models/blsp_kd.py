@@ -8,6 +8,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
 from torch import Tensor
 
+from blspkd_fairseq.data.batch import Batch, FlatSpec
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.speech_llm import SpeechLLM, SpeechLlmOutput
@@ -37,15 +38,25 @@ class BlspKdModel(BaseFairseqModel):
         self,
         src_tokens: Tensor,
         src_lengths: Tensor,
-        text: Mapping[str, Tensor],
+        plan: Tensor,
+        spec: FlatSpec,
+        samples: Sequence[int],
+        keys: Sequence[int] | None = None,
         positions: Collection[str] = ("input", "response"),
         teacher: bool = True,
-        keys: Sequence[int] | None = None,
-        count_tokens: bool = False,
-        text_replies: Mapping[str, Tensor] | None = None,
+        text_replies: Batch | None = None,
     ) -> SpeechLlmOutput:
-        """See :meth:`SpeechLLM.forward`."""
-        return self.speech_llm(src_tokens, src_lengths, text, positions, teacher, keys, count_tokens, text_replies)
+        """A collated batch (see :class:`~blspkd_fairseq.data.dataset.SpeechTextDataset`) for :class:`SpeechLLM`."""
+        return self.speech_llm(
+            src_tokens,
+            src_lengths,
+            spec.build(plan),
+            positions,
+            teacher,
+            keys,
+            text_replies=text_replies,
+            samples=samples,
+        )
 
     def set_num_updates(self, num_updates: int) -> None:
         """The trainer says how many updates were made; roll-outs are seeded by it."""
