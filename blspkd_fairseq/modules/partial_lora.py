@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from blspkd_fairseq import compat
+
 
 class AllPositions:
     """Type of :data:`ALL_POSITIONS`."""
@@ -197,4 +199,4 @@ def enable_gradient_checkpointing(llm: PreTrainedModel) -> None:
     state = getattr(llm, "partial_lora_state", None)
     if state is not None:
         options["context_fn"] = lambda: (nullcontext(), _masked(state, state.mask))
-    llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    compat.checkpoint_activations(llm, options)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from blspkd_fairseq import compat
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.fingerprint import fingerprint
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, lora_alpha, speech_positions
@@ -122,7 +123,7 @@ class ChatLLM(nn.Module):
         sequence = concatenate(segments)
         with speech_positions(self.llm, self.lora_mask(sequence) if with_lora else None):
             output = self.llm.get_decoder()(
-                inputs_embeds=sequence.embeds, past_key_values=cache, use_cache=cache is not None
+                inputs_embeds=sequence.embeds, use_cache=cache is not None, **compat.cache_argument(cache)
             )
         return sequence, output.last_hidden_state
 
@@ -159,7 +160,7 @@ class ChatLLM(nn.Module):
         """Keys and values ``[1, H, P, d]`` of each layer."""
         with speech_positions(self.llm, None):
             output = self.llm.get_decoder()(inputs_embeds=self.embed(prefix)[None], use_cache=True)
-        return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return [(layer.keys, layer.values) for layer in compat.cache_of(output).layers]
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
         self._prefixes.clear()  # moved to another device or dtype
