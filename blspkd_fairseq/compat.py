@@ -5,6 +5,7 @@ Importing this module imports none of them: `blspkd_fairseq.check` runs where th
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.metadata
@@ -234,6 +235,39 @@ def use_fast_cpu_attention(llm: Any) -> None:
         AttentionInterface.register(CPU_ATTENTION, attention)
         AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)
         llm.set_attn_implementation(CPU_ATTENTION)
+
+
+# --- the LLM's cache -------------------------------------------------------------------------------
+
+
+@functools.cache
+def _cache_name() -> str:
+    """What the installed transformers calls keys and values: ``past_key_values`` before 5.24, then ``cache``."""
+    import dataclasses
+
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    names = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """The keyword argument by which an LLM's ``forward`` and ``generate`` take a cache."""
+    return {_cache_name(): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what an LLM's ``forward`` returned."""
+    return getattr(output, _cache_name())
+
+
+# --- recomputed activations ------------------------------------------------------------------------
+
+
+def checkpoint_activations(llm: Any, options: dict[str, Any]) -> None:
+    """Lets an LLM recompute its activations in backward, by the method that the installed transformers has."""
+    enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+    enable(options)  # by position: the argument was renamed with the method
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Partial LoRA: on speech positions only, and otherwise the base LLM bit for bit."""
 
 import copy
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from blspkd_fairseq import compat
 from blspkd_fairseq.modules.partial_lora import (
     ALL_POSITIONS,
     PartialLoraLinear,
@@ -198,9 +200,9 @@ def test_a_mask_of_another_shape_raises() -> None:
     llm = trained(llama())
     with speech_positions(llm, MASK), pytest.raises(ValueError, match="speech mask"):
         llm(IDS[:, :-1])
-    cache = llm(IDS, use_cache=True).past_key_values
+    cache = compat.cache_of(llm(IDS, use_cache=True))
     with speech_positions(llm, MASK), pytest.raises(ValueError, match="cached decoding"):
-        llm(IDS[:, :1], past_key_values=cache)
+        llm(IDS[:, :1], **compat.cache_argument(cache))
     assert torch.equal(llm(IDS).logits, llm(IDS).logits)  # the failed block has put its mask away
     with pytest.raises(ValueError, match="add_partial_lora"), speech_positions(llama(), MASK):
         pass
@@ -217,13 +219,13 @@ def recomputed(llm: PreTrainedModel, generated: Tensor) -> Tensor:
 def cached_generation(llm: PreTrainedModel, beams: int) -> Tensor:
     """Prefill under the mask, then plain decoding from the cache."""
     with speech_positions(llm, MASK[:, :-1]):
-        cache = llm(IDS[:, :-1], use_cache=True).past_key_values
+        cache = compat.cache_of(llm(IDS[:, :-1], use_cache=True))
     assert isinstance(cache, DynamicCache)
     if beams > 1:
         cache.batch_repeat_interleave(beams)
     out = llm.generate(
-        input_ids=IDS, attention_mask=torch.ones_like(IDS), past_key_values=cache, max_new_tokens=8, min_new_tokens=8,
-        do_sample=False, num_beams=beams,
+        input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, min_new_tokens=8,
+        do_sample=False, num_beams=beams, **compat.cache_argument(cache),
     )  # fmt: skip
     return out[:, IDS.shape[1] :]
 
@@ -305,3 +307,22 @@ def test_cannot_be_added_twice_or_merged() -> None:
         add_partial_lora(llama(), rank=0)
     with pytest.raises(ValueError, match="merged"):
         next(m for m in llm.modules() if isinstance(m, PartialLoraLinear)).merge()
+
+
+# --- what transformers renamed
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_is_passed_by_the_name_of_the_installed_version(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    output = make_dataclass("Output", ["last_hidden_state", name])
+    monkeypatch.setattr("transformers.modeling_outputs.BaseModelOutputWithPast", output)
+    monkeypatch.setattr(compat, "_cache_name", compat._cache_name.__wrapped__)
+    assert compat.cache_argument(3) == {name: 3}
+    assert compat.cache_of(output(None, 4)) == 4
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_nothing_deprecated_is_called() -> None:
+    llm = trained(llama())
+    cached_generation(llm, beams=2)
+    enable_gradient_checkpointing(llm)

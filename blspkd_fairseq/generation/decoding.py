@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, speech_positions
@@ -164,7 +165,7 @@ def _answer(
         generated = model.llm.generate(
             inputs_embeds=prompt.embeds,
             attention_mask=prompt.valid.long(),
-            past_key_values=cache,
+            **compat.cache_argument(cache),
             **arguments,
         )
     answers = [strip_end(row.tolist(), chat.eos_ids) for row in generated]
@@ -203,7 +204,7 @@ def prefill(model: ChatLLM, prompt: Prompt) -> Any:
         position_ids=(valid.cumsum(1) - 1).clamp(min=0),
         use_cache=True,
     )
-    return output.past_key_values
+    return compat.cache_of(output)
 
 
 def strip_end(ids: list[int], eos_ids: list[int]) -> tuple[list[int], bool]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.generation.decoding import build_prompt, prefill
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, speech_positions
@@ -85,7 +86,7 @@ def roll_out(
         generated = model.llm.generate(
             inputs_embeds=prompt.embeds.repeat_interleave(options.per_prompt, 0),
             attention_mask=prompt.valid.long().repeat_interleave(options.per_prompt, 0),
-            past_key_values=cache,
+            **compat.cache_argument(cache),
             do_sample=False,
             max_new_tokens=options.max_new_tokens,
             logits_processor=LogitsProcessorList([_Draw(seeds, options, len(chat.tokenizer), device)]),

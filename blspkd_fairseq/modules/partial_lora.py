@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from blspkd_fairseq import compat
 from blspkd_fairseq.modules.packed_llm import active_rows, packed_rows
 
 
@@ -290,7 +291,7 @@ def enable_gradient_checkpointing(llm: PreTrainedModel) -> None:
     The recomputation runs during backward, when the block of :func:`speech_positions` has long ended.
     """
     options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _as_now(llm))}
-    llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    compat.checkpoint_activations(llm, options)
 
 
 def _as_now(llm: PreTrainedModel) -> AbstractContextManager[None]:
