@@ -13,8 +13,9 @@ from tiny import SENTENCES, save_llm, save_whisper, write_split
 
 import blspkd_fairseq
 from blspkd_fairseq.data.audio import AudioError
+from blspkd_fairseq.data.batch import Batch, Layout
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.data.dataset import SpeechTextDataset, common_prefix, pad_ids
+from blspkd_fairseq.data.dataset import SpeechTextDataset, pad_ids
 from blspkd_fairseq.data.manifest import Manifest, ManifestError, write_manifest
 from blspkd_fairseq.data.prompts import PromptError
 
@@ -43,20 +44,33 @@ def rewrite(path: Path, index: int, **cells: object) -> None:
     write_manifest(path, rows, list(rows[0]))
 
 
+def plan_of(batch: dict[str, Any]) -> Batch:
+    return batch["net_input"]["spec"].build(batch["net_input"]["plan"])
+
+
+def in_order(layout: Layout) -> list[list[int]]:
+    """Ids of the prefix and of each row, as they are read."""
+    return [ids.tolist() for ids in layout.ids[layout.rows.order].split([layout.rows.prefix, *layout.rows.counts])]
+
+
 def test_a_batch_holds_the_sequences_and_their_common_prefix(tmp_path: Path, chat: ChatFormat) -> None:
     write_split(tmp_path, "train", 3)
     rewrite(tmp_path / "train.tsv", 1, tgt_text='\tTab, "quote", \\n and 😀 <|im_end|>')
     data = SpeechTextDataset(Manifest.load(tmp_path / "train.tsv"), chat, prompt="repeat")
     batch = data.collater([data[i] for i in range(3)])
-    text = batch["net_input"]["text"]
+    plan = plan_of(batch)
     before, after = chat.prompt_ids(batch["prompts"][0])
-    assert text["prefix"].tolist() == before and text["before_lengths"].tolist() == [0, 0, 0]
-    for i in range(3):
-        response = text["response"][i, : text["response_lengths"][i]].tolist()
+    layout = plan.student
+    assert layout is plan.teacher and layout.rows.prefix == len(before)
+    prefix, *rows = in_order(layout)
+    assert prefix == before
+    for i, ids in enumerate(rows):
+        transcript = chat.encode_text(SENTENCES[i])
+        assert ids[: len(transcript) + len(after)] == transcript + after
+        response = ids[len(transcript) + len(after) :]
+        assert response == plan.response.targets[plan.response.rows == i].tolist()
         assert response[-1] == chat.end_of_turn_id and chat.end_of_turn_id not in response[:-1]
         assert chat.decode(response) == data.manifest[i]["tgt_text"]
-        assert text["transcript"][i, : text["transcript_lengths"][i]].tolist() == chat.encode_text(SENTENCES[i])
-        assert text["after"][i].tolist() == after
     assert batch["net_input"]["src_lengths"].tolist() == data.manifest.n_frames.tolist()
     assert batch["target"].min() == -1 and batch["nsentences"] == 3
 
@@ -67,11 +81,11 @@ def test_rows_may_have_their_own_prompts_languages_and_cut_responses(tmp_path: P
     data = SpeechTextDataset(Manifest.load(tmp_path / "train.tsv"), chat, prompt="repeat")
     batch = data.collater([data[0], data[1]])
     assert "German" in batch["prompts"][0] and "German" not in batch["prompts"][1]
-    text = batch["net_input"]["text"]
-    assert len(text["prefix"]) > 0 and min(text["before_lengths"]) > 0
-    assert (
-        chat.end_of_turn_id not in text["response"][0].tolist() and chat.end_of_turn_id in text["response"][1].tolist()
-    )
+    plan = plan_of(batch)
+    assert 0 < plan.student.rows.prefix < len(chat.prompt_ids(batch["prompts"][0])[0])
+    responses = [plan.response.targets[plan.response.rows == i].tolist() for i in range(2)]
+    assert chat.end_of_turn_id not in responses[0] and chat.end_of_turn_id in responses[1]
+    assert plan.ends.tolist() == [len(responses[0]) + len(responses[1]) - 1]
     rewrite(tmp_path / "train.tsv", 1, cut="true")
     data = SpeechTextDataset(Manifest.load(tmp_path / "train.tsv"), chat, prompt="repeat")
     with pytest.raises(ManifestError, match=r"train.tsv.*cut is 'true': write 1 where the response was cut, or 0"):
@@ -93,12 +107,10 @@ def test_order_is_by_length_and_differs_between_training_epochs(tmp_path: Path, 
 
 
 def test_small_helpers() -> None:
-    assert common_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2]]) == [1, 2]
-    assert common_prefix([[1, 2]]) == [1, 2] and common_prefix([]) == []
     assert pad_ids([[1], [2, 3]], -1).tolist() == [[1, -1], [2, 3]]
 
 
-def test_training_words_are_those_of_all_folders(chat: ChatFormat, tmp_path: Path) -> None:
+def test_training_tokens_are_those_of_all_folders(chat: ChatFormat, tmp_path: Path) -> None:
     blspkd_fairseq.register()
     from blspkd_fairseq.tasks.blsp_kd import BlspKdTask
 
@@ -107,8 +119,8 @@ def test_training_words_are_those_of_all_folders(chat: ChatFormat, tmp_path: Pat
     texts = [row["src_text"] for row in Manifest.load(tmp_path / "two" / "spoken.tsv")]
     cfg = SimpleNamespace(data=f"{tmp_path / 'one'}:{tmp_path / 'two'}")
     task = SimpleNamespace(cfg=cfg, chat=chat, _train_split="spoken")
-    words = BlspKdTask.training_words(task)  # type: ignore[arg-type]
-    assert words.tolist() == sorted({token for text in texts for token in chat.encode_text(text)})
+    tokens = BlspKdTask.training_tokens(task)  # type: ignore[arg-type]
+    assert tokens.tolist() == sorted({token for text in texts for token in chat.encode_text(text)})
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,12 @@ from tiny import save_llm, save_whisper, write_split
 from torch import Tensor, nn
 
 import blspkd_fairseq
+from blspkd_fairseq.data.batch import Batch, plan_batch
 from blspkd_fairseq.data.manifest import Manifest
+from blspkd_fairseq.generation.decoding import build_prompts, hear
 from blspkd_fairseq.generation.rollouts import RolloutOptions, draw, roll_out, rollout_seed
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
-from blspkd_fairseq.modules.sequence import Segment
-from blspkd_fairseq.modules.speech_llm import SpeechLLM
+from blspkd_fairseq.modules.speech_llm import SpeechLLM, SpeechLlmOutput
 
 blspkd_fairseq.register()
 
@@ -27,7 +29,6 @@ from blspkd_fairseq.criterions import on_policy_distillation  # noqa: E402
 from blspkd_fairseq.criterions.on_policy_distillation import (  # noqa: E402
     OnPolicyDistillationConfig,
     OnPolicyDistillationCriterion,
-    _with_responses,
 )
 from blspkd_fairseq.data.dataset import SpeechTextDataset  # noqa: E402
 from blspkd_fairseq.models.blsp_kd import BlspKdModel  # noqa: E402
@@ -110,13 +111,29 @@ def test_a_draw_is_never_a_word_that_is_taken_out() -> None:
 # ---- roll-outs -----------------------------------------------------------------------------------------------------
 
 
-def rolled(model: SpeechLLM, chat: Any, sample: dict[str, Any], rows: list[int], seeds: list[int]) -> list[list[int]]:
+def planned(model: BlspKdModel, sample: dict[str, Any], groups: list[list[list[int]]]) -> Batch:
+    """The batch with these answers to each utterance, and as many speech embeddings as the adapter counts."""
+    pairs = zip(sample["plan_rows"], groups, strict=True)
+    rows = [replace(row, response=ids) for row, group in pairs for ids in group]
     inputs = sample["net_input"]
     with torch.no_grad():
-        adapter = model.adapt(inputs["src_tokens"][rows], inputs["src_lengths"][rows])
+        return plan_batch(rows, hear(model.speech_llm, inputs["src_tokens"], inputs["src_lengths"])[1])
+
+
+def run(model: BlspKdModel, sample: dict[str, Any], batch: Batch, reads: bool = False) -> SpeechLlmOutput:
+    """Student and teacher at the answers of a plan."""
+    plan, spec = batch.flatten()
+    inputs = {**sample["net_input"], "plan": plan, "spec": spec}
+    return model(**inputs, positions=("response",), text_replies=batch if reads else None)
+
+
+def rolled(model: SpeechLLM, chat: Any, sample: dict[str, Any], rows: list[int], seeds: list[int]) -> list[list[int]]:
+    inputs = sample["net_input"]
     options = RolloutOptions(per_prompt=len(seeds) // len(rows), max_new_tokens=12)
-    prompts = [sample["prompts"][row] for row in rows]
-    return roll_out(model, chat, Segment(adapter.embeddings, adapter.lengths), prompts, seeds, options)
+    with torch.no_grad():
+        heard = hear(model, inputs["src_tokens"][rows], inputs["src_lengths"][rows])
+    prompts = build_prompts(model, [sample["plan_rows"][row].segments for row in rows], *heard)
+    return roll_out(model, chat, prompts, seeds, options)
 
 
 def test_rollouts_depend_on_their_seed_alone(world: World) -> None:
@@ -146,10 +163,8 @@ def test_a_rollout_is_what_the_student_would_say_word_by_word(
         model, rollouts=1, rollout_max_tokens=12, rollout_temperature=temperature, rollout_top_p=top_p
     )
     rollouts = criterion._draw(path, model, sample, [0, 1], training=True)
-    replies = _with_responses(sample["net_input"]["text"], rollouts)
     with torch.no_grad():
-        inputs = {**sample["net_input"], "text": replies, "text_replies": replies}
-        out = model(**inputs, positions=("response",), count_tokens=True)
+        out = run(model, sample, planned(model, sample, [one.ids for one in rollouts]), reads=True)
         compared = out.response if path == "speech" else out.text_response
         logits = compared.student @ model.speech_llm.head[0].t()
     for row, one in enumerate(rollouts):
@@ -171,11 +186,7 @@ def test_seeds_differ_in_every_part() -> None:
 
 def first_words(model: BlspKdModel, sample: dict[str, Any], path: str = "speech") -> tuple[Tensor, Tensor]:
     """``[B, V]`` log-probabilities of the first word of the answer, of the student and of the teacher."""
-    text = dict(sample["net_input"]["text"])
-    one = torch.ones_like(text["response_lengths"])
-    text |= {"response": text["response"][:, :1], "response_lengths": one}
-    inputs = {**sample["net_input"], "text": text, "text_replies": text}
-    out = model(**inputs, positions=("response",), count_tokens=True)
+    out = run(model, sample, planned(model, sample, [[row.response[:1]] for row in sample["plan_rows"]]), reads=True)
     compared = out.response if path == "speech" else out.text_response
     weight = model.speech_llm.head[0]
     return (compared.student @ weight.t()).log_softmax(1), (compared.teacher @ weight.t()).log_softmax(1)
@@ -227,12 +238,8 @@ def log_probabilities(
     model: BlspKdModel, sample: dict[str, Any], ids: list[list[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each word of the roll-outs (two of each utterance) by student and teacher, and the roll-out of each."""
-    text = {name: value if name == "prefix" else value.repeat_interleave(2, 0)
-            for name, value in sample["net_input"]["text"].items()}  # fmt: skip
-    text["response"] = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
-    text["response_lengths"] = torch.tensor([len(one) for one in ids])
     with torch.no_grad():
-        out = model(**{**sample["net_input"], "text": text}, positions=("response",), count_tokens=True).response
+        out = run(model, sample, planned(model, sample, [ids[i : i + 2] for i in range(0, len(ids), 2)])).response
     weight = model.speech_llm.head[0]
     words = torch.tensor([word for one in ids for word in one]).unsqueeze(1)
     student, teacher = ((hidden @ weight.t()).log_softmax(1).gather(1, words)[:, 0]
@@ -360,7 +367,7 @@ def test_reading_text_is_the_teacher_itself_without_lora_everywhere(world: World
         model = world.build(scope).eval()
         sample = world.sample(model, [0, 1, 2])
         inputs = sample["net_input"]
-        out = model(**inputs, positions=("response",), text_replies=inputs["text"])
+        out = model(**inputs, positions=("response",), text_replies=inputs["spec"].build(inputs["plan"]))
         assert torch.equal(out.text_response.student, out.text_response.teacher) == zero
         log = criterion_of(model)(model, sample)[2]
         assert log["rollouts"] == (6 if zero else 12)
@@ -378,10 +385,8 @@ def test_under_partial_lora_the_student_answers_text_as_the_base_llm_does(world:
         sample = world.sample(model, [0, 1, 2])
         rollouts = criterion_of(model)._draw("text", model, sample, [0, 1, 2], training=True)
         answers.append([one.ids for one in rollouts])
-        replies = _with_responses(sample["net_input"]["text"], rollouts)
-        read, taught = (
-            reads(replies, ("response",))["response"] for reads in (model.speech_llm.read, model.speech_llm.teach)
-        )
+        layout = planned(model, sample, [one.ids for one in rollouts]).teacher
+        read, taught = (reads(layout) for reads in (model.speech_llm.read, model.speech_llm.teach))
         assert torch.equal(read, taught)  # so that A_im is 0, word by word
     assert answers[0] == answers[1]
 
@@ -448,9 +453,9 @@ def test_a_larger_teacher_teaches(world: World, tmp_path: Path) -> None:
     value = sampled(model, sample)[0].detach()
     ids = [one for kept in sampled._kept.values() for one in kept.ids]  # in the order of the batch
     student_log, _, rows = log_probabilities(model, sample, ids)
-    replies = _with_responses(sample["net_input"]["text"], list(sampled._kept.values()))
+    layout = planned(model, sample, [kept.ids for kept in sampled._kept.values()]).teacher
     teacher = sampled._teacher[0]
-    logits = teacher.teach(replies, ("response",))["response"] @ teacher.head[0].t()
+    logits = teacher.teach(layout)[layout.response] @ teacher.head[0].t()
     words = torch.tensor([word for one in ids for word in one]).unsqueeze(1)
     values = student_log - logits.log_softmax(1).gather(1, words)[:, 0]
     torch.testing.assert_close(value, torch.stack([values[rows == row].mean() for row in range(4)]).sum() / 2)
@@ -538,10 +543,10 @@ def text_states(world: World, save_dir: Path) -> tuple[Tensor, Tensor]:
     """Hidden states of the trained LLM reading a text as its user would, and those of the base LLM."""
     model = blspkd_fairseq.BlspKd.from_pretrained(save_dir / "checkpoint_last.pt").model
     base = world.build("none")
-    text = world.sample(base, [0])["net_input"]["text"]
+    inputs = world.sample(base, [0])["net_input"]
+    layout = inputs["spec"].build(inputs["plan"]).teacher
     with torch.no_grad():
-        student = model.read(text, ("response",))
-    return student["response"], base.speech_llm.teach(text, ("response",))["response"]
+        return model.read(layout), base.speech_llm.teach(layout)
 
 
 @pytest.mark.parametrize(("estimator", "updates", "rollouts"), [("exact", 16, 4), ("sampled", 32, 8)])

@@ -18,24 +18,33 @@ distribution, train without it, too (``--adapter-dropout 0 --lora-dropout 0``), 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from fairseq.criterions import FairseqCriterion, register_criterion
-from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed.utils import get_data_parallel_world_size
 from fairseq.logging import metrics
 from omegaconf import II
 from torch import Tensor, nn
 
+from blspkd_fairseq.criterions.sums import (
+    DistillationConfig,
+    Sums,
+    anchor,
+    chunk_size_on,
+    log_ratio,
+    mean_per_row,
+    pieces_of,
+    total,
+)
+from blspkd_fairseq.data.batch import Batch, plan_batch
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.data.dataset import pad_ids
+from blspkd_fairseq.generation.decoding import build_prompts, hear
 from blspkd_fairseq.generation.rollouts import RolloutOptions, roll_out, rollout_seed
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, load_llm, load_tokenizer
-from blspkd_fairseq.modules.cif import check_alpha_sum, quantity_loss
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_jensen_shannon
-from blspkd_fairseq.modules.sequence import Segment, mean_per_row
 from blspkd_fairseq.modules.speech_llm import ChatLLM, Distillation, SpeechLLM
 
 ESTIMATORS = ("sampled", "exact")
@@ -43,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class OnPolicyDistillationConfig(FairseqDataclass):
+class OnPolicyDistillationConfig(DistillationConfig):
     """Options of ``--criterion on_policy_distillation``; defaults are X-OPD's where it has them."""
 
     rollouts: int = field(default=4, metadata={"help": "roll-outs of each utterance (X-OPD: 4)"})
@@ -85,14 +94,10 @@ class OnPolicyDistillationConfig(FairseqDataclass):
         default=0.0,
         metadata={"help": "share of updates trained on tgt_text in place of roll-outs (1 - lambda of GKD)"},
     )
-    quantity_weight: float = field(
-        default=1.0, metadata={"help": "|sum(alpha) / n - 1| (BLSP-KD); an adapter without CIF has none"}
-    )
     teacher_llm: str = field(
         default="", metadata={"help": "another, larger LLM with the same tokenizer as teacher (default: the student's)"}
     )
     teacher_llm_dtype: str = field(default="bfloat16", metadata={"help": "its precision: float32, bfloat16 or float16"})
-    chunk_size: int = field(default=128, metadata={"help": "positions that go through the LLM's head at once"})
 
 
 @register_criterion("on_policy_distillation", dataclass=OnPolicyDistillationConfig)
@@ -158,30 +163,35 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         rollout_seconds = time.perf_counter() - begin
         inputs = dict(sample["net_input"])
         if rolled:
-            inputs |= {"text": _with_responses(inputs["text"], rolled["speech"]), "count_tokens": True}
+            device = inputs["plan"].device
+            plan, inputs["spec"] = self._with_responses(model, sample, rolled["speech"]).flatten()
+            inputs["plan"] = plan.to(device, non_blocking=True)
         if "text" in self._paths(model):
-            texts = sample["net_input"]["text"]
-            inputs["text_replies"] = _with_responses(texts, rolled["text"]) if rolled else texts
+            inputs["text_replies"] = (
+                self._with_responses(model, sample, rolled["text"]).to(device)
+                if rolled
+                else inputs["spec"].build(inputs["plan"])
+            )
         output = model(**inputs, positions=("response",), teacher=not self._teacher)
 
-        sums: dict[str, Tensor] = {}
-        loss = output.adapter.embeddings.sum() * 0.0
-        for path, compared, weight in (
-            ("speech", output.response, 1 - self.cfg.im_weight),
-            ("text", output.text_response, self.cfg.im_weight),
+        sums = Sums(sample["nsentences"])
+        loss = anchor(output.adapter)
+        for path, compared, batch, weight in (
+            ("speech", output.response, output.batch, 1 - self.cfg.im_weight),
+            ("text", output.text_response, inputs.get("text_replies", output.batch), self.cfg.im_weight),
         ):
             if compared is not None:
-                texts = inputs["text"] if path == "speech" else inputs["text_replies"]
-                values = self._divergence(path, compared, texts, model, rolled.get(path), sums)
-                responses = len(texts["response_lengths"])
-                means = mean_per_row(values, compared.rows, responses)
-                loss = loss + weight * means.sum() * sample["nsentences"] / responses
-        if output.adapter.alpha_sum is not None:
-            check_alpha_sum(output.adapter.alpha_sum, [row["id"] for row in sample["rows"]])
-            quantity = quantity_loss(output.adapter.alpha_sum, sample["net_input"]["text"]["transcript_lengths"])
-            sums["quantity_sum"], sums["counted"] = quantity.detach().sum(), torch.tensor(float(sample["nsentences"]))
+                values = self._divergence(path, compared, batch, model, rolled.get(path), sums)
+                means = mean_per_row(values, compared.rows, compared.counts, batch.nrows)
+                loss = loss + weight * means.sum() * sums.rows / batch.nrows
+        quantity = sums.quantity(output)
+        if quantity is not None:
             loss = loss + self.cfg.quantity_weight * quantity.sum()
-        return loss, sample["nsentences"], self._log(loss, sums, sample, rolled, rollout_seconds)
+        sums.add("loss", loss)
+        log = sums.read(_SUMS, pieces_of(sample)) | self._rollout_figures(rolled, rollout_seconds)
+        log["ntokens"] = int(log["rollout_tokens"]) or sample["ntokens"]
+        log |= {"nsentences": sums.rows, "sample_size": sums.rows}
+        return loss, sums.rows, log
 
     # ---- roll-outs ---------------------------------------------------------------------------------------------
 
@@ -209,7 +219,8 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         return ["speech", "text"] if reads else ["speech"]
 
     def _rollouts_of(self, path: str, model: Any, sample: dict[str, Any], training: bool) -> "list[_Rollouts]":
-        keys = sample["net_input"]["keys"]
+        # An utterance has the key of its first piece of speech.
+        keys = [sample["net_input"]["keys"][row.pieces[0]] for row in sample["plan_rows"]]
         # A batch that stands in for another is not trained on.
         lifetime = self.cfg.rollout_lifetime if training and not sample["left_out"] else 1
         if lifetime == 1:
@@ -231,23 +242,34 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         """New roll-outs of these rows of the batch."""
         if not rows:
             return []
-        inputs = sample["net_input"]
-        keys = [inputs["keys"][row] for row in rows]
+        inputs, chosen = sample["net_input"], [sample["plan_rows"][row] for row in rows]
+        conversations = [row.segments for row in chosen]
         if path == "speech":
-            with torch.no_grad():
-                speech = inputs["src_tokens"][rows], inputs["src_lengths"][rows]
-                adapter = model.speech_llm.adapt(*speech, keys=keys, from_cache=training)
-            heard = Segment(adapter.embeddings.to(model.speech_llm.llm.dtype), adapter.lengths)
+            pieces = [piece for row in chosen for piece in row.pieces]
+            keys = [inputs["keys"][piece] for piece in pieces]
+            waveforms, lengths = inputs["src_tokens"][pieces], inputs["src_lengths"][pieces]
+            speech, counts = hear(model.speech_llm, waveforms, lengths, keys=keys, from_cache=training)
+            prompts = build_prompts(model.speech_llm, conversations, speech, counts)
         else:
-            text = inputs["text"]
-            heard = Segment(model.speech_llm.embed(text["transcript"][rows]), text["transcript_lengths"][rows])
+            transcripts = [transcript for row in chosen for transcript in row.transcripts]
+            counts = [len(transcript) for transcript in transcripts]
+            prompts = build_prompts(model.speech_llm, conversations, transcripts=transcripts)
         update, copies = model.num_updates if training else -1, self.cfg.rollouts
         names = [sample["rows"][row]["id"] for row in rows]
         seeds = [rollout_seed(self.cfg.seed, path, update, name, j) for name in names for j in range(copies)]
-        prompts = [sample["prompts"][row] for row in rows]
-        is_speech = path == "speech"
-        ids = roll_out(model.speech_llm, self.task.chat, heard, prompts, seeds, self.options, is_speech)
-        return [_Rollouts(ids[start : start + copies]) for start in range(0, len(ids), copies)]
+        ids = roll_out(model.speech_llm, self.task.chat, prompts, seeds, self.options)
+        remaining = iter(counts)
+        return [
+            _Rollouts(ids[i * copies : (i + 1) * copies], list(islice(remaining, len(row.pieces))))
+            for i, row in enumerate(chosen)
+        ]
+
+    def _with_responses(self, model: Any, sample: dict[str, Any], rolled: "Sequence[_Rollouts]") -> Batch:
+        """The batch, each conversation with its roll-outs for responses, and as many speech embeddings as then."""
+        pairs = list(zip(sample["plan_rows"], rolled, strict=True))
+        rows = [replace(row, response=ids) for row, rollouts in pairs for ids in rollouts.ids]
+        counts = [count for rollouts in rolled for count in rollouts.counts]
+        return plan_batch(rows, counts, share_prefix=model.speech_llm.share_prefix)
 
     # ---- losses ------------------------------------------------------------------------------------------------
 
@@ -255,89 +277,71 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         self,
         path: str,
         compared: Distillation,
-        text: dict[str, Tensor],
+        batch: Batch,
         model: Any,
         rolled: "list[_Rollouts] | None",
-        sums: dict[str, Tensor],
+        sums: Sums,
     ) -> Tensor:
         """``[N]`` what is minimised at each position, and sums to log."""
-        weight, bias = model.speech_llm.head
+        speech_llm = model.speech_llm
+        weight, bias = speech_llm.head
+        chunk = chunk_size_on(self.cfg, weight.device)
+        transforms = (speech_llm.logit_transform, speech_llm.logit_transform)
         teacher, head = compared.teacher, None
         if self._teacher:
             own = self._teacher[0]
-            if own.head[0].device != weight.device:  # moving it forgets the prefixes that it has read
+            if own.device != weight.device:
                 own.to(weight.device)
-            teacher, head = own.teach(text, ("response",))["response"], own.head
+            teacher, head = own.teach(batch.teacher).index_select(0, batch.teacher.response), own.head
+            transforms = (speech_llm.logit_transform, own.logit_transform)
         assert teacher is not None
         if self.cfg.estimator == "exact" or rolled is None:
             values, agrees = linear_jensen_shannon(
-                compared.student, teacher, weight, bias, self.cfg.beta, 1.0, self.cfg.chunk_size, head
+                compared.student, teacher, weight, bias, self.cfg.beta, 1.0, chunk, head, *transforms
             )
-            divergence = values.detach().sum()
-            sums[f"{path}_agree"], sums[f"{path}_compared"] = agrees.sum(), torch.tensor(float(len(values)))
+            divergence = values.sum()
+            sums.add(f"{path}_agree", agrees.sum())
+            sums.add(f"{path}_compared", float(len(values)))
         else:
-            student_log = -linear_cross_entropy(compared.student, compared.targets, weight, bias, self.cfg.chunk_size)
+            student_log = -linear_cross_entropy(compared.student, compared.targets, weight, bias, chunk, transforms[0])
             with torch.no_grad():
-                teacher_head, teacher_bias = head or (weight, bias)
-                teacher_log = -linear_cross_entropy(
-                    teacher, compared.targets, teacher_head, teacher_bias, self.cfg.chunk_size
-                )
+                own_head, own_bias = head or (weight, bias)
+                teacher_log = -linear_cross_entropy(teacher, compared.targets, own_head, own_bias, chunk, transforms[1])
             advantage = teacher_log - student_log.detach()
             values = -importance_ratio(student_log, rolled) * advantage
             divergence = -advantage.sum()
         name = path if rolled is not None else f"{path}_off_policy"
-        sums[f"{name}_divergence_sum"], sums[f"{name}_tokens"] = divergence, torch.tensor(float(len(values)))
+        sums.add(f"{name}_divergence_sum", divergence)
+        sums.add(f"{name}_tokens", float(len(values)))
         return values
 
     # ---- logging -----------------------------------------------------------------------------------------------
 
-    def _log(
-        self,
-        loss: Tensor,
-        sums: dict[str, Tensor],
-        sample: dict[str, Any],
-        rolled: "dict[str, list[_Rollouts]]",
-        rollout_seconds: float,
-    ) -> dict[str, float]:
-        names = ["loss", *sums]
-        values = [float(value) for value in (loss.detach(), *sums.values())]
-        log = dict.fromkeys(_SUMS, 0.0) | dict(zip(names, values, strict=True))
+    def _rollout_figures(self, rolled: "dict[str, list[_Rollouts]]", seconds: float) -> dict[str, float]:
         ids = [one for rollouts in rolled.values() for each in rollouts for one in each.ids]
         ends = set(self.task.chat.eos_ids)
-        log["rollouts"] = float(len(ids))
-        log["rollout_tokens"] = float(sum(map(len, ids)))
-        log["rollouts_finished"] = float(sum(one[-1] in ends for one in ids))
-        log["rollout_seconds"] = rollout_seconds
-        log["ntokens"] = int(sum(map(len, ids))) or sample["ntokens"]
-        log["nsentences"] = log["sample_size"] = sample["nsentences"]
-        return log
+        return {
+            "rollouts": float(len(ids)),
+            "rollout_tokens": float(sum(map(len, ids))),
+            "rollouts_finished": float(sum(one[-1] in ends for one in ids)),
+            "rollout_seconds": seconds,
+        }
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """Logs divergences per token, and what roll-outs are like and cost."""
-
-        def total(name: str) -> float:
-            return float(sum(log.get(name, 0) for log in logging_outputs))
-
-        utterances, rollouts = total("sample_size"), total("rollouts")
-        if utterances:
-            metrics.log_scalar("loss", total("loss") / utterances, utterances, round=4)
-        if total("counted"):
-            metrics.log_scalar("quantity", total("quantity_sum") / total("counted"), total("counted"), round=4)
+        logs = logging_outputs
+        log_ratio(logs, "loss", "loss", "sample_size")
+        log_ratio(logs, "quantity", "quantity_sum", "counted")
         for name in _DIVERGENCES:
-            tokens = total(f"{name}_tokens")
-            if tokens:
-                metrics.log_scalar(f"{name}_divergence", total(f"{name}_divergence_sum") / tokens, tokens, round=4)
+            log_ratio(logs, f"{name}_divergence", f"{name}_divergence_sum", f"{name}_tokens")
         for path in _PATHS:
-            compared = total(f"{path}_compared")
-            if compared:
-                metrics.log_scalar(f"{path}_agreement", total(f"{path}_agree") / compared, compared, round=4)
-        if rollouts:
-            metrics.log_scalar("rollout_length", total("rollout_tokens") / rollouts, rollouts, round=2)
-            metrics.log_scalar("rollout_finished", total("rollouts_finished") / rollouts, rollouts, round=3)
+            log_ratio(logs, f"{path}_agreement", f"{path}_agree", f"{path}_compared")
+        log_ratio(logs, "rollout_length", "rollout_tokens", "rollouts", round=2)
+        log_ratio(logs, "rollout_finished", "rollouts_finished", "rollouts", round=3)
         # Beside fairseq's train_wall, which holds roll-outs and updates.
         workers = get_data_parallel_world_size()
-        metrics.log_scalar_sum("rollout_wall", total("rollout_seconds") / workers, round=1)
+        metrics.log_scalar_sum("rollout_wall", total(logs, "rollout_seconds") / workers, round=1)
 
 
 _PATHS = ("speech", "text")
@@ -348,14 +352,23 @@ _SUMS = [
     *(f"{path}_{kind}" for path in _PATHS for kind in ("agree", "compared")),
     "quantity_sum",
     "counted",
+    "count_errors",
 ]
 
 
 class _Rollouts:
-    """Roll-outs of one utterance; ``old`` are the log-probabilities [tokens] of each when it was first trained on."""
+    """Roll-outs of one utterance.
 
-    def __init__(self, ids: list[list[int]]) -> None:
+    Attributes:
+        ids: of each.
+        counts: embeddings of each of its pieces of speech, as the adapter counted when they were drawn.
+        old: log-probabilities [tokens] of each when it was first trained on.
+        uses: how often it was trained on.
+    """
+
+    def __init__(self, ids: list[list[int]], counts: list[int]) -> None:
         self.ids = ids
+        self.counts = counts
         self.old: list[Tensor] | None = None
         self.uses = 0
 
@@ -370,20 +383,6 @@ def importance_ratio(student_log: Tensor, rolled: "Sequence[_Rollouts]") -> Tens
         old += rollouts.old
         start += len(rollouts.ids)
     return (student_log - torch.cat(old)).exp()
-
-
-def _with_responses(text: dict[str, Tensor], rolled: "Sequence[_Rollouts]") -> dict[str, Tensor]:
-    """The batch's texts, each with its roll-outs for responses, one row for each."""
-    ids = [one for rollouts in rolled for one in rollouts.ids]
-    device = text["response"].device
-    copies = len(rolled[0].ids)
-    repeated = {
-        name: value if name == "prefix" else value.repeat_interleave(copies, 0)
-        for name, value in text.items()
-        if not name.startswith("response")
-    }
-    lengths = torch.tensor([len(one) for one in ids], device=device)
-    return {**repeated, "response": pad_ids(ids).to(device), "response_lengths": lengths}
 
 
 def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:

@@ -37,7 +37,7 @@ class SpeechLengths:
     """How many embeddings the adapter makes of a piece of speech.
 
     Attributes:
-        halvings: None: one for each token of its transcript (CFormer); else the encoder's frames, halved so often (CNN).
+        halvings: None: one for each token of its transcript (CFormer); else the frames, halved so often (CNN).
         samples_per_frame: of the encoder.
     """
 
@@ -115,7 +115,7 @@ class Rows:
 
     @cached_property
     def padded(self) -> Tensor:
-        """``[R, longest]`` row order's index of each place of the padded rows, the prefix not counted; padding repeats."""
+        """``[R, longest]`` index in row order of each padded place, the prefix not counted; padding repeats some."""
         columns = torch.arange(self.longest, device=self.lengths.device)
         return (self.begins.unsqueeze(1) + columns).clamp(max=max(0, sum(self.counts) - 1))
 
@@ -340,9 +340,9 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
     """The ids that all rows begin with."""
     if not rows:
         return []
-    first, last = min(rows), max(rows)
+    first, last = min(map(list, rows)), max(map(list, rows))
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return list(first[:length])
+    return first[:length]
 
 
 class _Written:
@@ -447,5 +447,3 @@ def _labels(rows: Sequence[Sequence[int]]) -> Labels:
 
 def _int64(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
-
-

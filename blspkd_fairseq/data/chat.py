@@ -185,8 +185,8 @@ class ChatFormat:
 
         For example, of ``one_turn("Repeat: {speech}")`` with ChatML::
 
-            rendered   <|im_start|>user\\nRepeat: (0)<|im_end|>\\n<|im_start|>assistant\\n
-            segments   [ids of "<|im_start|>user\\nRepeat: "], Speech(0), [ids of "<|im_end|>\\n<|im_start|>assistant\\n"]
+            rendered   <|im_start|>user Repeat: (0)<|im_end|><|im_start|>assistant
+            segments   ids of "<|im_start|>user Repeat: ", Speech(0), ids of "<|im_end|><|im_start|>assistant"
 
         Only the template makes control tokens: those that a text spells are hidden by markers while the template is
         rendered. Earlier answers are encoded by themselves, as :meth:`response_ids` does.
@@ -199,7 +199,7 @@ class ChatFormat:
     def _render_turns(self, conversation: Conversation) -> tuple[Segment, ...]:
         segments = self._segments(conversation)
         texts = [one for one in segments if not isinstance(one, Speech)]
-        plain = tuple(Turn(role, tuple("a" if isinstance(p, str) else p for p in parts)) for role, parts in conversation)
+        plain = tuple(Turn(turn.role, tuple(map(_without_text, turn.parts))) for turn in conversation)
         if plain != conversation and self._controls(*texts) != self._plain_controls(plain):
             said = "".join(part for turn in conversation for part in turn.parts if isinstance(part, str))
             raise ChatError(f"the text {said[:80]!r} changes the control tokens of the chat: remove them from it")
@@ -220,7 +220,10 @@ class ChatFormat:
             slots[marker] = part
             return marker
 
-        messages = [{"role": turn.role, "content": "".join(hide(turn.role, p) for p in turn.parts)} for turn in conversation]
+        messages = [
+            {"role": turn.role, "content": "".join(hide(turn.role, part) for part in turn.parts)}
+            for turn in conversation
+        ]
         if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": hidden.hide_names(self.system)})
         rendered = self._render(messages, add_generation_prompt=True)
@@ -309,6 +312,10 @@ class _Hidden:
         pieces = _HIDDEN.split(rendered)  # text, number, text, number, ..., text
         parts = [(self.texts[int(piece)], True) if i % 2 else (piece, False) for i, piece in enumerate(pieces)]
         return [part for part in parts if part[0]]
+
+
+def _without_text(part: str | Speech) -> str | Speech:
+    return "a" if isinstance(part, str) else part
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

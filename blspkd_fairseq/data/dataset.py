@@ -91,7 +91,7 @@ class SpeechTextDataset(FairseqDataset):
         max_seconds: float = 30.0,
         shuffle: bool = False,
         skip_bad_audio: bool = False,
-        lengths: SpeechLengths = SpeechLengths(),
+        lengths: SpeechLengths | None = None,
         with_response: bool = True,
         share_prefix: bool = True,
     ) -> None:
@@ -102,7 +102,7 @@ class SpeechTextDataset(FairseqDataset):
         self.max_seconds = max_seconds
         self.shuffle = shuffle
         self.skip_bad_audio = skip_bad_audio
-        self.lengths = lengths
+        self.lengths = lengths or SpeechLengths()
         self.with_response = with_response
         self.share_prefix = share_prefix
         too_long = np.flatnonzero(manifest.n_frames > max_seconds * SAMPLE_RATE)
@@ -159,8 +159,8 @@ class SpeechTextDataset(FairseqDataset):
         for waveform, transcript in zip(waveforms, transcripts, strict=True):
             if len(transcript) > max(_ANY_TOKENS, _TOKENS_PER_SECOND * len(waveform) / SAMPLE_RATE):
                 raise _OtherText(
-                    f"{where}: {len(transcript)} tokens of transcript for {len(waveform) / SAMPLE_RATE:.1f} s of audio: "
-                    "it is not the text of this audio, or lacks its end"
+                    f"{where}: {len(transcript)} tokens of transcript for {len(waveform) / SAMPLE_RATE:.1f} s of "
+                    "audio: it is not the text of this audio, or lacks its end"
                 )
         response = row.get("tgt_text", "")
         return Utterance(
@@ -176,6 +176,8 @@ class SpeechTextDataset(FairseqDataset):
     def _conversation(self, row: Mapping[str, str]) -> tuple[Conversation, list[AudioPart], str]:
         """A row's turns, its pieces of speech, and its last instruction."""
         if not row.get("conversation"):
+            if "conversation" in row and not row.get("src_text", "").strip():
+                raise ManifestError("it has neither a conversation nor src_text: fill one of them in")
             prompt = self._prompt(row)
             return one_turn(prompt), [AudioPart(row["audio"], row.get("src_text", ""))], prompt
         turns, pieces = read_conversation(row["conversation"])
@@ -215,6 +217,7 @@ class SpeechTextDataset(FairseqDataset):
         waveforms = [waveform for u in utterances for waveform in u.waveforms]
         has_target = "tgt_text" in self.manifest.columns
         targets = [self.chat.encode_text(u.row["tgt_text"]) for u in utterances] if has_target else []
+        keys = [self._first_key + u.place * _MOST_PIECES + i for u in utterances for i in range(len(u.waveforms))]
         return {
             "id": torch.tensor([u.place for u in utterances], dtype=torch.long),
             "net_input": {
@@ -223,7 +226,7 @@ class SpeechTextDataset(FairseqDataset):
                 "plan": plan,
                 "spec": spec,
                 "samples": [len(waveform) for waveform in waveforms],
-                "keys": [self._first_key + u.place * _MOST_PIECES + i for u in utterances for i in range(len(u.waveforms))],
+                "keys": keys,
             },
             "target": pad_ids(targets, -1) if has_target else None,
             "left_out": left_out,
@@ -317,6 +320,25 @@ def read_conversation(cell: str) -> tuple[Conversation, list[AudioPart]]:
         if not piece.transcript.strip():
             raise ConversationError(f'piece {number} of the conversation\'s audio has no transcript: give it as "text"')
     return turns, pieces
+
+
+def load_manifest(path: Path, texts: Sequence[str]) -> Manifest:
+    """A manifest with these texts in every row; where rows may be conversations, ``src_text`` is within them.
+
+    Raises:
+        ManifestError: it is missing or wrong; it names the row and the remedy.
+    """
+    manifest = Manifest.load(path, (), [name for name in texts if name != "src_text"])
+    if "src_text" in texts and "conversation" not in manifest.columns:
+        manifest = Manifest.load(path, texts, texts)
+    return manifest
+
+
+def transcripts_of(row: Mapping[str, str]) -> list[str]:
+    """What is said in a row."""
+    if not row.get("conversation"):
+        return [row["src_text"]]
+    return [piece.transcript for piece in read_conversation(row["conversation"])[1]]
 
 
 def _plan_rows(utterances: Sequence[Utterance]) -> list[PlanRow]:

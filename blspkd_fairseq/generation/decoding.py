@@ -3,16 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from blspkd_fairseq import compat
+from blspkd_fairseq.data.batch import Segment, Speech
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
-from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, speech_positions
-from blspkd_fairseq.modules.sequence import Segment, concatenate
+from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, SpeechPlaces, speech_positions
 from blspkd_fairseq.modules.speech_llm import ChatLLM, SpeechLLM
 
 
@@ -89,12 +91,34 @@ class Hypothesis(NamedTuple):
     token_scores: list[float]
 
 
-class Prompt(NamedTuple):
-    """A left-padded prompt. Attributes: ``embeds`` [B, L, D], ``valid`` [B, L], ``speech`` [B, L] (LoRA's mask)."""
+@dataclass(frozen=True)
+class Prompts:
+    """Conversations up to where the answers begin, padded on the left.
+
+    Attributes:
+        embeds: ``[B, L, D]``.
+        valid: ``[B, L]`` int64, 1 where there is no padding.
+        speech: ``[2, S]`` row and column of each speech position.
+        heard: speech is among them, not its transcript.
+        longest: the longest, in tokens; L.
+    """
 
     embeds: Tensor
     valid: Tensor
     speech: Tensor
+    heard: bool
+    longest: int
+
+    def places(self, width: int, copies: int = 1) -> SpeechPlaces:
+        """The speech positions of ``copies`` of each row, one after another, whose sequences are ``width`` long."""
+        rows, columns = self.speech
+        repeated = rows.unsqueeze(1) * copies + torch.arange(copies, device=rows.device)
+        places = (repeated * width + columns.unsqueeze(1)).flatten()
+        return SpeechPlaces(places, (len(self.embeds) * copies, width))
+
+
+Instruction = str | Sequence[Segment]
+"""A prompt with one ``{speech}`` slot, or a rendered conversation (:meth:`ChatFormat.render`)."""
 
 
 @torch.no_grad()
@@ -103,27 +127,28 @@ def answer_speech(
     chat: ChatFormat,
     waveforms: Tensor,
     lengths: Tensor,
-    prompts: Sequence[str],
+    prompts: Sequence[Instruction],
     options: DecodingOptions = DecodingOptions(),
     with_scores: bool = False,
 ) -> list[list[Hypothesis]]:
-    """Answers each utterance under its prompt.
+    """Answers each conversation.
 
     Args:
         model: in eval mode.
         chat: the chat format of its LLM.
-        waveforms: ``[B, S]`` fp32 at 16 kHz.
-        lengths: ``[B]`` samples.
-        prompts: B texts with one ``{speech}`` slot each.
+        waveforms: ``[P, S]`` fp32 at 16 kHz: the pieces of speech of all conversations, one after another.
+        lengths: ``[P]`` samples.
+        prompts: of each conversation, which holds one piece of speech if it is a text.
         options: how to decode.
-        with_scores: fill in the scores, at the price of one more forward pass.
+        with_scores: fill in the scores.
 
     Returns:
-        For each utterance its ``n_best`` hypotheses, best first. They do not depend on the rest of the batch.
+        For each conversation its ``n_best`` hypotheses, best first. They do not depend on the rest of the batch.
     """
-    adapter = model.adapt(waveforms, lengths)
-    speech = Segment(adapter.embeddings.to(model.llm.dtype), adapter.lengths)
-    return _answer(model, chat, speech, prompts, options, with_scores, is_speech=True)
+    conversations = [render_prompt(chat, prompt) for prompt in prompts]
+    return _answer(
+        model, chat, build_prompts(model, conversations, *hear(model, waveforms, lengths)), options, with_scores
+    )
 
 
 @torch.no_grad()
@@ -131,46 +156,128 @@ def answer_text(
     model: ChatLLM,
     chat: ChatFormat,
     transcripts: Sequence[str],
-    prompts: Sequence[str],
+    prompts: Sequence[Instruction],
     options: DecodingOptions = DecodingOptions(),
     with_scores: bool = False,
 ) -> list[list[Hypothesis]]:
     """The teacher's answers: as :func:`answer_speech`, with the transcript in place of the speech."""
-    transcript = _pad([chat.encode_text(text) for text in transcripts], model)
-    return _answer(model, chat, transcript, prompts, options, with_scores, is_speech=False)
+    conversations = [render_prompt(chat, prompt) for prompt in prompts]
+    ids = [chat.encode_text(text) for text in transcripts]
+    return _answer(model, chat, build_prompts(model, conversations, transcripts=ids), options, with_scores)
 
 
-def _answer(
+def render_prompt(chat: ChatFormat, prompt: Instruction) -> list[Segment]:
+    """The segments of the conversation that a prompt stands for."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    before, after = chat.prompt_ids(prompt)
+    return [before, Speech(0), after]
+
+
+def hear(model: SpeechLLM, waveforms: Tensor, lengths: Tensor, **options: Any) -> tuple[Tensor, list[int]]:
+    """Speech embeddings ``[P, U, D]`` of pieces of speech, and how many each has."""
+    if not len(lengths):
+        return model.embed(torch.zeros(0, 0, dtype=torch.long, device=model.device)), []
+    adapter = model.adapt(waveforms, lengths, **options)
+    return adapter.embeddings.to(model.llm.dtype), adapter.lengths.tolist()
+
+
+def build_prompts(
     model: ChatLLM,
-    chat: ChatFormat,
-    speech: Segment,
-    prompts: Sequence[str],
-    options: DecodingOptions,
-    with_scores: bool,
-    is_speech: bool,
-) -> list[list[Hypothesis]]:
-    prompt = build_prompt(model, chat, speech, prompts)
-    everywhere = is_speech and model.lora_scope == "all"
-    prefill_mask = None
-    if is_speech and model.lora_scope != "none":
-        prefill_mask = ALL_POSITIONS if everywhere else prompt.speech[:, :-1]
-    # Speech is in the prompt alone, so all that follows the prefill is the plain LLM (or LoRA on every position).
-    with speech_positions(model.llm, prefill_mask):
-        cache = prefill(model, prompt)
-    arguments = options.as_generate_arguments()
-    copies = max(arguments["num_beams"], arguments["num_return_sequences"])
-    if copies > 1:
-        cache.batch_repeat_interleave(copies)
+    conversations: Sequence[Sequence[Segment]],
+    speech: Tensor | None = None,
+    counts: Sequence[int] = (),
+    transcripts: Sequence[Sequence[int]] = (),
+) -> Prompts:
+    """Puts conversations together.
+
+    Args:
+        model: whose embeddings they are.
+        conversations: their segments.
+        speech: ``[P, U, D]`` embeddings of all their pieces of speech, of which ``counts`` are valid.
+        transcripts: ids in place of the speech.
+    """
+    rows: list[list[int]] = []
+    speech_places: list[tuple[int, int, int]] = []  # row, column, index among the flattened embeddings
+    piece, width = 0, 0 if speech is None else speech.shape[1]
+    for number, segments in enumerate(conversations):
+        row: list[int] = []
+        for segment in segments:
+            if not isinstance(segment, Speech):
+                row += segment
+                continue
+            ids = [0] * counts[piece] if speech is not None else transcripts[piece]
+            speech_places += [(number, len(row) + i, piece * width + i) for i in range(len(ids))]
+            row += ids
+            piece += 1
+        rows.append(row)
+    longest = max(map(len, rows))
+    padding = [longest - len(row) for row in rows]
+    tokens = torch.tensor([[0] * n + row for n, row in zip(padding, rows, strict=True)]).to(model.device)
+    valid = torch.tensor([[0] * n + [1] * (longest - n) for n in padding]).to(model.device)
+    shifted = [(row, column + padding[row], index) for row, column, index in speech_places]
+    places = torch.tensor(shifted, dtype=torch.long).view(-1, 3).t().to(model.device)
+    embeds = model.embed(tokens)
+    if speech is not None:
+        embeds[places[0], places[1]] = speech.flatten(0, 1)[places[2]]
+    embeds = embeds * valid.unsqueeze(2)  # padding is seen by nobody, and NaN in it would be
+    return Prompts(embeds, valid, places[:2], speech is not None, longest)
+
+
+def decode(
+    model: ChatLLM, prompts: Prompts, copies: int = 1, logits_processor: LogitsProcessor | None = None, **arguments: Any
+) -> Tensor:
+    """Ids ``[B x copies, N]`` that the LLM's own ``generate`` gives, with these arguments, after each prompt.
+
+    The prompt is read once, under Partial LoRA; all that follows it is text.
+    """
+    everywhere = model.lora_scope == "all"
+    with speech_positions(model.llm, ALL_POSITIONS if everywhere else _reading(model, prompts, prompts.longest - 1)):
+        cache = _prefill(model, prompts)
+    embeds, valid = prompts.embeds.repeat_interleave(copies, 0), prompts.valid.repeat_interleave(copies, 0)
+    rows = torch.arange(len(prompts.embeds), device=embeds.device)
+    repeats = copies * max(arguments.get("num_beams", 1), arguments.get("num_return_sequences", 1))
+    if repeats > 1:  # as a step of beam search does, which caches of every kind of layer know
+        cache.reorder_cache(rows.repeat_interleave(repeats))
+    processors = LogitsProcessorList([] if logits_processor is None else [logits_processor])
     with speech_positions(model.llm, ALL_POSITIONS if everywhere else None):
-        generated = model.llm.generate(
-            inputs_embeds=prompt.embeds,
-            attention_mask=prompt.valid.long(),
+        generated: Tensor = model.llm.generate(
+            inputs_embeds=embeds,
+            attention_mask=valid,
+            logits_processor=processors,
             **compat.cache_argument(cache),
             **arguments,
         )
-    answers = [strip_end(row.tolist(), chat.eos_ids) for row in generated]
+    return generated
+
+
+def _reading(model: ChatLLM, prompts: Prompts, width: int, copies: int = 1) -> PositionMask:
+    """Where LoRA acts on prompts that are cut, or filled up, to ``width``."""
+    if model.lora_scope == "all" and prompts.heard:
+        return ALL_POSITIONS
+    return prompts.places(width, copies) if prompts.heard and model.lora_scope == "speech" else None
+
+
+def _prefill(model: ChatLLM, prompts: Prompts) -> Any:
+    """Keys and values of all prompt positions but the last, which ``generate`` feeds itself."""
+    valid = prompts.valid[:, :-1]
+    output = model.llm.get_decoder()(
+        inputs_embeds=prompts.embeds[:, :-1], attention_mask=valid, position_ids=_positions(valid), use_cache=True
+    )
+    return compat.cache_of(output)
+
+
+def _positions(valid: Tensor) -> Tensor:
+    return (valid.cumsum(1) - 1).clamp(min=0)
+
+
+def _answer(
+    model: ChatLLM, chat: ChatFormat, prompts: Prompts, options: DecodingOptions, with_scores: bool
+) -> list[list[Hypothesis]]:
+    arguments = options.as_generate_arguments()
     per_row = arguments["num_return_sequences"]
-    scores = [[] for _ in answers] if not with_scores else _score(model, chat, prompt, answers, per_row, prefill_mask)
+    answers = [strip_end(row, chat.eos_ids) for row in decode(model, prompts, **arguments).tolist()]
+    scores = [[] for _ in answers] if not with_scores else _score(model, chat, prompts, answers, per_row)
     hypotheses = [
         Hypothesis(chat.decode(ids), ids, finished, sum(s) / max(1, len(s)) ** options.length_penalty, s)
         for (ids, finished), s in zip(answers, scores, strict=True)
@@ -179,32 +286,6 @@ def _answer(
     if with_scores:
         groups = [sorted(group, key=lambda h: -h.score) for group in groups]
     return [group[: options.n_best] for group in groups]
-
-
-def build_prompt(model: ChatLLM, chat: ChatFormat, speech: Segment, prompts: Sequence[str]) -> Prompt:
-    ids = [chat.prompt_ids(prompt) for prompt in prompts]
-    before, after = (_pad([pair[side] for pair in ids], model) for side in (0, 1))
-    sequence = concatenate([before, speech, after], pad_left=True)
-    return Prompt(sequence.embeds, sequence.segment >= 0, sequence.segment == 1)
-
-
-def _pad(rows: list[list[int]], model: ChatLLM) -> Segment:
-    device = model.llm.get_input_embeddings().weight.device
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
-    return Segment(model.embed(ids.to(device)), lengths)
-
-
-def prefill(model: ChatLLM, prompt: Prompt) -> Any:
-    """Keys and values of all prompt positions but the last, which ``generate`` feeds itself."""
-    valid = prompt.valid[:, :-1].long()
-    output = model.llm.get_decoder()(
-        inputs_embeds=prompt.embeds[:, :-1],
-        attention_mask=valid,
-        position_ids=(valid.cumsum(1) - 1).clamp(min=0),
-        use_cache=True,
-    )
-    return compat.cache_of(output)
 
 
 def strip_end(ids: list[int], eos_ids: list[int]) -> tuple[list[int], bool]:
@@ -216,34 +297,27 @@ def strip_end(ids: list[int], eos_ids: list[int]) -> tuple[list[int], bool]:
 
 
 def _score(
-    model: ChatLLM,
-    chat: ChatFormat,
-    prompt: Prompt,
-    answers: list[tuple[list[int], bool]],
-    per_row: int,
-    prefill_mask: Any,
+    model: ChatLLM, chat: ChatFormat, prompts: Prompts, answers: list[tuple[list[int], bool]], per_row: int
 ) -> list[list[float]]:
     """Log-probability of each answer's tokens, by one forward pass over prompt and answer."""
     tokens = [ids + ([chat.end_of_turn_id] if finished else []) for ids, finished in answers]
-    answer = _pad(tokens, model)
-    embeds = torch.cat([prompt.embeds.repeat_interleave(per_row, 0), answer.embeds], 1)
-    steps = torch.arange(answer.embeds.shape[1], device=embeds.device)
-    answer_valid = steps < answer.lengths.unsqueeze(1)
-    valid = torch.cat([prompt.valid.repeat_interleave(per_row, 0), answer_valid], 1).long()
-    mask = prefill_mask
-    if isinstance(mask, Tensor):
-        mask = prompt.speech.repeat_interleave(per_row, 0)
-        mask = torch.cat([mask, torch.zeros_like(answer_valid)], 1)
-    with speech_positions(model.llm, mask):
+    counts = [len(row) for row in tokens]
+    longest = max(counts)
+    device = prompts.embeds.device
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], dtype=torch.long).to(device)
+    answered = torch.tensor([[1] * n + [0] * (longest - n) for n in counts], dtype=torch.long).to(device)
+    embeds = torch.cat([prompts.embeds.repeat_interleave(per_row, 0), model.embed(ids)], 1)
+    valid = torch.cat([prompts.valid.repeat_interleave(per_row, 0), answered], 1)
+    with speech_positions(model.llm, _reading(model, prompts, embeds.shape[1], per_row)):
         hidden = model.llm.get_decoder()(
-            inputs_embeds=embeds, attention_mask=valid, position_ids=(valid.cumsum(1) - 1).clamp(min=0), use_cache=False
+            inputs_embeds=embeds, attention_mask=valid, position_ids=_positions(valid), use_cache=False
         ).last_hidden_state
-    first = prompt.embeds.shape[1] - 1
-    kept = hidden[:, first : first + answer.embeds.shape[1]][answer_valid]
-    targets = torch.tensor([token for row in tokens for token in row], dtype=torch.long, device=kept.device)
-    losses = linear_cross_entropy(kept, targets, *model.head).tolist()
-    scores, start = [], 0
-    for row in tokens:
-        scores.append([-loss for loss in losses[start : start + len(row)]])
-        start += len(row)
-    return scores
+    kept = hidden[:, prompts.longest - 1 : prompts.longest - 1 + longest][answered.bool()]
+    targets = torch.tensor([token for row in tokens for token in row], dtype=torch.long).to(device)
+    losses = linear_cross_entropy(kept, targets, *model.head, transform=model.logit_transform)
+    return [[-loss for loss in row] for row in _split(losses.tolist(), counts)]
+
+
+def _split(values: list[float], counts: Sequence[int]) -> list[list[float]]:
+    remaining = iter(values)
+    return [list(islice(remaining, count)) for count in counts]

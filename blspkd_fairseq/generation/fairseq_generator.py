@@ -100,11 +100,11 @@ class LlmGenerator:
         model = models[0]
         model.eval()
         inputs = sample["net_input"]
-        rows = len(inputs["src_lengths"])
+        rows = sample["nsentences"]
         if not rows:  # only a manifest without rows makes such a batch, and fairseq's scorers fail on no text at all
             logger.info("the manifest has no rows: nothing to generate, nothing to score")
             raise SystemExit(0)
-        prompts = sample.get("prompts", [self.default_prompt] * rows)
+        prompts: list[Any] = [row.segments for row in sample.get("plan_rows", ())] or [self.default_prompt] * rows
         groups = answer_speech(
             model.speech_llm, self.chat, inputs["src_tokens"], inputs["src_lengths"], prompts, self.options, True
         )

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 
-from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.generation.decoding import build_prompt, prefill
-from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, speech_positions
-from blspkd_fairseq.modules.sequence import Segment
+from blspkd_fairseq.generation.decoding import Prompts, decode
 from blspkd_fairseq.modules.speech_llm import ChatLLM
 
 _LEAST_TEMPERATURE = 1e-6  # practically greedy; smaller ones overflow
@@ -47,23 +44,16 @@ class RolloutOptions:
 
 @torch.no_grad()
 def roll_out(
-    model: ChatLLM,
-    chat: ChatFormat,
-    heard: Segment,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    options: RolloutOptions,
-    is_speech: bool = True,
+    model: ChatLLM, chat: ChatFormat, prompts: Prompts, seeds: Sequence[int], options: RolloutOptions
 ) -> list[list[int]]:
     """Samples answers of the student.
 
     Args:
         model: in eval mode.
         chat: the chat format of its LLM.
-        heard: speech embeddings ``[B, U, D]``, or the embeddings of the transcripts.
-        prompts: the instruction of each row, with its ``{speech}`` slot.
+        prompts: with speech, on which Partial LoRA acts, or with the transcripts.
         seeds: of each roll-out, ``B x per_prompt``, those of a prompt one after another.
-        is_speech: ``heard`` is speech, on which Partial LoRA acts.
+        options: how to draw.
 
     Returns:
         The ids of each roll-out, with the end of turn unless the length limit cut it; at least one.
@@ -72,26 +62,16 @@ def roll_out(
         ValueError: prompt and roll-out are longer than the LLM reads.
         FloatingPointError: the student's logits are not finite.
     """
-    prompt = build_prompt(model, chat, heard, prompts)
-    _check_length(model, int(prompt.valid.sum(1).max()), options)
-    everywhere = model.lora_scope == "all"
-    mask = None
-    if everywhere or (is_speech and model.lora_scope == "speech"):
-        mask = ALL_POSITIONS if everywhere else prompt.speech[:, :-1]
-    with speech_positions(model.llm, mask):
-        cache = prefill(model, prompt)
-    cache.batch_repeat_interleave(options.per_prompt)
-    device = prompt.embeds.device
-    with speech_positions(model.llm, ALL_POSITIONS if everywhere else None):
-        generated = model.llm.generate(
-            inputs_embeds=prompt.embeds.repeat_interleave(options.per_prompt, 0),
-            attention_mask=prompt.valid.long().repeat_interleave(options.per_prompt, 0),
-            **compat.cache_argument(cache),
-            do_sample=False,
-            max_new_tokens=options.max_new_tokens,
-            logits_processor=LogitsProcessorList([_Draw(seeds, options, len(chat.tokenizer), device)]),
-        )
-    return [_until_end(row.tolist(), chat.eos_ids) for row in generated]
+    _check_length(model, prompts.longest, options)
+    generated = decode(
+        model,
+        prompts,
+        options.per_prompt,
+        _Draw(seeds, options, len(chat.tokenizer), prompts.embeds.device),
+        do_sample=False,
+        max_new_tokens=options.max_new_tokens,
+    )
+    return [_until_end(row, chat.eos_ids) for row in generated.tolist()]
 
 
 def rollout_seed(*parts: object) -> int:

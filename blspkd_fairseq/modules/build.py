@@ -3,16 +3,18 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
+from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
 from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
@@ -151,7 +153,7 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
     ``option`` is the one that an error names.
 
     Raises:
-        ValueError: it cannot be loaded, embeds fewer words than its tokenizer has, or its head is not linear.
+        ValueError: it cannot be loaded, embeds fewer tokens than its tokenizer has, or its head is of an unknown kind.
     """
     llm = _from_pretrained(
         AutoModelForCausalLM,
@@ -169,7 +171,7 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
     # What Hugging Face ships as defaults (sampling, repetition penalty) would change results without anyone asking.
     llm.generation_config = GenerationConfig(eos_token_id=chat.eos_ids, pad_token_id=chat.eos_ids[0])
     compat.use_fast_cpu_attention(llm)
-    _check_plain_head(llm, config.llm)
+    llm.logit_transform = find_logit_transform(llm, config.llm)
     return llm
 
 
@@ -228,16 +230,29 @@ def _embedding_scale(llm: PreTrainedModel) -> float:
         return float(table(ids).float().std())
 
 
-def _check_plain_head(llm: PreTrainedModel, name: str) -> None:
-    """The losses apply the output head themselves, so it must be a linear layer and nothing else."""
-    head = llm.get_output_embeddings()
-    ids = torch.tensor([[0, 1]])
+def find_logit_transform(llm: PreTrainedModel, name: str) -> LogitTransform | None:
+    """What the LLM does to the product of hidden states and head; None for nothing.
+
+    The losses apply the head themselves, so it is tried, with the factors and caps that configurations name.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    head, config = llm.get_output_embeddings(), llm.get_decoder().config
+    device = llm.get_input_embeddings().weight.device
+    ids = torch.tensor([[0, 1]], device=device)
     with torch.no_grad():
         hidden = llm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        same = head is not None and torch.allclose(llm(input_ids=ids).logits, head(hidden), rtol=1e-2, atol=1e-2)
-    if not same:
-        config = AutoConfig.from_pretrained(name)
-        raise ValueError(
-            f"the logits of {name} ({config.model_type}) are not a linear function of its last hidden states (scaled "
-            "or soft-capped logits?), which distillation through the output head needs: choose another LLM"
-        )
+        actual = llm(input_ids=ids).logits.float()
+        plain = None if head is None else head(hidden).float()
+    factors = {float(getattr(config, key, None) or 1.0) for key in ("logit_scale", "lm_head_multiplier")}
+    factors |= {1.0, 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)}
+    caps = {getattr(config, "final_logit_softcapping", None), None}
+    for factor, cap in sorted(product(factors, caps), key=lambda pair: pair != (1.0, None)):
+        transform = LogitTransform(factor, cap)
+        if plain is not None and torch.allclose(transform.apply_(plain.clone())[0], actual, rtol=1e-2, atol=1e-2):
+            return None if (factor, cap) == (1.0, None) else transform
+    raise ValueError(
+        f"the logits of {name} ({config.model_type}) are no function of its last hidden states that distillation "
+        "through the output head knows (linear, scaled or soft-capped): choose another LLM"
+    )

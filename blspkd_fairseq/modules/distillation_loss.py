@@ -18,11 +18,37 @@ DEFAULT_CHUNK_SIZE = 128
 ChunkLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
+class LogitTransform(NamedTuple):
+    """What some LLMs (Gemma 2, Granite, Cohere) do to their logits z: ``cap * tanh(scale * z / cap)``, or ``scale * z``.
+
+    Attributes:
+        scale: a factor.
+        cap: the largest absolute value, approached softly; None: no cap.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply_(self, logits: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The transformed logits, in place, and the derivative at each."""
+        logits.mul_(self.scale)
+        if self.cap is None:
+            return logits, self.scale
+        bent = logits.div_(self.cap).tanh_()
+        slope = bent.square().neg_().add_(1.0).mul_(self.scale)
+        return bent.mul_(self.cap), slope
+
+
 class KlDivergence(NamedTuple):
     """Attributes: ``kl`` [N] nats, the divergence; ``agrees`` [N] bool, both find the same word likeliest."""
 
     kl: Tensor
     agrees: Tensor
+
+
+def chunk_size_for(device: torch.device) -> int:
+    """Positions that go through the head at once: as many as keep a GPU busy, as few as a CPU's caches like."""
+    return 1024 if device.type == "cuda" else DEFAULT_CHUNK_SIZE
 
 
 def linear_kl_div(
@@ -33,6 +59,7 @@ def linear_kl_div(
     temperature: float = 1.0,
     reverse: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    transform: LogitTransform | None = None,
 ) -> Tensor:
     """KL divergence between teacher and student words, from their hidden states (BLSP-KD, arXiv 2405.19041, sec. 3.1).
 
@@ -44,6 +71,7 @@ def linear_kl_div(
         temperature: divides the logits. There is no T^2 factor on the result (as in the published code).
         reverse: KL(student || teacher) in place of KL(teacher || student).
         chunk_size: positions that go through the head at once; peak memory is about 4 x chunk_size x V x 4 bytes.
+        transform: of the logits, where the LLM's head is more than a linear layer.
 
     Returns:
         ``[N]`` nats, fp32 (fp64 for fp64 input): the sum over the vocabulary at each position.
@@ -52,7 +80,7 @@ def linear_kl_div(
         ValueError: shapes that do not fit, a temperature that is not positive, or a head that wants a gradient.
     """
     return linear_kl_div_with_agreement(
-        student_hidden, teacher_hidden, head_weight, head_bias, temperature, reverse, chunk_size
+        student_hidden, teacher_hidden, head_weight, head_bias, temperature, reverse, chunk_size, transform
     ).kl
 
 
@@ -64,6 +92,7 @@ def linear_kl_div_with_agreement(
     temperature: float = 1.0,
     reverse: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    transform: LogitTransform | None = None,
 ) -> KlDivergence:
     """:func:`linear_kl_div`, and whether both agree on the most likely word, from the same pass through the head."""
     if teacher_hidden.shape != student_hidden.shape:
@@ -72,7 +101,15 @@ def linear_kl_div_with_agreement(
             f"got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
         )
     return linear_jensen_shannon(
-        student_hidden, teacher_hidden, head_weight, head_bias, float(reverse), temperature, chunk_size
+        student_hidden,
+        teacher_hidden,
+        head_weight,
+        head_bias,
+        float(reverse),
+        temperature,
+        chunk_size,
+        transform=transform,
+        teacher_transform=transform,
     )
 
 
@@ -85,6 +122,8 @@ def linear_jensen_shannon(
     temperature: float = 1.0,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     teacher_head: tuple[Tensor, Tensor | None] | None = None,
+    transform: LogitTransform | None = None,
+    teacher_transform: LogitTransform | None = None,
 ) -> KlDivergence:
     """Generalised Jensen-Shannon divergence of teacher p and student q (GKD, arXiv 2306.13649, eq. 1).
 
@@ -96,6 +135,7 @@ def linear_jensen_shannon(
         beta: 0 to 1.
         teacher_head: weight ``[V', D']`` and bias of a teacher of its own, ``teacher_hidden`` then being ``[N, D']``.
             Words beyond the smaller of the two vocabularies (padding of the tables) are left out of both.
+        transform, teacher_transform: of the student's and of the teacher's logits.
     """
     if temperature <= 0:
         raise ValueError(f"the temperature must be positive, got {temperature}")
@@ -115,6 +155,8 @@ def linear_jensen_shannon(
     def chunk_loss(start: int, student_logits: Tensor) -> tuple[Tensor, Tensor]:
         rows = slice(start, start + len(student_logits))
         teacher_logits = _logits(teacher_hidden[rows], teacher_weight, teacher_bias)[:, :words]
+        if teacher_transform is not None:
+            teacher_logits, _ = teacher_transform.apply_(teacher_logits)
         student, teacher = _words(student_logits, temperature), _words(teacher_logits, temperature)
         agrees[rows] = student.best == teacher.best
         if beta in (0, 1):
@@ -125,7 +167,7 @@ def linear_jensen_shannon(
 
     if words < len(head_weight):
         head_weight, head_bias = head_weight[:words], None if head_bias is None else head_bias[:words]
-    divergence = _chunked_head_loss(student_hidden, head_weight, head_bias, chunk_size, chunk_loss)
+    divergence = _chunked_head_loss(student_hidden, head_weight, head_bias, chunk_size, chunk_loss, transform)
     return KlDivergence(divergence, agrees)
 
 
@@ -135,6 +177,7 @@ def linear_cross_entropy(
     head_weight: Tensor,
     head_bias: Tensor | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    transform: LogitTransform | None = None,
 ) -> Tensor:
     """Cross-entropy of the words ``targets`` [N] from hidden states ``[N, D]``: ``[N]`` nats.
 
@@ -151,7 +194,7 @@ def linear_cross_entropy(
         gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
         return loss, gradient
 
-    return _chunked_head_loss(hidden, head_weight, head_bias, chunk_size, chunk_loss)
+    return _chunked_head_loss(hidden, head_weight, head_bias, chunk_size, chunk_loss, transform)
 
 
 class _Words(NamedTuple):
@@ -222,7 +265,12 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _chunked_head_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int, chunk_loss: ChunkLoss
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chunk_size: int,
+    chunk_loss: ChunkLoss,
+    transform: LogitTransform | None,
 ) -> Tensor:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -234,27 +282,39 @@ def _chunked_head_loss(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("the output head gets no gradient here: freeze it (requires_grad_(False)) or detach it")
-    return _ChunkedHeadLoss.apply(hidden, weight, bias, chunk_size, chunk_loss)
+    return _ChunkedHeadLoss.apply(hidden, weight, bias, chunk_size, chunk_loss, transform)
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int, chunk_loss: ChunkLoss
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        chunk_size: int,
+        chunk_loss: ChunkLoss,
+        transform: LogitTransform | None,
     ) -> Tensor:
         losses = torch.empty(hidden.shape[0], dtype=_loss_dtype(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, min(start + chunk_size, hidden.shape[0]))
-            losses[rows], d_logits = chunk_loss(start, _logits(hidden[rows], weight, bias))
+            logits = _logits(hidden[rows], weight, bias)
+            slope: Tensor | float = 1.0
+            if transform is not None:
+                logits, slope = transform.apply_(logits)
+            losses[rows], d_logits = chunk_loss(start, logits)
+            if transform is not None:
+                d_logits.mul_(slope)
             if gradient is not None:
                 gradient[rows] = d_logits.to(weight.dtype) @ weight
-            del d_logits  # before the next chunk's logits are made
+            del logits, slope, d_logits  # before the next chunk's logits are made
         ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * d_losses.unsqueeze(1)).to(gradient.dtype), None, None, None, None
+        return (gradient * d_losses.unsqueeze(1)).to(gradient.dtype), None, None, None, None, None

@@ -33,7 +33,6 @@ ALL_POSITIONS: Final = AllPositions()
 """In place of a mask: every position, cached decoding steps included, which is ordinary LoRA (for the ablation)."""
 
 
-
 class SpeechPlaces(NamedTuple):
     """In place of a mask: speech positions whose places are known, which spares a search on the device.
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from blspkd_fairseq.data.batch import Batch, Layout, Rows, SpeechLengths, plan_from_text
 from blspkd_fairseq.modules.cformer import AdapterOutput
+from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.fingerprint import fingerprint
 from blspkd_fairseq.modules.packed_llm import can_read_packed, padded_places, read_packed, read_padded
 from blspkd_fairseq.modules.partial_lora import (
@@ -90,6 +91,11 @@ class ChatLLM(nn.Module):
         layer = self.llm.get_output_embeddings()
         bias = getattr(layer, "bias", None)
         return layer.weight.detach(), None if bias is None else bias.detach()
+
+    @property
+    def logit_transform(self) -> LogitTransform | None:
+        """What the LLM does to the logits of its head."""
+        return getattr(self.llm, "logit_transform", None)
 
     @property
     def device(self) -> torch.device:
@@ -234,8 +240,9 @@ class SpeechLLM(ChatLLM):
                 frames = self.speech_encoder(waveforms, lengths, samples, ragged=True)
         tokens = rows_of(target_lengths) if isinstance(target_lengths, Tensor) else target_lengths
         frames = Ragged(frames.values.to(self.adapter_dtype), frames.rows)
-        if hasattr(self.adapter, "adapt"):
-            return self.adapter.adapt(frames, tokens)
+        adapt = getattr(self.adapter, "adapt", None)
+        if callable(adapt):
+            return adapt(frames, tokens)
         # An adapter of one's own may know padded frames alone.
         return self.adapter(pad(*frames), frames.rows.is_padding, None if tokens is None else tokens.lengths)
 
@@ -344,4 +351,3 @@ class SpeechLLM(ChatLLM):
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
         self._features.clear()
         return super()._apply(fn, recurse)
-

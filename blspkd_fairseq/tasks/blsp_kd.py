@@ -1,6 +1,6 @@
 """The fairseq task ``blsp_kd``: manifests in, answers out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.audio import load_audio
+from blspkd_fairseq.data.batch import SpeechLengths
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset
+from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset, load_manifest, transcripts_of
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.metrics import BleuCounts, bleu_counts, bleu_score, word_errors
@@ -83,6 +84,7 @@ class BlspKdTask(FairseqTask):
         super().__init__(cfg)
         self.dictionary = LlmDictionary()
         self._needed_texts: tuple[str, ...] = ()
+        self._reads_responses = True
         self._loaded_split = ""
         self._train_split = ""
         self._model: SpeechLLM | None = None  # that was built last
@@ -123,7 +125,9 @@ class BlspKdTask(FairseqTask):
         criterion = super().build_criterion(cfg, from_checkpoint)
         if self._model is not None and hasattr(criterion, "check_model"):
             criterion.check_model(self._model)
-        self._needed_texts = ("src_text", "tgt_text") if getattr(criterion, "needs_responses", False) else ("src_text",)
+        needs = getattr(criterion, "needs_responses", False)
+        self._needed_texts = ("src_text", "tgt_text") if needs else ("src_text",)
+        self._reads_responses = getattr(criterion, "reads_responses", needs)
         return criterion
 
     # ---- data --------------------------------------------------------------------------------------------------
@@ -137,9 +141,7 @@ class BlspKdTask(FairseqTask):
         paths = utils.split_paths(self.cfg.data)
         is_train = combine or split.startswith("train")  # fairseq combines what it trains on, whatever its name
         folder = Path(paths[(epoch - 1) % len(paths)] if is_train else paths[0])
-        manifest = Manifest.load(
-            folder / f"{split}.tsv", ("id", "audio", "n_frames", *self._needed_texts), self._needed_texts
-        )
+        manifest = load_manifest(folder / f"{split}.tsv", self._needed_texts)
         self.datasets[split] = SpeechTextDataset(
             manifest,
             self.chat,
@@ -148,18 +150,22 @@ class BlspKdTask(FairseqTask):
             max_seconds=self.cfg.max_audio_seconds,
             shuffle=is_train,
             skip_bad_audio=self.cfg.skip_bad_audio and is_train,
+            lengths=SpeechLengths() if self._model is None else self._model.speech_lengths,
+            with_response=self._reads_responses,
+            share_prefix=self._model is None or self._model.share_prefix,
         )
         self._loaded_split = split
         if is_train:
             self._train_split = split
 
-    def training_words(self) -> Tensor:
+    def training_tokens(self) -> Tensor:
         """Sorted ids of all tokens that occur in the training transcripts, in all folders of the data."""
-        words: set[int] = set()
+        tokens: set[int] = set()
         for folder in utils.split_paths(self.cfg.data):
             for row in Manifest.load(Path(folder) / f"{self._train_split}.tsv"):
-                words.update(self.chat.encode_text(row["src_text"]))
-        return torch.tensor(sorted(words), dtype=torch.long)
+                for transcript in transcripts_of(row):
+                    tokens.update(self.chat.encode_text(transcript))
+        return torch.tensor(sorted(tokens), dtype=torch.long)
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -182,22 +188,25 @@ class BlspKdTask(FairseqTask):
             log |= self._bleu_sums(sample, model)
         return loss, sample_size, log
 
-    def _answers(self, sample: dict[str, Any], model: Any, prompt: str) -> list[str]:
-        """Greedy answers to a batch under ``prompt``, or under its own prompts."""
-        prompts = sample["prompts"]
+    def _answers(self, sample: dict[str, Any], model: Any, prompt: str, rows: Sequence[int]) -> list[str]:
+        """Greedy answers to rows of a batch under ``prompt``, or under their own."""
+        chosen = [sample["plan_rows"][row] for row in rows]
+        prompts: list[Any] = [row.segments for row in chosen]
         if prompt:
-            prompts = [resolve_prompt(prompt, r.get("src_lang", ""), r.get("tgt_lang", "")) for r in sample["rows"]]
-        inputs = sample["net_input"]
+            cells = [sample["rows"][row] for row in rows]
+            prompts = [resolve_prompt(prompt, one.get("src_lang", ""), one.get("tgt_lang", "")) for one in cells]
+        pieces = [piece for row in chosen for piece in row.pieces]
+        waveforms, lengths = (sample["net_input"][name][pieces] for name in ("src_tokens", "src_lengths"))
         options = DecodingOptions(max_new_tokens=self.cfg.eval_max_tokens)
-        groups = answer_speech(
-            model.speech_llm, self.chat, inputs["src_tokens"], inputs["src_lengths"], prompts, options
-        )
+        groups = answer_speech(model.speech_llm, self.chat, waveforms, lengths, prompts, options)
         return [group[0].text for group in groups]
 
     def _wer_sums(self, sample: dict[str, Any], model: Any) -> dict[str, float]:
         sums = dict.fromkeys(("_wer_errors", "_wer_words", "_wer_raw_errors", "_wer_raw_words"), 0.0)
-        answers = self._answers(sample, model, self.cfg.eval_wer_prompt)
-        for row, answer in zip(sample["rows"], answers, strict=True):
+        # Of several pieces of speech none is the one to repeat.
+        rows = [i for i, row in enumerate(sample["rows"]) if not row.get("conversation")]
+        answers = self._answers(sample, model, self.cfg.eval_wer_prompt, rows) if rows else []
+        for row, answer in zip((sample["rows"][i] for i in rows), answers, strict=True):
             for name, normalize in (("wer", True), ("wer_raw", False)):
                 count = word_errors(answer, row["src_text"], row.get("src_lang", ""), normalize)
                 sums[f"_{name}_errors"] += count.errors
@@ -206,7 +215,9 @@ class BlspKdTask(FairseqTask):
 
     def _bleu_sums(self, sample: dict[str, Any], model: Any) -> dict[str, float]:
         references = [row["tgt_text"] for row in sample["rows"]]
-        answers = self._answers(sample, model, self.cfg.eval_bleu_prompt)
+        rows = range(sample["nsentences"])
+        prompt = self.cfg.eval_bleu_prompt if not any(row.get("conversation") for row in sample["rows"]) else ""
+        answers = self._answers(sample, model, prompt, rows)
         counts = bleu_counts(answers, references, sample["rows"][0].get("tgt_lang", ""))
         sums = {"_bleu_hyp": float(counts.hypothesis_length), "_bleu_ref": float(counts.reference_length)}
         for n in range(_BLEU_ORDER):
