@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench_modules import cpu_name
+from blspkd_fairseq.modules.sequence import Segment, predicts
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +34,6 @@ from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.cif import quantity_loss
 from blspkd_fairseq.modules.distillation_loss import linear_kl_div
 from blspkd_fairseq.modules.partial_lora import PartialLoraLinear, speech_positions
-from blspkd_fairseq.modules.sequence import Segment, predicts
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
 TRANSCRIPT_TOKENS, RESPONSE_TOKENS, SECONDS = 10, 13, 2.5  # of the quickstart's utterances, on average

@@ -246,9 +246,9 @@ def test_weights_of_zero_alpha_are_said(
 ) -> None:
     from blspkd_fairseq.modules.cformer import CFormer
 
-    forward = CFormer.forward
+    adapt = CFormer.adapt
     monkeypatch.setattr(
-        CFormer, "forward", lambda *args: (out := forward(*args))._replace(alpha_sum=torch.zeros_like(out.alpha_sum))
+        CFormer, "adapt", lambda *args: (out := adapt(*args))._replace(alpha_sum=torch.zeros_like(out.alpha_sum))
     )
     write_split(tmp_path, "train", 2)
     with pytest.raises(ValueError, match="CIF weights of utterance 'train-"):

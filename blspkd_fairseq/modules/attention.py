@@ -97,7 +97,7 @@ class _Options(NamedTuple):
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, offset: int, hidden: Tensor | None, options: _Options
 ) -> Tensor:
-    """Attention of padded rows ``[R, T, heads, d]``; query i stands ``offset`` behind key i, ``hidden`` keys are unseen.
+    """Attention of padded rows ``[R, T, heads, d]``: query i stands ``offset`` behind key i, some keys are ``hidden``.
 
     Padding on the right needs no mask where attention is causal.
     """

@@ -19,7 +19,7 @@ ChunkLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 class LogitTransform(NamedTuple):
-    """What some LLMs (Gemma 2, Granite, Cohere) do to their logits z: ``cap * tanh(scale * z / cap)``, or ``scale * z``.
+    """What Gemma 2, Granite, Cohere do to their logits z: ``cap * tanh(scale * z / cap)``, or ``scale * z``.
 
     Attributes:
         scale: a factor.

@@ -66,7 +66,7 @@ class _MaskState:
         self._input = self._fork = None
 
     def fork(self, x: Tensor, dropout: nn.Module) -> tuple[Tensor, Tensor]:
-        """``x`` itself and its speech positions ``[S, D]``, gathered and dropped out once for all layers that read x."""
+        """``x``, and its speech positions ``[S, D]``, gathered and dropped out once for all layers that read x."""
         if self._fork is None or self._input is not x or self._version != x._version:
             assert self.mask is not None
             places = None if isinstance(self.mask, AllPositions) else self.mask.places

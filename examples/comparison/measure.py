@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from fairseq.utils import apply_to_sample
 from systems import QUESTIONS, SETS
 from tqdm import tqdm
 
@@ -30,8 +29,9 @@ from blspkd_fairseq.evaluation.robustness import Voices, degrade, parse_conditio
 from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
 from blspkd_fairseq.generation.systems import CascadeSystem, System, TextSystem, Utterance, WhisperTranscriber
+from blspkd_fairseq.generation.teacher_forced import collate, sums_of_rows, teacher_forced
+from blspkd_fairseq.generation.teacher_forced import text_kl as teacher_forced_text_kl
 from blspkd_fairseq.modules.build import SpeechLlmConfig
-from blspkd_fairseq.modules.distillation_loss import linear_kl_div_with_agreement
 
 # What is asked, and how long the answer may be. Training sees "continue" alone.
 ASKED = {"repeat": 28, "continue": 16}
@@ -142,6 +142,9 @@ def measure_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+_COUNTS = ("counted", "tokens", "input_tokens", "response_tokens")
+
+
 def measure_set(
     model: BlspKd, data: SpeechTextDataset, name: str, word_ends: "WordEnds | None"
 ) -> dict[str, list[Any]]:
@@ -161,42 +164,21 @@ def measure_set(
             add(asked, [group[0].text for group in groups])
         if name in QUESTIONS:
             continue
-        one_to_one = model.model.adapter.one_to_one
-        positions = ("input", "response") if one_to_one else ("response",)
-        output = model.model(**inputs, positions=positions)
-        for part in positions:
-            compared = getattr(output, part)
-            kl, agrees = linear_kl_div_with_agreement(compared.student, compared.teacher, *model.model.head)
-            for key, values in ((f"{part}_kl", kl), (f"{part}_agree", agrees.float())):
-                add(key, sums_of_rows(values, compared.rows, batch["nsentences"]))
-            add(f"{part}_tokens", torch.bincount(compared.rows, minlength=batch["nsentences"]).tolist())
-        if output.adapter.alpha_sum is not None:
-            add("counted", output.adapter.alpha_sum.round().clamp(min=1).long().tolist())
-            add("tokens", inputs["text"]["transcript_lengths"].tolist())
+        for key, values in teacher_forced(model.model, batch).items():
+            add(key, [round(value) for value in values] if key in _COUNTS else values)
     if word_ends is not None and name not in QUESTIONS:
         add("boundary_ms", word_ends.differences(model, data, name))
     return found
 
 
-def collate(data: SpeechTextDataset, rows: range, device: torch.device) -> dict[str, Any]:
-    """A batch on the model's device."""
-    batch: dict[str, Any] = apply_to_sample(lambda tensor: tensor.to(device), data.collater([data[i] for i in rows]))
-    return batch
-
-
-def sums_of_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> list[float]:
-    totals = torch.zeros(count, dtype=torch.float64).index_add(0, rows.cpu(), values.double().cpu())
-    return [round(value, 6) for value in totals.tolist()]
-
-
 def text_kl(model: BlspKd, folder: Path) -> dict[str, list[float]]:
     """KL of the trained LLM reading text against the base LLM, at the responses to the heard set."""
     data = SpeechTextDataset(Manifest.load(manifest_of(folder, "heard")), model.chat, audio_root=folder)
-    text = collate(data, range(len(data)), model.device)["net_input"]["text"]
-    student, teacher = (read(text, ("response",))["response"] for read in (model.model.read, model.model.teach))
-    kl = linear_kl_div_with_agreement(student, teacher, *model.model.head).kl
-    rows = torch.repeat_interleave(torch.arange(len(data)), text["response_lengths"].cpu())
-    return {"kl": sums_of_rows(kl, rows, len(data)), "tokens": text["response_lengths"].tolist()}
+    inputs = collate(data, range(len(data)), model.device)["net_input"]
+    plan = inputs["spec"].build(inputs["plan"])
+    kl, tokens = teacher_forced_text_kl(model.model, plan.teacher), torch.ones(len(plan.response.rows))
+    sums = (sums_of_rows(values, plan.response.rows, len(data)) for values in (kl, tokens))
+    return dict(zip(("kl", "tokens"), sums, strict=True))
 
 
 class WordEnds:
@@ -220,7 +202,7 @@ class WordEnds:
         assert self.transcriber is not None
         utterance = data[index]
         assert utterance is not None
-        return self.transcriber.word_ends(utterance.waveform.numpy())
+        return self.transcriber.word_ends(utterance.waveforms[0].numpy())
 
     @staticmethod
     def _differences(
@@ -228,7 +210,7 @@ class WordEnds:
     ) -> list[float]:
         utterance = data[index]
         assert utterance is not None
-        aligned = model.align((utterance.waveform.numpy(), 16_000), transcript=utterance.row["src_text"])
+        aligned = model.align((utterance.waveforms[0].numpy(), 16_000), transcript=utterance.row["src_text"])
         tokens = [(token.token, token.end) for token in aligned]
         differences = boundary_differences(tokens, [(word, end) for word, end in ends]).differences_ms
         return [round(float(ms), 1) for ms in differences]

@@ -24,8 +24,8 @@ from blspkd_fairseq.evaluation.metrics import word_errors
 from blspkd_fairseq.evaluation.plots import plot_alignment, plot_before_after
 from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_text
+from blspkd_fairseq.generation.teacher_forced import collate, teacher_forced
 from blspkd_fairseq.modules.build import build_speech_llm
-from blspkd_fairseq.modules.distillation_loss import linear_kl_div_with_agreement
 
 SETS = {"test": "unseen sentences, the heard voice", "test_unheard": "unseen sentences, a voice never heard"}
 MEASURES = {  # name: (heading, number format, whether less is better)
@@ -93,35 +93,30 @@ def began_with(trained: BlspKd, folder: Path | None) -> BlspKd:
 @torch.no_grad()
 def measure(model: BlspKd, data: SpeechTextDataset) -> dict[str, float]:
     """All measures of one model on one set."""
-    sums = dict.fromkeys(("input_kl", "response_kl", "input", "response", "input_agree", "response_agree"), 0.0)
-    count_errors = tokens = 0.0
+    sums: dict[str, float] = {}
     repeated: list[str] = []
     answers: list[tuple[str, str]] = []
+    count_errors = 0.0
     for batch in batches(data, model.device):
         inputs = batch["net_input"]
-        output = model.model(**inputs)
-        for name, compared in (("input", output.input), ("response", output.response)):
-            kl, agrees = linear_kl_div_with_agreement(compared.student, compared.teacher, *model.model.head)
-            sums[f"{name}_kl"] += float(kl.sum())
-            sums[f"{name}_agree"] += float(agrees.sum())
-            sums[name] += len(kl)
-        lengths = inputs["text"]["transcript_lengths"]
-        count_errors += float((output.adapter.alpha_sum.round().clamp(min=1) - lengths).abs().sum())
-        tokens += float(lengths.sum())
+        measured = teacher_forced(model.model, batch)
+        for name, values in measured.items():
+            sums[name] = sums.get(name, 0.0) + sum(values)
+        count_errors += sum(abs(a - b) for a, b in zip(measured["counted"], measured["tokens"], strict=True))
         speech = inputs["src_tokens"], inputs["src_lengths"]
         repeated += first(
-            answer_speech(model.model, model.chat, *speech, [resolve_prompt("repeat")] * len(lengths), REPEAT)
+            answer_speech(model.model, model.chat, *speech, [resolve_prompt("repeat")] * batch["nsentences"], REPEAT)
         )
         transcripts = [row["src_text"] for row in batch["rows"]]
         to_speech = first(answer_speech(model.model, model.chat, *speech, batch["prompts"], ANSWERS))
         to_text = first(answer_text(model.model, model.chat, transcripts, batch["prompts"], ANSWERS))
         answers += zip(to_speech, to_text, strict=True)
     return {
-        "input_kl": sums["input_kl"] / sums["input"],
-        "response_kl": sums["response_kl"] / sums["response"],
-        "input_agreement": sums["input_agree"] / sums["input"],
-        "response_agreement": sums["response_agree"] / sums["response"],
-        "token_count_error": count_errors / tokens,
+        "input_kl": sums["input_kl"] / sums["input_tokens"],
+        "response_kl": sums["response_kl"] / sums["response_tokens"],
+        "input_agreement": sums["input_agree"] / sums["input_tokens"],
+        "response_agreement": sums["response_agree"] / sums["response_tokens"],
+        "token_count_error": count_errors / sums["tokens"],
         "repeat_wer": wer(repeated, data),
         "self_bleu": sacrebleu.corpus_bleu([a for a, _ in answers], [[b for _, b in answers]]).score,
     }
@@ -132,11 +127,8 @@ REPEAT = DecodingOptions(max_new_tokens=32)
 
 def batches(data: SpeechTextDataset, device: torch.device) -> list[dict[str, Any]]:
     """The set in manifest order, on the model's device."""
-    from fairseq.utils import move_to_cuda
-
     starts = range(0, len(data), BATCH)
-    made = [data.collater([data[i] for i in range(s, min(s + BATCH, len(data)))]) for s in starts]
-    return [move_to_cuda(batch, device) for batch in made] if device.type == "cuda" else made
+    return [collate(data, range(start, min(start + BATCH, len(data))), device) for start in starts]
 
 
 def first(groups: list[list[Any]]) -> list[str]:
