@@ -33,7 +33,14 @@ class SpeechLlmConfig:
     speech_encoder: str = _option("", "Whisper model: a Hugging Face name such as openai/whisper-small, or a directory")
     llm: str = _option("", "causal chat LLM: a Hugging Face name such as Qwen/Qwen2.5-7B-Instruct, or a directory")
     llm_dtype: str = _option("bfloat16", "precision of the frozen LLM: float32, bfloat16 or float16")
-    speech_encoder_dtype: str = _option("float32", "precision of the speech encoder; float32 if it is trained")
+    product_dtype: str = _option(
+        "auto",
+        "matrix products of adapter and LoRA, whose weights are in float32: float32, bfloat16, or auto (bfloat16 on a "
+        "GPU that has it)",
+    )
+    speech_encoder_dtype: str = _option(
+        "auto", "precision of the frozen speech encoder: float32, bfloat16, float16, or auto (as --product-dtype)"
+    )
     trust_remote_code: bool = _option(False, "run code that comes with the LLM's files (only from who you trust)")
     system_prompt: str = _option("", "system message of the chat; default: what the LLM's chat template has")
     chat_template: str = _option("", "file with a Jinja chat template in place of the tokenizer's own")
@@ -126,6 +133,8 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
         config.unfreeze_speech_encoder,
         share_prefix=not config.no_shared_prefix,
         cache_features=config.cache_encoder_features,
+        product_dtype=DTYPES.get(config.product_dtype),
+        speech_encoder_dtype=DTYPES.get(config.speech_encoder_dtype),
     )
     return model, chat
 
@@ -176,13 +185,11 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
 
 
 def _load_speech_encoder(config: SpeechLlmConfig) -> SpeechEncoder:
-    dtype = torch.float32 if config.unfreeze_speech_encoder else DTYPES[config.speech_encoder_dtype]
     return _from_pretrained(
         SpeechEncoder,
         config.speech_encoder,
         "speech-encoder",
         "speech encoder",
-        dtype=dtype,
         pad_to_30s=config.pad_to_30s,
     )
 
@@ -207,7 +214,8 @@ def _check(config: SpeechLlmConfig) -> None:
         "adapter_alignment": tuple(ALIGNMENTS),
         "lora_scope": LORA_SCOPES,
         "llm_dtype": tuple(DTYPES),
-        "speech_encoder_dtype": tuple(DTYPES),
+        "speech_encoder_dtype": ("auto", *DTYPES),
+        "product_dtype": ("auto", "float32", "bfloat16"),
     }
     for option, allowed in choices.items():
         value = getattr(config, option)

@@ -147,6 +147,9 @@ class SpeechLLM(ChatLLM):
         train_speech_encoder: unfreeze the speech encoder.
         share_prefix: what all rows begin with is read once. Off, the same numbers take longer.
         cache_features: keep the frozen encoder's frames of training utterances in memory, so that it hears each once.
+        product_dtype: of the matrix products of adapter, LoRA and a trained encoder, whose weights stay in float32.
+            None: bfloat16 on a GPU that has it, with TF32 for what remains in float32; else float32.
+        speech_encoder_dtype: of the frozen encoder; None: as the products.
     """
 
     def __init__(
@@ -158,6 +161,8 @@ class SpeechLLM(ChatLLM):
         train_speech_encoder: bool = False,
         share_prefix: bool = True,
         cache_features: bool = False,
+        product_dtype: torch.dtype | None = None,
+        speech_encoder_dtype: torch.dtype | None = None,
     ) -> None:
         if lora_scope not in LORA_SCOPES:
             raise ValueError(f"unknown LoRA scope {lora_scope!r}: choose from {', '.join(LORA_SCOPES)}")
@@ -167,6 +172,8 @@ class SpeechLLM(ChatLLM):
         self.train_speech_encoder = train_speech_encoder
         self.cache_features = cache_features and not train_speech_encoder
         self._features: dict[int, Tensor] = {}
+        self.product_dtype = product_dtype
+        self.speech_encoder_dtype = speech_encoder_dtype
         self.speech_encoder.requires_grad_(train_speech_encoder)
         # Whisper's position table is a fixed sinusoid in its own training, too.
         self.speech_encoder.encoder.embed_positions.requires_grad_(False)
@@ -178,6 +185,27 @@ class SpeechLLM(ChatLLM):
         if not train_speech_encoder:
             self.fingerprints["speech_encoder"] = fingerprint(speech_encoder)
         self.train(self.training)
+        self.settle_precision()
+
+    # ---- precision ---------------------------------------------------------------------------------------------
+
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype of matrix products on the device where the model is."""
+        if self.product_dtype is not None:
+            return self.product_dtype
+        has_bfloat16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+
+    def settle_precision(self) -> None:
+        """Brings the frozen encoder and LoRA's products to the precision that :attr:`products` says."""
+        if not self.train_speech_encoder:
+            self.speech_encoder.to(self.speech_encoder_dtype or self.products)
+        state = getattr(self.llm, "partial_lora_state", None)
+        if state is not None:
+            state.products = self.products
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("highest" if self.product_dtype == torch.float32 else "high")
 
     @property
     def settings(self) -> dict[str, float]:
@@ -233,18 +261,28 @@ class SpeechLLM(ChatLLM):
             samples: ``lengths`` as Python numbers; without them the device is asked.
         """
         samples = lengths.tolist() if samples is None else samples
+        with self._autocast():
+            frames = self._frames(waveforms, lengths, keys, from_cache, samples)
+            tokens = rows_of(target_lengths) if isinstance(target_lengths, Tensor) else target_lengths
+            frames = Ragged(frames.values.to(self.adapter_dtype), frames.rows)
+            adapt = getattr(self.adapter, "adapt", None)
+            if callable(adapt):
+                return adapt(frames, tokens)
+            # An adapter of one's own may know padded frames alone.
+            return self.adapter(pad(*frames), frames.rows.is_padding, None if tokens is None else tokens.lengths)
+
+    def _autocast(self) -> torch.autocast:
+        products = self.products
+        return torch.autocast(self.device.type, products, enabled=products != torch.float32)
+
+    def _frames(
+        self, waveforms: Tensor, lengths: Tensor, keys: Seq[int] | None, from_cache: bool, samples: Seq[int]
+    ) -> Ragged:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_speech_encoder):
             if keys is not None and (self.training or from_cache) and self.cache_features:
-                frames = self._cached_features(waveforms, lengths, keys, samples)
-            else:
-                frames = self.speech_encoder(waveforms, lengths, samples, ragged=True)
-        tokens = rows_of(target_lengths) if isinstance(target_lengths, Tensor) else target_lengths
-        frames = Ragged(frames.values.to(self.adapter_dtype), frames.rows)
-        adapt = getattr(self.adapter, "adapt", None)
-        if callable(adapt):
-            return adapt(frames, tokens)
-        # An adapter of one's own may know padded frames alone.
-        return self.adapter(pad(*frames), frames.rows.is_padding, None if tokens is None else tokens.lengths)
+                return self._cached_features(waveforms, lengths, keys, samples)
+            frames: Ragged = self.speech_encoder(waveforms, lengths, samples, ragged=True)
+            return frames
 
     def _cached_features(self, waveforms: Tensor, lengths: Tensor, keys: Seq[int], samples: Seq[int]) -> Ragged:
         """The encoder's output; an utterance's frames do not depend on its batch, so they can be kept."""
@@ -350,4 +388,6 @@ class SpeechLLM(ChatLLM):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
         self._features.clear()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self.settle_precision()
+        return self
