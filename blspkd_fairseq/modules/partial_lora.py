@@ -48,94 +48,138 @@ class SpeechPlaces(NamedTuple):
 PositionMask = Tensor | SpeechPlaces | AllPositions | None
 
 
+class _Speech(NamedTuple):
+    """What all layers that read one input share: its speech positions ``[S, D]``, and which of their entries are kept."""
+
+    values: Tensor
+    kept: Tensor | None
+
+
 class _MaskState:
     """The mask in force, shared by all layers of one LLM. No module: it must not appear in state dicts."""
 
     def __init__(self) -> None:
         self.mask: SpeechPlaces | AllPositions | None = None
         self.products: torch.dtype | None = None  # of LoRA; None: float32, or what the layer's input has on a GPU
+        self.layers: list[PartialLoraLinear] = []
         self._input: Tensor | None = None
         self._version = -1
-        self._fork: tuple[Tensor, Tensor] | None = None
+        self._speech: _Speech | None = None
+        self._copies: dict[int, Tensor] = {}
+        self._copied: tuple[Any, ...] = ()
 
     def set(self, mask: PositionMask) -> None:
         """The places of a mask are found once, for all layers: on a GPU each search waits for the device."""
         if isinstance(mask, Tensor):
             mask = SpeechPlaces(mask.flatten().nonzero()[:, 0], tuple(mask.shape))
         self.mask = mask
-        self._input = self._fork = None
+        self._input = self._speech = None
 
-    def fork(self, x: Tensor, dropout: nn.Module) -> tuple[Tensor, Tensor]:
-        """``x``, and its speech positions ``[S, D]``, gathered and dropped out once for all layers that read x."""
-        if self._fork is None or self._input is not x or self._version != x._version:
-            assert self.mask is not None
-            places = None if isinstance(self.mask, AllPositions) else self.mask.places
-            dtype = self.products or (x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32))
-            same, speech = _Fork.apply(x, places, dtype)
-            self._input, self._version, self._fork = x, x._version, (same, dropout(speech))
-        return self._fork
+    @torch.no_grad()
+    def speech(self, x: Tensor, dropout: float) -> _Speech:
+        """Speech positions of ``x``, gathered and dropped out once for all layers that read the same ``x``."""
+        if self._speech is None or self._input is not x or self._version != x._version:
+            places, flat = places_of(self.mask), x.flatten(0, -2)
+            values = flat.index_select(0, places) if isinstance(places, Tensor) else flat[:places]
+            # A copy, since a slice would keep all of the input alive until backward.
+            values = values.to(self.products_of(x), copy=not isinstance(places, Tensor))
+            kept = None
+            if dropout:
+                values, kept = torch.native_dropout(values, dropout, True)
+            self._input, self._version, self._speech = x, x._version, _Speech(values, kept)
+        return self._speech
 
+    def products_of(self, x: Tensor) -> torch.dtype:
+        return self.products or (x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32))
 
-class _Fork(torch.autograd.Function):
-    """An input, and a copy of its speech positions; in backward the gradient of these is added to that of the input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, places: int | Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        ctx.places = places
-        ctx.set_materialize_grads(False)
-        flat = x.flatten(0, -2)
-        if isinstance(places, Tensor):
-            speech = flat.index_select(0, places)
-        else:
-            speech = flat if places is None else flat[:places]
-        return x.view_as(x), speech.to(dtype, copy=not isinstance(places, Tensor))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_x: Tensor | None, d_speech: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if d_speech is None or d_x is None:
-            return d_x, None, None
-        # In place: d_x is the sum of what the frozen layers gave back, and nobody else's.
-        flat = d_x.contiguous().view(-1, d_x.shape[-1])
-        if isinstance(ctx.places, Tensor):
-            flat.index_add_(0, ctx.places, d_speech.to(flat.dtype))
-        else:
-            flat[: ctx.places].add_(d_speech)
-        return flat.view_as(d_x), None, None
+    @torch.no_grad()
+    def matrix(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A trained matrix in the dtype of products; all are cast at once, after each change of the weights."""
+        if weight.dtype == dtype:
+            return weight
+        weights = [matrix.weight for layer in self.layers for matrix in layer.matrices()]
+        state = (dtype, weight.device, *(one._version for one in weights))
+        if self._copied != state:
+            copies = [torch.empty_like(one, dtype=dtype) for one in weights]
+            torch._foreach_copy_(copies, weights)
+            self._copies = dict(zip(map(id, weights), copies, strict=True))
+            self._copied = state
+        return self._copies[id(weight)]
 
 
-class _AddDelta(torch.autograd.Function):
-    """Adds ``scale * speech @ down.T @ up.T`` to the speech positions of ``result``, in place."""
+def places_of(mask: SpeechPlaces | AllPositions | None) -> int | Tensor | None:
+    """Where speech is: how many of the first positions, indices, or None for all of them."""
+    return mask.places if isinstance(mask, SpeechPlaces) else None
+
+
+class _SpeechLinear(torch.autograd.Function):
+    """``x @ weight.T + bias``, and at the speech positions ``scale * speech @ down.T @ up.T`` besides.
+
+    One step forward and one back, in place of a dozen each: a GPU waits for Python between them.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, result: Tensor, speech: Tensor, down: Tensor, up: Tensor, scale: float, places: int | Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        speech: _Speech,
+        down: Tensor,
+        up: Tensor,
+        matrices: tuple[Tensor, Tensor],
+        scale: float,
+        dropout: float,
+        places: int | Tensor | None,
     ) -> Tensor:
-        low = speech @ down.to(speech.dtype).t()
-        ctx.save_for_backward(speech, low, down, up)
-        ctx.scale, ctx.places = scale, places
-        ctx.mark_dirty(result)
-        flat, wide = result.view(-1, result.shape[-1]), up.to(speech.dtype).t()
-        if isinstance(places, Tensor):
-            flat.index_add_(0, places, (low @ wide).mul_(scale).to(result.dtype))
-        elif result.dtype == speech.dtype:
-            flat[:places].addmm_(low, wide, alpha=scale)
-        else:
-            flat[:places].add_((low @ wide).mul_(scale).to(result.dtype))
+        narrow, wide = matrices
+        result = nn.functional.linear(x, weight, bias)
+        low = speech.values @ narrow.t()
+        _add_product(result.view(-1, result.shape[-1]), places, low, wide.t(), scale)
+        ctx.save_for_backward(weight, speech.values, speech.kept, low, narrow, wide)
+        ctx.scale, ctx.dropout, ctx.places = scale, dropout, places
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_result: Tensor) -> tuple[Tensor | None, ...]:
-        speech, low, down, up = ctx.saved_tensors
-        flat = d_result.flatten(0, -2)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, speech, kept, low, narrow, wide = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
         d_delta = flat.index_select(0, ctx.places) if isinstance(ctx.places, Tensor) else flat[: ctx.places]
-        d_delta = d_delta.to(speech.dtype)
-        d_low = (d_delta @ up.to(speech.dtype)).mul_(ctx.scale)
-        d_up = (d_delta.t() @ low).mul_(ctx.scale).to(up.dtype) if ctx.needs_input_grad[3] else None
-        d_down = (d_low.t() @ speech).to(down.dtype) if ctx.needs_input_grad[2] else None
-        d_speech = d_low @ down.to(speech.dtype) if ctx.needs_input_grad[1] else None
-        return d_result, d_speech, d_down, d_up, None, None
+        d_delta = d_delta.to(low.dtype)
+        d_low = d_delta @ wide
+        if ctx.scale != 1.0:
+            d_low.mul_(ctx.scale)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = flat @ weight
+            if kept is None:
+                _add_product(d_x, ctx.places, d_low, narrow, 1.0)
+            else:
+                d_speech = (d_low @ narrow).mul_(kept).mul_(1.0 / (1.0 - ctx.dropout))
+                _add(d_x, ctx.places, d_speech)
+            d_x = d_x.view(*gradient.shape[:-1], -1)
+        # In the dtype of products: autograd casts them to that of the weights.
+        d_up = d_delta.t() @ low
+        if ctx.scale != 1.0:
+            d_up.mul_(ctx.scale)
+        return d_x, None, None, None, d_low.t() @ speech, d_up, None, None, None, None
+
+
+def _add_product(result: Tensor, places: int | Tensor | None, one: Tensor, other: Tensor, scale: float) -> None:
+    """Adds ``scale * one @ other`` to places of ``result``."""
+    if not isinstance(places, Tensor) and result.dtype == one.dtype:
+        result[:places].addmm_(one, other, alpha=scale)
+    else:
+        product = one @ other
+        _add(result, places, product.mul_(scale) if scale != 1.0 else product)
+
+
+def _add(result: Tensor, places: int | Tensor | None, values: Tensor) -> None:
+    if isinstance(places, Tensor):
+        result.index_add_(0, places, values.to(result.dtype))
+    else:
+        result[:places].add_(values.to(result.dtype))
 
 
 class PartialLoraLinear(LoraLinear):
@@ -148,19 +192,31 @@ class PartialLoraLinear(LoraLinear):
     takes_flat_input: bool
     """True if ``[B*L, D]`` input matches the mask (OPT). False in experts, which see only tokens routed to them."""
 
+    def matrices(self) -> tuple[nn.Linear, nn.Linear]:
+        """The trained layers, down and up."""
+        name = self.active_adapters[0]
+        return self.lora_A[name], self.lora_B[name]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # x: B x L x D
-        mask = self.mask_state.mask
-        if mask is None or self.disable_adapters:
+        state = self.mask_state
+        if state.mask is None or self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
-        if isinstance(mask, SpeechPlaces):
-            self._check_shape(x, mask.shape)
-        places = None if isinstance(mask, AllPositions) else mask.places
-        x, speech = self.mask_state.fork(x, self.lora_dropout[self.active_adapters[0]])
-        result = self.base_layer(x, *args, **kwargs)
-        for name in self.active_adapters:
-            down, up = self.lora_A[name].weight, self.lora_B[name].weight
-            result = _AddDelta.apply(result, speech, down, up, self.scaling[name], places)
-        return result
+        if isinstance(state.mask, SpeechPlaces):
+            self._check_shape(x, state.mask.shape)
+        name, (down, up) = self.active_adapters[0], self.matrices()
+        dropout = self.lora_dropout[name]
+        p = float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        speech, dtype = state.speech(x, p), state.products_of(x)
+        matrices = state.matrix(down.weight, dtype), state.matrix(up.weight, dtype)
+        weight, bias = self._frozen_weight()
+        return _SpeechLinear.apply(
+            x, weight, bias, speech, down.weight, up.weight, matrices, self.scaling[name], p, places_of(state.mask)
+        )
+
+    def _frozen_weight(self) -> tuple[Tensor, Tensor | None]:
+        """Of the base layer, ``[out, in]`` and ``[out]``."""
+        base = self.get_base_layer()
+        return (base.weight.t() if isinstance(base, Conv1D) else base.weight), base.bias
 
     def _check_shape(self, x: Tensor, shape: tuple[int, ...]) -> None:
         positions = tuple(x.shape[:-1])
@@ -224,6 +280,7 @@ def add_partial_lora(
             )
         if isinstance(module, PartialLoraLinear):
             module.mask_state = state
+            state.layers.append(module)
             module.takes_flat_input = ".experts." not in name
             module.lora_A.float()
             module.lora_B.float()

@@ -20,6 +20,7 @@ from blspkd_fairseq.data.batch import Batch, Layout, Rows, SpeechLengths, plan_f
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.fingerprint import fingerprint
+from blspkd_fairseq.modules.fused_norm import fuse_norms
 from blspkd_fairseq.modules.packed_llm import can_read_packed, padded_places, read_packed, read_padded
 from blspkd_fairseq.modules.partial_lora import (
     ALL_POSITIONS,
@@ -205,6 +206,7 @@ class SpeechLLM(ChatLLM):
         if state is not None:
             state.products = self.products
         if self.device.type == "cuda":
+            fuse_norms(self.llm)
             torch.set_float32_matmul_precision("highest" if self.product_dtype == torch.float32 else "high")
 
     @property

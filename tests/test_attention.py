@@ -1,0 +1,94 @@
+"""Packed attention against the formula, row by row in float64, on the CPU and on a GPU if there is one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blspkd_fairseq.data.batch import Rows
+from blspkd_fairseq.modules.attention import attend
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+LENGTHS = (3, 7, 1, 5)
+
+
+def rows_of(prefix: int, causal: bool, shuffled: bool, device: str) -> Rows:
+    total = prefix + sum(LENGTHS)
+    order = torch.randperm(total) if shuffled else None
+    place = None if order is None else order.argsort()
+    parts = (None if one is None else one.to(device) for one in (order, place))
+    return Rows(torch.tensor(LENGTHS, device=device), LENGTHS, prefix, *parts, causal=causal)
+
+
+def formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Every position by itself."""
+    total, heads = query.shape[:2]
+    order = range(total) if rows.order is None else rows.order.tolist()
+    starts = [rows.prefix + sum(LENGTHS[:r]) for r in range(len(LENGTHS))]
+    out = torch.zeros(total, heads, value.shape[2], dtype=value.dtype)
+    for i, place in enumerate(order):
+        row = next((r for r, s in enumerate(starts) if s <= i < s + LENGTHS[r]), None)
+        seen = list(range(rows.prefix)) + ([] if row is None else list(range(starts[row], starts[row] + LENGTHS[row])))
+        if rows.causal:
+            seen = seen[: seen.index(i) + 1]
+        if window is not None:
+            seen = seen[-window:]
+        for h in range(heads):
+            group = h * key.shape[1] // heads
+            keys = torch.stack([key[order[j], group] for j in seen])
+            logits = keys @ query[place, h] * (query.shape[2] ** -0.5 if scale is None else scale)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            weights = torch.cat([logits, logits.new_empty(0) if sinks is None else sinks[h : h + 1]]).softmax(0)
+            out[place, h] = weights[: len(seen)] @ torch.stack([value[order[j], group] for j in seen])
+    return out
+
+
+CASES: dict[str, tuple[int, bool, bool, dict[str, Any]]] = {
+    "rows": (0, True, False, {}),
+    "both ways": (0, False, False, {}),
+    "prefix": (4, True, False, {}),
+    "prefix, shuffled": (4, True, True, {}),
+    "long prefix, shuffled": (9, True, True, {"scale": 0.7}),
+    "window": (4, True, True, {"window": 3}),
+    "window as long as the prefix": (4, True, True, {"window": 4}),
+    "window without prefix": (0, True, False, {"window": 2}),
+    "soft cap": (4, True, True, {"softcap": 1.5}),
+    "sinks": (4, True, True, {"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)}),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_formula_with_its_gradients(case: str, groups: int, dtype: torch.dtype, device: str) -> None:
+    prefix, causal, shuffled, options = CASES[case]
+    rows = rows_of(prefix, causal, shuffled, device)
+    shapes = [(rows.total, heads, 16) for heads in (4, 4 // groups, 4 // groups)]
+    inputs = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+    seed = torch.randn(rows.total, 4, 16, dtype=torch.float64)
+    exact = [one.double().requires_grad_() for one in inputs]
+    expected = formula(*exact, rows, **options)
+    (expected * seed).sum().backward()
+
+    given = [one.to(device).requires_grad_() for one in inputs]
+    moved = {name: v.to(device, dtype) if isinstance(v, Tensor) else v for name, v in options.items()}
+    actual = attend(*given, rows, **moved)
+    assert actual.dtype == dtype
+    (actual * seed.to(device, dtype)).sum().backward()
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 6e-2}[dtype]
+    torch.testing.assert_close(actual.cpu().double(), expected, atol=tolerance, rtol=tolerance)
+    for one, other in zip(given, exact, strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad.cpu().double(), other.grad, atol=2 * tolerance, rtol=2 * tolerance)
