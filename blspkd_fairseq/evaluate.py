@@ -28,12 +28,12 @@ from blspkd_fairseq.evaluation.metrics import whisper_spelling
 from blspkd_fairseq.evaluation.report import TEXT, Report, ScoringOptions, score_task, write_report
 from blspkd_fairseq.evaluation.robustness import Condition, known_conditions, parse_condition
 from blspkd_fairseq.evaluation.significance import bootstrap_interval
-from blspkd_fairseq.generation.answers import CLEAN, Questions, answer_all
-from blspkd_fairseq.generation.boundaries import compare_boundaries
 from blspkd_fairseq.generation.decoding import DecodingOptions
-from blspkd_fairseq.generation.systems import CascadeSystem, CheckpointSystem, System, TextSystem, WhisperTranscriber
 from blspkd_fairseq.hub import read_options
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig
+from blspkd_fairseq.systems.answers import CLEAN, Questions, answer_all
+from blspkd_fairseq.systems.boundaries import compare_boundaries
+from blspkd_fairseq.systems.systems import CascadeSystem, CheckpointSystem, System, TextSystem, WhisperTranscriber
 
 logger = logging.getLogger("blspkd_fairseq.evaluate")
 

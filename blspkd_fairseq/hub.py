@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from blspkd_fairseq.data.audio import load_audio, prepare_waveform
+from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
+from blspkd_fairseq.data.conversation import AudioPart, one_turn, read_messages
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, build_speech_llm
@@ -39,6 +41,11 @@ class BlspKd:
         model.generate("question.wav")                      # the LLM answers what was said
         model.transcribe(["a.flac", "b.flac"])
         model.generate((samples, 44_100), instruction="Summarise this in one sentence: {speech}")
+        model.generate(messages=[                           # earlier turns, several pieces of speech
+            {"role": "user", "content": [{"type": "audio", "audio": "a.flac"}, {"type": "text", "text": " In short?"}]},
+            {"role": "assistant", "content": "It is about the weather."},
+            {"role": "user", "content": [{"type": "audio", "audio": "b.flac"}]},
+        ])
 
     Attributes:
         model: the torch module. chat: the chat format of its LLM. config: its options.
@@ -94,9 +101,10 @@ class BlspKd:
 
     def generate(
         self,
-        audio: Audio | Sequence[Audio],
+        audio: Audio | Sequence[Audio] | None = None,
         instruction: str = "chat",
         batch_size: int = 16,
+        messages: Sequence[Any] | None = None,
         **generation: Any,
     ) -> Any:
         """Answers speech.
@@ -106,20 +114,30 @@ class BlspKd:
             instruction: text with a ``{speech}`` slot (else the speech follows it), or the name of a prompt; by
                 default the speech itself is what the user says.
             batch_size: utterances at a time; it does not change the answers.
+            messages: in place of audio and instruction, a conversation as chat LLMs take it, or a list of them; a part
+                ``{"type": "audio", "audio": AUDIO}`` is a piece of speech.
             generation: fields of :class:`DecodingOptions` such as ``beam=4, max_new_tokens=64``.
 
         Returns:
             A string, or a list of strings for a list; with ``n_best`` > 1, a list of strings for each utterance.
 
         Raises:
-            AudioError: audio that cannot be used; PromptError: an unknown prompt.
+            AudioError: audio that cannot be used; PromptError: an unknown prompt; ConversationError: other messages.
         """
-        prompt = resolve_prompt(instruction)
+        if messages is not None:
+            if audio is not None or instruction != "chat":
+                raise ValueError("give messages, or audio and an instruction: messages hold both")
+            single = bool(messages) and isinstance(messages[0], Mapping)
+            asked = [read_messages(one) for one in ([messages] if single else messages)]
+        else:
+            single, conversation = _is_single(audio), one_turn(resolve_prompt(instruction))
+            asked = [(conversation, [AudioPart(one)]) for one in _as_list(audio)]
         options = DecodingOptions(**generation)
         answers: list[Any] = []
-        single = _is_single(audio)
-        for batch in _batches(_as_list(audio), batch_size):
-            groups = answer_speech(self.model, self.chat, *self._collate(batch), [prompt] * len(batch), options)
+        for batch in _batches(asked, batch_size):
+            speech = self._collate([piece.audio for _, pieces in batch for piece in pieces])
+            conversations = [self.chat.render(conversation) for conversation, _ in batch]
+            groups = answer_speech(self.model, self.chat, *speech, conversations, options)
             answers += [[h.text for h in group] if options.n_best > 1 else group[0].text for group in groups]
         return answers[0] if single else answers
 
@@ -193,7 +211,7 @@ class BlspKd:
         waveforms = [torch.from_numpy(_samples(audio)) for audio in batch]
         device = self.device
         lengths = torch.tensor([len(waveform) for waveform in waveforms], device=device)
-        return torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True).to(device), lengths
+        return pad_waveforms(waveforms).to(device), lengths
 
 
 def read_options(checkpoint_or_dir: str | os.PathLike[str]) -> Mapping[str, Any]:

@@ -13,9 +13,9 @@ from tiny import SENTENCES, save_llm, save_whisper, write_split
 
 import blspkd_fairseq
 from blspkd_fairseq.data.audio import AudioError
-from blspkd_fairseq.data.batch import Batch, Layout
+from blspkd_fairseq.data.batch import Batch, Layout, pad_ids
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.data.dataset import SpeechTextDataset, pad_ids
+from blspkd_fairseq.data.dataset import SpeechTextDataset
 from blspkd_fairseq.data.manifest import Manifest, ManifestError, write_manifest
 from blspkd_fairseq.data.prompts import PromptError
 

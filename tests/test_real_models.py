@@ -83,8 +83,8 @@ def test_the_cascade_hears_real_recordings_and_tells_when_words_end(tmp_path: Pa
     from blspkd_fairseq.data.audio import load_audio
     from blspkd_fairseq.evaluation.metrics import error_rate
     from blspkd_fairseq.generation.decoding import DecodingOptions
-    from blspkd_fairseq.generation.systems import CascadeSystem, Utterance
     from blspkd_fairseq.modules.build import SpeechLlmConfig
+    from blspkd_fairseq.systems.systems import CascadeSystem, Utterance
 
     recordings = CACHE / "asterisk"
     manifest = Manifest.load(recordings / "recordings.tsv")

@@ -447,3 +447,19 @@ def _labels(rows: Sequence[Sequence[int]]) -> Labels:
 
 def _int64(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
+
+
+def pad_ids(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
+    """``[B, N]`` int64, padded on the right."""
+    width = max((len(row) for row in rows), default=0)
+    padded = torch.full((len(rows), width), value, dtype=torch.long)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded
+
+
+def pad_waveforms(waveforms: Sequence[Tensor]) -> Tensor:
+    """``[B, S]`` fp32, zeros behind each utterance."""
+    if not waveforms:
+        return torch.zeros(0, 0)
+    return torch.nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True)

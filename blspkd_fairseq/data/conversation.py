@@ -20,6 +20,8 @@ from blspkd_fairseq.data.batch import Speech
 from blspkd_fairseq.data.prompts import SPEECH_SLOT
 
 ROLES = ("system", "user", "assistant")
+MOST_PIECES = 64
+"""Of speech in a conversation."""
 
 
 class ConversationError(ValueError):
@@ -83,6 +85,25 @@ def read_messages(messages: Any) -> tuple[Conversation, list[AudioPart]]:
     pieces: list[AudioPart] = []
     turns = tuple(_read_turn(number, message, pieces) for number, message in enumerate(messages, start=1))
     _check_roles([turn.role for turn in turns])
+    return turns, pieces
+
+
+def read_conversation(cell: str) -> tuple[Conversation, list[AudioPart]]:
+    """The cell ``conversation`` of a manifest.
+
+    Raises:
+        ConversationError: no conversation, none with speech, or audio that is not named by a path or has no transcript.
+    """
+    turns, pieces = read_messages(cell)
+    if not pieces:
+        raise ConversationError("the conversation has no piece of audio: nothing is heard in it")
+    if len(pieces) > MOST_PIECES:
+        raise ConversationError(f"the conversation has {len(pieces)} pieces of audio: {MOST_PIECES} at most")
+    for number, piece in enumerate(pieces, start=1):
+        if not isinstance(piece.audio, str) or not piece.audio.strip():
+            raise ConversationError(f"piece {number} of the conversation's audio must be a path")
+        if not piece.transcript.strip():
+            raise ConversationError(f'piece {number} of the conversation\'s audio has no transcript: give it as "text"')
     return turns, pieces
 
 

@@ -17,14 +17,14 @@ compat.require_fairseq()  # one sentence instead of a missing module
 from fairseq.data import FairseqDataset  # noqa: E402
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, load_audio  # noqa: E402
-from blspkd_fairseq.data.batch import PlanRow, Segment, SpeechLengths, plan_batch  # noqa: E402
+from blspkd_fairseq.data.batch import PlanRow, Segment, SpeechLengths, pad_ids, pad_waveforms, plan_batch  # noqa: E402
 from blspkd_fairseq.data.chat import ChatFormat  # noqa: E402
 from blspkd_fairseq.data.conversation import (  # noqa: E402
+    MOST_PIECES,
     AudioPart,
     Conversation,
-    ConversationError,
     one_turn,
-    read_messages,
+    read_conversation,
 )
 from blspkd_fairseq.data.manifest import Manifest, ManifestError, response_is_cut  # noqa: E402
 from blspkd_fairseq.data.prompts import SPEECH_SLOT, resolve_prompt  # noqa: E402
@@ -36,7 +36,6 @@ _FAIRSEQ_MAX_TOKENS = 12_000
 _MAX_TOKENS = 120 * SAMPLE_RATE
 # More tokens than Whisper has frames; people speak two to six a second.
 _ANY_TOKENS, _TOKENS_PER_SECOND = 64, 50
-_MOST_PIECES = 64  # of speech in a conversation
 
 
 class Utterance(NamedTuple):
@@ -217,7 +216,7 @@ class SpeechTextDataset(FairseqDataset):
         waveforms = [waveform for u in utterances for waveform in u.waveforms]
         has_target = "tgt_text" in self.manifest.columns
         targets = [self.chat.encode_text(u.row["tgt_text"]) for u in utterances] if has_target else []
-        keys = [self._first_key + u.place * _MOST_PIECES + i for u in utterances for i in range(len(u.waveforms))]
+        keys = [self._first_key + u.place * MOST_PIECES + i for u in utterances for i in range(len(u.waveforms))]
         return {
             "id": torch.tensor([u.place for u in utterances], dtype=torch.long),
             "net_input": {
@@ -303,25 +302,6 @@ class SpeechDataset(FairseqDataset):
         return int(self.sizes[index])
 
 
-def read_conversation(cell: str) -> tuple[Conversation, list[AudioPart]]:
-    """The cell ``conversation`` of a manifest.
-
-    Raises:
-        ConversationError: no conversation, none with speech, or audio that is not named by a path or has no transcript.
-    """
-    turns, pieces = read_messages(cell)
-    if not pieces:
-        raise ConversationError("the conversation has no piece of audio: nothing is heard in it")
-    if len(pieces) > _MOST_PIECES:
-        raise ConversationError(f"the conversation has {len(pieces)} pieces of audio: {_MOST_PIECES} at most")
-    for number, piece in enumerate(pieces, start=1):
-        if not isinstance(piece.audio, str) or not piece.audio.strip():
-            raise ConversationError(f"piece {number} of the conversation's audio must be a path")
-        if not piece.transcript.strip():
-            raise ConversationError(f'piece {number} of the conversation\'s audio has no transcript: give it as "text"')
-    return turns, pieces
-
-
 def load_manifest(path: Path, texts: Sequence[str]) -> Manifest:
     """A manifest with these texts in every row; where rows may be conversations, ``src_text`` is within them.
 
@@ -348,19 +328,3 @@ def _plan_rows(utterances: Sequence[Utterance]) -> list[PlanRow]:
         rows.append(PlanRow(u.segments, u.transcripts, [len(w) for w in u.waveforms], u.response, pieces))
         first += len(u.waveforms)
     return rows
-
-
-def pad_ids(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
-    """``[B, N]`` int64, padded on the right."""
-    width = max((len(row) for row in rows), default=0)
-    padded = torch.full((len(rows), width), value, dtype=torch.long)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = torch.tensor(row, dtype=torch.long)
-    return padded
-
-
-def pad_waveforms(waveforms: Sequence[Tensor]) -> Tensor:
-    """``[B, S]`` fp32, zeros behind each utterance."""
-    if not waveforms:
-        return torch.zeros(0, 0)
-    return torch.nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True)

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio
+from blspkd_fairseq.data.conversation import AudioPart, ConversationError, read_conversation
 from blspkd_fairseq.data.manifest import Manifest, ManifestError, response_is_cut
 from blspkd_fairseq.data.prompts import PromptError, resolve_prompt
 
@@ -129,22 +130,33 @@ def _check_rows(manifest: Manifest, findings: Findings) -> _Facts:
     for index, row in enumerate(manifest):
         _check_cells(manifest, index, row, findings)
         for column in _TEXTS:
-            if column in row and not row[column].strip():
+            is_inside = column == "src_text" and bool(row.get("conversation"))
+            if column in row and not row[column].strip() and not is_inside:
                 findings.problems.append(f"{manifest.location(index)}: {column} is empty: fill it in or remove the row")
         facts.add("id", row["id"], index)
         if row.get("speaker"):
             facts.add("speaker", row["speaker"], index)
-        values = {"audio": row["audio"], "sentence": sentence_key(row.get("src_text", ""))}
-        for kind, value in values.items():
-            before = facts.add(kind, value, index) if value else None
-            if before is not None:
-                repeated[kind].append(f"line {index + 2} has the {kind} of line {before + 2}")
+        for piece in pieces_of(row):
+            for kind, value in (("audio", str(piece.audio)), ("sentence", sentence_key(piece.transcript))):
+                before = facts.add(kind, value, index) if value else None
+                if before is not None:
+                    repeated[kind].append(f"line {index + 2} has the {kind} of line {before + 2}")
     for kind, places in repeated.items():
         if places:
             findings.warnings.append(
                 f"{manifest.path}: {len(places)} rows repeat the {kind} of another: {_some(places)}"
             )
     return facts
+
+
+def pieces_of(row: dict[str, str]) -> list[AudioPart]:
+    """The recordings of a row and what is said in them; none if its conversation cannot be read."""
+    if not row.get("conversation"):
+        return [AudioPart(row["audio"], row.get("src_text", ""))]
+    try:
+        return read_conversation(row["conversation"])[1]
+    except ConversationError:
+        return []
 
 
 def _check_cells(manifest: Manifest, index: int, row: dict[str, str], findings: Findings) -> None:
@@ -159,8 +171,13 @@ def _check_cells(manifest: Manifest, index: int, row: dict[str, str], findings: 
             resolve_prompt(row["prompt"], row.get("src_lang", ""), row.get("tgt_lang", ""))
         except PromptError as error:
             findings.problems.append(f"{where}: {error}")
+    if row.get("conversation"):
+        try:
+            read_conversation(row["conversation"])
+        except ConversationError as error:
+            findings.problems.append(f"{where}: {error}")
     seconds = manifest.n_frames[index] / SAMPLE_RATE
-    length = len(row.get("src_text", ""))
+    length = sum(len(piece.transcript) for piece in pieces_of(row))
     if length > _CHARACTERS_PER_SECOND * max(1.0, seconds):
         findings.warnings.append(f"{where}: {length} characters in {seconds:.1f} s: is this the text of this audio?")
 
@@ -221,20 +238,26 @@ def _chosen(rows: int, sample: int | None, seed: int) -> list[int]:
 
 def _check_audio(manifest: Manifest, rows: Sequence[int], audio_root: Path | None, threads: int) -> list[str]:
     def check(index: int) -> str | None:
-        audio = manifest[index]["audio"]
-        root = None if audio_root is None and Path(audio).is_absolute() else audio_root or manifest.path.parent
+        recordings = [str(piece.audio) for piece in pieces_of(manifest[index])]
         declared = int(manifest.n_frames[index])
+        expected = declared if len(recordings) == 1 else None
         try:
-            found = len(load_audio(audio, root, declared, max_seconds=None))
+            found = sum(len(load_audio(one, _root(one, manifest, audio_root), expected, None)) for one in recordings)
         except AudioError as error:
             return f"{manifest.location(index)}: {error}"
-        if found - declared > max(0.1 * SAMPLE_RATE, 0.02 * declared):
+        difference = found - declared if len(recordings) == 1 else abs(found - declared)
+        if recordings and difference > max(0.1 * SAMPLE_RATE, 0.02 * declared):
+            audio = " and ".join(recordings)
             return f"{manifest.location(index)}: n_frames is {declared}, but {audio} has {found} samples: correct it"
         return None
 
     with ThreadPoolExecutor(threads) as pool:
         checked = tqdm(pool.map(check, rows), total=len(rows), desc=f"audio of {manifest.path.name}", unit="row")
         return [problem for problem in checked if problem]
+
+
+def _root(audio: str, manifest: Manifest, audio_root: Path | None) -> Path | None:
+    return None if audio_root is None and Path(audio).is_absolute() else audio_root or manifest.path.parent
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -253,7 +276,8 @@ def _table(splits: dict[str, Manifest]) -> str:
 def _statistics(name: str, manifest: Manifest) -> list[str]:
     seconds = manifest.n_frames / SAMPLE_RATE
     numbers = [seconds.min(), np.median(seconds), np.percentile(seconds, 95), seconds.max()]
-    characters = sum(len(row["src_text"]) for row in manifest) if "src_text" in manifest.columns else 0
+    has_text = {"src_text", "conversation"} & set(manifest.columns)
+    characters = sum(len(piece.transcript) for row in manifest for piece in pieces_of(row)) if has_text else 0
     rate = f"{characters / seconds.sum():.1f}"
     return [name, str(len(manifest)), f"{seconds.sum() / 3600:.2f}", *(f"{n:.2f}" for n in numbers), rate]
 

@@ -1,12 +1,15 @@
 """RMSNorm in one kernel on a GPU, where transformers' modules launch eight."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_TOLERANCE = 2.0**-6  # transformers rounds to the input's precision before it multiplies by the weight, the kernel after
+_TOLERANCE = (
+    2.0**-6
+)  # transformers rounds to the input's precision before it multiplies by the weight, the kernel after
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -21,7 +24,7 @@ def fuse_norms(model: nn.Module) -> int:
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm") and _is_plain(module)]
     for module in norms:
         if "forward" not in vars(module):
-            module.forward = _fused(module)  # type: ignore[method-assign]
+            module.forward = _fused(module)
     return len(norms)
 
 
@@ -44,10 +47,10 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _fused(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    plain = module.forward
+    plain, eps = module.forward, _eps(module)
 
     def forward(x: Tensor) -> Tensor:
-        weight, eps = module.weight, _eps(module)
+        weight: Any = module.weight
         return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else plain(x)
 
     return forward

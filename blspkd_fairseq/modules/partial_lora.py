@@ -49,7 +49,7 @@ PositionMask = Tensor | SpeechPlaces | AllPositions | None
 
 
 class _Speech(NamedTuple):
-    """What all layers that read one input share: its speech positions ``[S, D]``, and which of their entries are kept."""
+    """What layers that read one input share: its speech positions ``[S, D]``, and which entries dropout kept."""
 
     values: Tensor
     kept: Tensor | None

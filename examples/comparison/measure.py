@@ -28,10 +28,10 @@ from blspkd_fairseq.evaluation.alignment import boundary_differences
 from blspkd_fairseq.evaluation.robustness import Voices, degrade, parse_condition
 from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
-from blspkd_fairseq.generation.systems import CascadeSystem, System, TextSystem, Utterance, WhisperTranscriber
 from blspkd_fairseq.generation.teacher_forced import collate, sums_of_rows, teacher_forced
 from blspkd_fairseq.generation.teacher_forced import text_kl as teacher_forced_text_kl
 from blspkd_fairseq.modules.build import SpeechLlmConfig
+from blspkd_fairseq.systems.systems import CascadeSystem, System, TextSystem, Utterance, WhisperTranscriber
 
 # What is asked, and how long the answer may be. Training sees "continue" alone.
 ASKED = {"repeat": 28, "continue": 16}

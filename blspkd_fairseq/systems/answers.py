@@ -17,7 +17,7 @@ from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.record_store import Record, RecordStore, StoreError
 from blspkd_fairseq.evaluation.robustness import Condition, Voices, degrade
 from blspkd_fairseq.generation.decoding import DecodingOptions
-from blspkd_fairseq.generation.systems import Answer, System, Utterance
+from blspkd_fairseq.systems.systems import Answer, System, Utterance
 
 _WINDOW_BATCHES = 64
 CLEAN = Condition("clean")
@@ -45,7 +45,16 @@ class Questions:
     seed: int = 1
 
     def row_prompt(self, row: dict[str, str]) -> str:
-        """The row's prompt as text with its ``{speech}`` slot."""
+        """The row's prompt as text with its ``{speech}`` slot.
+
+        Raises:
+            ValueError: the row is a conversation of its own.
+        """
+        if row.get("conversation"):
+            raise ValueError(
+                f"row {row['id']} has a conversation, and systems are compared on single turns: leave such rows out of "
+                "the evaluation, and answer them with fairseq-generate"
+            )
         return resolve_prompt(row.get("prompt") or self.prompt, row.get("src_lang", ""), row.get("tgt_lang", ""))
 
     def settings(self, system: System) -> dict[str, Any]:

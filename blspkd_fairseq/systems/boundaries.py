@@ -17,9 +17,9 @@ from blspkd_fairseq.evaluation.alignment import (
 )
 from blspkd_fairseq.evaluation.plots import plot_boundaries
 from blspkd_fairseq.evaluation.significance import Interval, bootstrap_interval
-from blspkd_fairseq.generation.answers import Questions, read_waveform
-from blspkd_fairseq.generation.systems import WhisperTranscriber
 from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.systems.answers import Questions, read_waveform
+from blspkd_fairseq.systems.systems import WhisperTranscriber
 
 
 def compare_boundaries(

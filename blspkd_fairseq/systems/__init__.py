@@ -1,0 +1,1 @@
+"""The systems that an evaluation puts side by side, and their answers."""
