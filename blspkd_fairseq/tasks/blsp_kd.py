@@ -128,7 +128,7 @@ class BlspKdTask(FairseqTask):
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         self._keeps_features = cfg.cache_encoder_features
-        if self.cfg.feature_store and not self._keeps_features:
+        if self.cfg.feature_store and not self._keeps_features and not from_checkpoint:
             raise ValueError("--feature-store is the folder of --cache-encoder-features: give both or none of them")
         model = super().build_model(cfg, from_checkpoint)
         if self.cfg.pretrained_model and not from_checkpoint:
@@ -173,6 +173,7 @@ class BlspKdTask(FairseqTask):
         self._loaded_split = split
         if is_train:
             self._train_split = split
+            self.datasets[split].store = self._store  # from the second folder of the data on
 
     def training_tokens(self) -> Tensor:
         """Sorted ids of all tokens that occur in the training transcripts, in all folders of the data."""
