@@ -200,17 +200,13 @@ def test_without_response_terms_the_llm_stops_at_the_speech(build: Callable[...,
     hook.remove()
 
 
-def test_cached_features_are_the_encoders_and_it_hears_each_utterance_once(build: Callable[..., SpeechLLM]) -> None:
+def test_frames_take_the_place_of_waveforms(build: Callable[..., SpeechLLM]) -> None:
     expected = losses_and_gradients(build().train())
-    model = build(cache_features=True).train()
-    heard = []
-    model.speech_encoder.register_forward_pre_hook(lambda _, args: heard.append(len(args[1])))
-    text, (waveforms, lengths) = text_batch(), speech_batch()
-    model.adapt(waveforms[1:2], lengths[1:2], text["transcript_lengths"][1:2], keys=[11])
-    for _ in range(2):
-        out = model(waveforms, lengths, text, keys=[10, 11, 12])
-        torch.testing.assert_close(kl(model, out.input), expected[0], atol=1e-4, rtol=1e-4)
-    assert heard == [1, 2]
-    model.eval()
-    model(waveforms, lengths, text, keys=[10, 11, 12])
-    assert heard == [1, 2, 3]
+    model, text, (waveforms, lengths) = build().train(), text_batch(), speech_batch()
+    frames = model.encode(waveforms, lengths, lengths.tolist()).values
+    model.speech_encoder.register_forward_pre_hook(lambda *_: pytest.fail("the encoder ran"))
+    out = model(None, lengths, text, features=frames)
+    torch.testing.assert_close(kl(model, out.input), expected[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(kl(model, out.response), expected[1], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="waveforms or features"):
+        model.adapt(None, lengths)

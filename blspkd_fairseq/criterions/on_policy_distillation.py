@@ -41,7 +41,7 @@ from blspkd_fairseq.criterions.sums import (
 )
 from blspkd_fairseq.data.batch import Batch, plan_batch
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.generation.decoding import build_prompts, hear
+from blspkd_fairseq.generation.decoding import build_prompts, hear, speech_of
 from blspkd_fairseq.generation.rollouts import RolloutOptions, roll_out, rollout_seed
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, load_llm, load_tokenizer
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_jensen_shannon
@@ -220,7 +220,7 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
 
     def _rollouts_of(self, path: str, model: Any, sample: dict[str, Any], training: bool) -> "list[_Rollouts]":
         # An utterance has the key of its first piece of speech.
-        keys = [sample["net_input"]["keys"][row.pieces[0]] for row in sample["plan_rows"]]
+        keys = [sample["keys"][row.pieces[0]] for row in sample["plan_rows"]]
         # A batch that stands in for another is not trained on.
         lifetime = self.cfg.rollout_lifetime if training and not sample["left_out"] else 1
         if lifetime == 1:
@@ -242,13 +242,11 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         """New roll-outs of these rows of the batch."""
         if not rows:
             return []
-        inputs, chosen = sample["net_input"], [sample["plan_rows"][row] for row in rows]
+        chosen = [sample["plan_rows"][row] for row in rows]
         conversations = [row.segments for row in chosen]
         if path == "speech":
             pieces = [piece for row in chosen for piece in row.pieces]
-            keys = [inputs["keys"][piece] for piece in pieces]
-            waveforms, lengths = inputs["src_tokens"][pieces], inputs["src_lengths"][pieces]
-            speech, counts = hear(model.speech_llm, waveforms, lengths, keys=keys, from_cache=training)
+            speech, counts = hear(model.speech_llm, **speech_of(sample["net_input"], pieces))
             prompts = build_prompts(model.speech_llm, conversations, speech, counts)
         else:
             transcripts = [transcript for row in chosen for transcript in row.transcripts]

@@ -68,6 +68,18 @@ def load_audio(
     return waveform
 
 
+def audio_identity(spec: str | Path, root: Path | None = None) -> str:
+    """What tells the bytes of an utterance from others, without reading them: where they are, size and change time.
+
+    Raises:
+        AudioError: missing, or outside of ``root``.
+    """
+    path, entry = _locate(str(spec), root)
+    stat = path.stat()
+    part = "" if entry is None else f"{entry[2]}:{entry[3]}"
+    return f"{path.resolve()}\0{part}\0{stat.st_size}\0{stat.st_mtime_ns}"
+
+
 def prepare_waveform(
     samples: Any, rate: int, name: str = "audio", max_seconds: float | None = MAX_SECONDS
 ) -> np.ndarray:
@@ -124,6 +136,16 @@ def find_zip_entry(zip_path: str | Path, member: str) -> str:
 
 def _open(spec: str, root: Path | None) -> BinaryIO:
     """The bytes of a file or of a member of an archive, seekable."""
+    path, entry = _locate(spec, root)
+    if entry is not None:
+        return io.BytesIO(_read_zip_entry(path, int(entry[2]), int(entry[3]), spec))
+    if path.stat().st_size == 0:
+        raise AudioError(f"{spec} is an empty file: remove its row or restore the file")
+    return open(path, "rb")
+
+
+def _locate(spec: str, root: Path | None) -> tuple[Path, re.Match[str] | None]:
+    """The file, and for a member of an archive what its name says."""
     path = _confined(spec, root)
     entry = None if path.is_file() else _ZIP_ENTRY.fullmatch(spec)
     if entry is not None:
@@ -131,11 +153,7 @@ def _open(spec: str, root: Path | None) -> BinaryIO:
     if not path.is_file():
         hint = "" if root is None else f" in the audio root {root}"
         raise AudioError(f"{spec} does not exist{hint}: check the path")
-    if entry is not None:
-        return io.BytesIO(_read_zip_entry(path, int(entry[2]), int(entry[3]), spec))
-    if path.stat().st_size == 0:
-        raise AudioError(f"{spec} is an empty file: remove its row or restore the file")
-    return open(path, "rb")
+    return path, entry
 
 
 def _confined(path: str, root: Path | None) -> Path:

@@ -16,7 +16,7 @@ compat.require_fairseq()  # one sentence instead of a missing module
 
 from fairseq.data import FairseqDataset  # noqa: E402
 
-from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, load_audio  # noqa: E402
+from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, audio_identity, load_audio  # noqa: E402
 from blspkd_fairseq.data.batch import PlanRow, Segment, SpeechLengths, pad_ids, pad_waveforms, plan_batch  # noqa: E402
 from blspkd_fairseq.data.chat import ChatFormat  # noqa: E402
 from blspkd_fairseq.data.conversation import (  # noqa: E402
@@ -26,6 +26,7 @@ from blspkd_fairseq.data.conversation import (  # noqa: E402
     one_turn,
     read_conversation,
 )
+from blspkd_fairseq.data.feature_store import FeatureStore, Stored, entry_key, join  # noqa: E402
 from blspkd_fairseq.data.manifest import Manifest, ManifestError, response_is_cut  # noqa: E402
 from blspkd_fairseq.data.prompts import SPEECH_SLOT, resolve_prompt  # noqa: E402
 
@@ -44,11 +45,14 @@ class Utterance(NamedTuple):
     Attributes:
         place: its index in the manifest.
         row: its cells.
-        waveforms: ``[S]`` fp32 at 16 kHz, of each piece of speech.
+        waveforms: ``[S]`` fp32 at 16 kHz, of each piece of speech; none if their frames are stored.
         segments: the conversation up to where the response begins.
         transcripts: ids of the transcript of each piece.
         response: ids of ``tgt_text``, with the end of turn unless the response was cut.
         prompt: the last instruction as text, with its ``{speech}`` slot.
+        samples: of each piece.
+        keys: of each piece in the store of frames, if there is one.
+        stored: the frames of each piece, if all of them are stored.
     """
 
     place: int
@@ -58,6 +62,9 @@ class Utterance(NamedTuple):
     transcripts: list[list[int]]
     response: list[int]
     prompt: str
+    samples: list[int]
+    keys: list[bytes]
+    stored: list[Stored]
 
 
 class _OtherText(ManifestError):
@@ -79,6 +86,9 @@ class SpeechTextDataset(FairseqDataset):
         lengths: how many embeddings the adapter makes of a piece of speech.
         with_response: the LLM reads up to the end of the response; otherwise no further than the speech.
         share_prefix: what all rows of a batch begin with is read once.
+
+    Attributes:
+        store: frames of speech that the encoder has heard; such speech is not decoded, and batches say what is missing.
     """
 
     def __init__(
@@ -104,6 +114,7 @@ class SpeechTextDataset(FairseqDataset):
         self.lengths = lengths or SpeechLengths()
         self.with_response = with_response
         self.share_prefix = share_prefix
+        self.store: FeatureStore | None = None
         too_long = np.flatnonzero(manifest.n_frames > max_seconds * SAMPLE_RATE)
         if len(too_long) and not skip_bad_audio:
             first = int(too_long[0])
@@ -150,15 +161,18 @@ class SpeechTextDataset(FairseqDataset):
             is_cut = response_is_cut(row)
         except ValueError as error:
             raise ManifestError(f"{where}: {error}") from error
+        n_frames = int(self.manifest.n_frames[index])
         try:
-            waveforms = self._load(pieces, row, int(self.manifest.n_frames[index]))
+            keys, stored = self._find_stored(pieces, n_frames)
+            waveforms = [] if stored else self._load(pieces, n_frames)
         except AudioError as error:
             raise AudioError(f"{where}: {error}") from error
         transcripts = [self.chat.encode_text(piece.transcript) for piece in pieces]
-        for waveform, transcript in zip(waveforms, transcripts, strict=True):
-            if len(transcript) > max(_ANY_TOKENS, _TOKENS_PER_SECOND * len(waveform) / SAMPLE_RATE):
+        samples = [one.samples for one in stored] or [len(waveform) for waveform in waveforms]
+        for count, transcript in zip(samples, transcripts, strict=True):
+            if len(transcript) > max(_ANY_TOKENS, _TOKENS_PER_SECOND * count / SAMPLE_RATE):
                 raise _OtherText(
-                    f"{where}: {len(transcript)} tokens of transcript for {len(waveform) / SAMPLE_RATE:.1f} s of "
+                    f"{where}: {len(transcript)} tokens of transcript for {count / SAMPLE_RATE:.1f} s of "
                     "audio: it is not the text of this audio, or lacks its end"
                 )
         response = row.get("tgt_text", "")
@@ -170,7 +184,19 @@ class SpeechTextDataset(FairseqDataset):
             transcripts,
             self.chat.response_ids(response, finished=not is_cut) if response else [],
             prompt,
+            samples,
+            keys,
+            stored,
         )
+
+    def _find_stored(self, pieces: Sequence[AudioPart], n_frames: int) -> tuple[list[bytes], list[Stored]]:
+        """The key of each piece, and its frames if those of all pieces are stored and as long as is allowed."""
+        if self.store is None:
+            return [], []
+        keys = [entry_key(audio_identity(piece.audio, self._root(piece.audio)), n_frames) for piece in pieces]
+        found = (self.store.find(key) for key in keys)
+        stored = [one for one in found if one is not None and one.samples <= self.max_seconds * SAMPLE_RATE]
+        return keys, stored if len(stored) == len(pieces) else []
 
     def _conversation(self, row: Mapping[str, str]) -> tuple[Conversation, list[AudioPart], str]:
         """A row's turns, its pieces of speech, and its last instruction."""
@@ -183,7 +209,7 @@ class SpeechTextDataset(FairseqDataset):
         last = "".join(part if isinstance(part, str) else SPEECH_SLOT for part in turns[-1].parts)
         return turns, pieces, last
 
-    def _load(self, pieces: Sequence[AudioPart], row: Mapping[str, str], n_frames: int) -> list[Tensor]:
+    def _load(self, pieces: Sequence[AudioPart], n_frames: int) -> list[Tensor]:
         """The sound of each piece; ``n_frames`` counts all of them together."""
         expected = n_frames if len(pieces) == 1 else None
         samples = [load_audio(p.audio, self._root(p.audio), expected, self.max_seconds) for p in pieces]
@@ -197,9 +223,11 @@ class SpeechTextDataset(FairseqDataset):
 
         Returns:
             ``id`` [B], ``net_input`` (the arguments of the model), ``target`` (ids of ``tgt_text`` [B, N] padded with
-            -1, or None without that column), ``nsentences``, ``ntokens``; and lists with an entry for each row:
-            ``plan_rows``, ``prompts`` and ``rows``. If every row was left out, one that can be read stands in for them,
-            and ``left_out`` is True.
+            -1, or None without that column), ``nsentences``, ``ntokens``; ``keys``, a number for each piece of speech,
+            the same whenever it comes; and lists with an entry for each row: ``plan_rows``, ``prompts`` and ``rows``.
+            If every row was left out, one that can be read stands in for them, and ``left_out`` is True. With a store,
+            ``src_tokens`` has the waveforms of what is not stored, and ``stored`` the frames of what is
+            (:func:`~blspkd_fairseq.data.feature_store.with_features` brings them together).
 
         Raises:
             AudioError: no row of the manifest can be read.
@@ -213,20 +241,14 @@ class SpeechTextDataset(FairseqDataset):
             plan_rows, self.lengths, self.with_response, self.share_prefix, end_of_turn=self.chat.end_of_turn_id
         )
         plan, spec = batch.flatten()
-        waveforms = [waveform for u in utterances for waveform in u.waveforms]
         has_target = "tgt_text" in self.manifest.columns
         targets = [self.chat.encode_text(u.row["tgt_text"]) for u in utterances] if has_target else []
-        keys = [self._first_key + u.place * MOST_PIECES + i for u in utterances for i in range(len(u.waveforms))]
+        keys = [self._first_key + u.place * MOST_PIECES + i for u in utterances for i in range(len(u.samples))]
         return {
             "id": torch.tensor([u.place for u in utterances], dtype=torch.long),
-            "net_input": {
-                "src_tokens": pad_waveforms(waveforms),
-                "src_lengths": torch.tensor([len(waveform) for waveform in waveforms], dtype=torch.long),
-                "plan": plan,
-                "spec": spec,
-                "samples": [len(waveform) for waveform in waveforms],
-                "keys": keys,
-            },
+            "net_input": _heard(utterances) | {"plan": plan, "spec": spec},
+            "keys": keys,
+            **({} if self.store is None else {"stored": _stored(utterances, self.store.width)}),
             "target": pad_ids(targets, -1) if has_target else None,
             "left_out": left_out,
             "nsentences": len(utterances),
@@ -245,6 +267,11 @@ class SpeechTextDataset(FairseqDataset):
 
     def num_tokens(self, index: int) -> int:
         return int(self.manifest.n_frames[index])
+
+    def encoder_frames(self, per_frame: int) -> int:
+        """The encoder's frames of all rows that are short enough."""
+        kept = np.delete(self.manifest.n_frames, list(self._too_long))
+        return int((-(-kept // per_frame)).sum())
 
     def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
         return self.manifest.n_frames[indices]
@@ -324,7 +351,27 @@ def transcripts_of(row: Mapping[str, str]) -> list[str]:
 def _plan_rows(utterances: Sequence[Utterance]) -> list[PlanRow]:
     rows, first = [], 0
     for u in utterances:
-        pieces = range(first, first + len(u.waveforms))
-        rows.append(PlanRow(u.segments, u.transcripts, [len(w) for w in u.waveforms], u.response, pieces))
-        first += len(u.waveforms)
+        pieces = range(first, first + len(u.samples))
+        rows.append(PlanRow(u.segments, u.transcripts, u.samples, u.response, pieces))
+        first += len(u.samples)
     return rows
+
+
+def _heard(utterances: Sequence[Utterance]) -> dict[str, Any]:
+    """The speech of a batch as the model takes it."""
+    samples = [count for u in utterances for count in u.samples]
+    return {
+        "src_tokens": pad_waveforms([waveform for u in utterances for waveform in u.waveforms]),
+        "src_lengths": torch.tensor(samples, dtype=torch.long),
+        "samples": samples,
+    }
+
+
+def _stored(utterances: Sequence[Utterance], width: int) -> dict[str, Any]:
+    """Frames ``[N, D]`` of the stored pieces, end to end; of the others, the numbers in the batch and the keys."""
+    pieces = [(key, bool(u.stored)) for u in utterances for key in u.keys]
+    return {
+        "frames": join([one for u in utterances for one in u.stored], width),
+        "missing": [number for number, (_, is_stored) in enumerate(pieces) if not is_stored],
+        "keys": [key for key, is_stored in pieces if not is_stored],
+    }

@@ -1,7 +1,7 @@
 """From speech (or its transcript) and a prompt to text, by the LLM's own decoding."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, SpeechPlaces, speech_positions
 from blspkd_fairseq.modules.speech_llm import ChatLLM, SpeechLLM
+from blspkd_fairseq.modules.whisper_encoder import frame_counts
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,12 @@ Instruction = str | Sequence[Segment]
 def answer_speech(
     model: SpeechLLM,
     chat: ChatFormat,
-    waveforms: Tensor,
+    waveforms: Tensor | None,
     lengths: Tensor,
     prompts: Sequence[Instruction],
     options: DecodingOptions = DecodingOptions(),
     with_scores: bool = False,
+    **speech: Any,
 ) -> list[list[Hypothesis]]:
     """Answers each conversation.
 
@@ -141,14 +143,14 @@ def answer_speech(
         prompts: of each conversation, which holds one piece of speech if it is a text.
         options: how to decode.
         with_scores: fill in the scores.
+        speech: further arguments of :meth:`SpeechLLM.adapt`.
 
     Returns:
         For each conversation its ``n_best`` hypotheses, best first. They do not depend on the rest of the batch.
     """
     conversations = [render_prompt(chat, prompt) for prompt in prompts]
-    return _answer(
-        model, chat, build_prompts(model, conversations, *hear(model, waveforms, lengths)), options, with_scores
-    )
+    heard = hear(model, waveforms, lengths, **speech)
+    return _answer(model, chat, build_prompts(model, conversations, *heard), options, with_scores)
 
 
 @torch.no_grad()
@@ -174,7 +176,17 @@ def render_prompt(chat: ChatFormat, prompt: Instruction) -> list[Segment]:
     return [before, Speech(0), after]
 
 
-def hear(model: SpeechLLM, waveforms: Tensor, lengths: Tensor, **options: Any) -> tuple[Tensor, list[int]]:
+def speech_of(inputs: Mapping[str, Any], pieces: Sequence[int]) -> dict[str, Any]:
+    """Arguments of :func:`hear` for some of the pieces of speech of a collated batch (its ``net_input``)."""
+    samples = [inputs["samples"][piece] for piece in pieces]
+    speech: dict[str, Any] = {"lengths": inputs["src_lengths"][pieces], "samples": samples}
+    if inputs.get("features") is None:
+        return speech | {"waveforms": inputs["src_tokens"][pieces]}
+    frames = inputs["features"].split(frame_counts(inputs["samples"]))
+    return speech | {"waveforms": None, "features": torch.cat([frames[piece] for piece in pieces])}
+
+
+def hear(model: SpeechLLM, waveforms: Tensor | None, lengths: Tensor, **options: Any) -> tuple[Tensor, list[int]]:
     """Speech embeddings ``[P, U, D]`` of pieces of speech, and how many each has."""
     if not len(lengths):
         return model.embed(torch.zeros(0, 0, dtype=torch.long, device=model.device)), []

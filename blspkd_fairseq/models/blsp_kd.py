@@ -36,15 +36,15 @@ class BlspKdModel(BaseFairseqModel):
 
     def forward(
         self,
-        src_tokens: Tensor,
+        src_tokens: Tensor | None,
         src_lengths: Tensor,
         plan: Tensor,
         spec: FlatSpec,
         samples: Sequence[int],
-        keys: Sequence[int] | None = None,
         positions: Collection[str] = ("input", "response"),
         teacher: bool = True,
         text_replies: Batch | None = None,
+        features: Tensor | None = None,
     ) -> SpeechLlmOutput:
         """A collated batch (see :class:`~blspkd_fairseq.data.dataset.SpeechTextDataset`) for :class:`SpeechLLM`."""
         return self.speech_llm(
@@ -53,9 +53,9 @@ class BlspKdModel(BaseFairseqModel):
             spec.build(plan),
             positions,
             teacher,
-            keys,
             text_replies=text_replies,
             samples=samples,
+            features=features,
         )
 
     def set_num_updates(self, num_updates: int) -> None:

@@ -67,7 +67,7 @@ class SpeechLlmConfig:
     gradient_checkpointing: bool = _option(False, "recompute the LLM's activations in backward: less memory, slower")
     pad_to_30s: bool = _option(False, "give the encoder 30 s of input as published, not only the batch's speech")
     cache_encoder_features: bool = _option(
-        False, "keep the frozen encoder's output of all training speech in memory: it runs in the first epoch only"
+        False, "keep the frozen encoder's output of all training speech on disk: it hears each utterance once"
     )
     no_shared_prefix: bool = _option(False, "recompute the common prefix of the prompts in every row (same numbers)")
 
@@ -132,7 +132,6 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
         config.lora_scope,
         config.unfreeze_speech_encoder,
         share_prefix=not config.no_shared_prefix,
-        cache_features=config.cache_encoder_features,
         product_dtype=DTYPES.get(config.product_dtype),
         speech_encoder_dtype=DTYPES.get(config.speech_encoder_dtype),
     )

@@ -147,7 +147,6 @@ class SpeechLLM(ChatLLM):
         lora_scope: where the LLM's LoRA acts: on "speech" positions, on "all", or "none" (the LLM has none).
         train_speech_encoder: unfreeze the speech encoder.
         share_prefix: what all rows begin with is read once. Off, the same numbers take longer.
-        cache_features: keep the frozen encoder's frames of training utterances in memory, so that it hears each once.
         product_dtype: of the matrix products of adapter, LoRA and a trained encoder, whose weights stay in float32.
             None: bfloat16 on a GPU that has it, with TF32 for what remains in float32; else float32.
         speech_encoder_dtype: of the frozen encoder; None: as the products.
@@ -161,7 +160,6 @@ class SpeechLLM(ChatLLM):
         lora_scope: str = "none",
         train_speech_encoder: bool = False,
         share_prefix: bool = True,
-        cache_features: bool = False,
         product_dtype: torch.dtype | None = None,
         speech_encoder_dtype: torch.dtype | None = None,
     ) -> None:
@@ -171,8 +169,6 @@ class SpeechLLM(ChatLLM):
         self.speech_encoder = speech_encoder
         self.adapter = adapter
         self.train_speech_encoder = train_speech_encoder
-        self.cache_features = cache_features and not train_speech_encoder
-        self._features: dict[int, Tensor] = {}
         self.product_dtype = product_dtype
         self.speech_encoder_dtype = speech_encoder_dtype
         self.speech_encoder.requires_grad_(train_speech_encoder)
@@ -244,27 +240,36 @@ class SpeechLLM(ChatLLM):
 
     # ---- speech ------------------------------------------------------------------------------------------------
 
+    def encode(self, waveforms: Tensor, lengths: Tensor, samples: Seq[int]) -> Ragged:
+        """The speech encoder's frames of waveforms ``[P, S]``; a piece's frames do not depend on its batch."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_speech_encoder):
+            frames: Ragged = self.speech_encoder(waveforms, lengths, samples, ragged=True)
+        return frames
+
     def adapt(
         self,
-        waveforms: Tensor,
+        waveforms: Tensor | None,
         lengths: Tensor,
         target_lengths: Tensor | Rows | None = None,
-        keys: Seq[int] | None = None,
-        from_cache: bool = False,
         samples: Seq[int] | None = None,
+        features: Tensor | None = None,
     ) -> AdapterOutput:
         """Speech embeddings of waveforms ``[B, S]`` (fp32, 16 kHz) of ``lengths`` [B] samples.
 
         Args:
             waveforms, lengths: the pieces of speech.
             target_lengths: ``[B]`` tokens of each in training; by default the adapter counts, and the device is asked.
-            keys: a number for each, the same whenever it comes. The cache is used in training; in eval mode only with
-                ``from_cache`` (roll-outs of training utterances).
             samples: ``lengths`` as Python numbers; without them the device is asked.
+            features: ``[N, D]`` the encoder's frames of all pieces, end to end, in place of the waveforms.
         """
         samples = lengths.tolist() if samples is None else samples
         with self._autocast():
-            frames = self._frames(waveforms, lengths, keys, from_cache, samples)
+            if features is not None:
+                frames = Ragged(features, rows_of(frame_lengths(lengths), frame_counts(samples)))
+            elif waveforms is not None:
+                frames = self.encode(waveforms, lengths, samples)
+            else:
+                raise ValueError("there is no speech: give waveforms or features")
             tokens = rows_of(target_lengths) if isinstance(target_lengths, Tensor) else target_lengths
             frames = Ragged(frames.values.to(self.adapter_dtype), frames.rows)
             adapt = getattr(self.adapter, "adapt", None)
@@ -277,26 +282,6 @@ class SpeechLLM(ChatLLM):
         products = self.products
         return torch.autocast(self.device.type, products, enabled=products != torch.float32)
 
-    def _frames(
-        self, waveforms: Tensor, lengths: Tensor, keys: Seq[int] | None, from_cache: bool, samples: Seq[int]
-    ) -> Ragged:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_speech_encoder):
-            if keys is not None and (self.training or from_cache) and self.cache_features:
-                return self._cached_features(waveforms, lengths, keys, samples)
-            frames: Ragged = self.speech_encoder(waveforms, lengths, samples, ragged=True)
-            return frames
-
-    def _cached_features(self, waveforms: Tensor, lengths: Tensor, keys: Seq[int], samples: Seq[int]) -> Ragged:
-        """The encoder's output; an utterance's frames do not depend on its batch, so they can be kept."""
-        new = [row for row, key in enumerate(keys) if key not in self._features]
-        if new:
-            frames = self.speech_encoder(waveforms[new], lengths[new], [samples[row] for row in new], ragged=True)
-            for row, one in zip(new, frames.values.split(frames.rows.counts), strict=True):
-                self._features[keys[row]] = one.clone()
-        values = torch.cat([self._features[key] for key in keys])
-        counts = frame_counts(samples)
-        return Ragged(values, rows_of(frame_lengths(lengths), counts))
-
     @property
     def adapter_dtype(self) -> torch.dtype:
         return next(self.adapter.parameters()).dtype
@@ -305,15 +290,15 @@ class SpeechLLM(ChatLLM):
 
     def forward(
         self,
-        src_tokens: Tensor,
+        src_tokens: Tensor | None,
         src_lengths: Tensor,
         text: Batch | Mapping[str, Tensor],
         positions: Collection[str] = ("input", "response"),
         teacher: bool = True,
-        keys: Seq[int] | None = None,
         count_tokens: bool = False,
         text_replies: Batch | Mapping[str, Tensor] | None = None,
         samples: Seq[int] | None = None,
+        features: Tensor | None = None,
     ) -> SpeechLlmOutput:
         """Runs student and teacher.
 
@@ -325,19 +310,19 @@ class SpeechLLM(ChatLLM):
             positions: which to return: "input" (the speech positions; needs an adapter that gives one embedding per
                 transcript token) and "response" (those that predict the response). Empty: the LLM does not run.
             teacher: run the teacher, too.
-            keys: a number for each piece of speech, the same whenever it comes (for ``cache_features``).
             count_tokens: the adapter counts the tokens itself, as in generation, and is not told the transcript's.
             text_replies: as ``text``; the student reads its transcripts, too (``text_response`` of the output).
             samples: ``src_lengths`` as Python numbers; without them the device is asked.
+            features: ``[N, D]`` the encoder's frames in place of the waveforms.
         """
         samples = src_lengths.tolist() if samples is None else samples
         if isinstance(text, Batch) and not count_tokens:
-            batch = text.to(src_tokens.device)
-            adapter = self.adapt(src_tokens, src_lengths, batch.pieces, keys, samples=samples)
+            batch = text.to(src_lengths.device)
+            adapter = self.adapt(src_tokens, src_lengths, batch.pieces, samples, features)
         else:
             if isinstance(text, Batch):
                 raise ValueError("a plan knows how many tokens there are: let count_tokens be off")
-            batch, adapter = self._planned(src_tokens, src_lengths, text, positions, keys, count_tokens, samples)
+            batch, adapter = self._planned(src_tokens, src_lengths, text, positions, count_tokens, samples, features)
         if not positions:
             return SpeechLlmOutput(adapter, None, None, None, batch)
         hearing, taught = self._hear(adapter, batch.student), self.teach(batch.teacher) if teacher else None
@@ -352,7 +337,7 @@ class SpeechLLM(ChatLLM):
             heard["response"] = Distillation(answered, teaching, *batch.response)
         text_response = None
         if text_replies is not None:
-            replies = self._plan(text_replies, samples, positions).to(src_tokens.device)
+            replies = self._plan(text_replies, samples, positions).to(src_lengths.device)
             taught = self.teach(replies.teacher) if teacher else None
             reading = self.read(replies.teacher).index_select(0, replies.teacher.response)
             teaching = None if taught is None else taught.index_select(0, replies.teacher.response)
@@ -372,24 +357,23 @@ class SpeechLLM(ChatLLM):
 
     def _planned(
         self,
-        src_tokens: Tensor,
+        src_tokens: Tensor | None,
         src_lengths: Tensor,
         text: Mapping[str, Tensor],
         positions: Collection[str],
-        keys: Seq[int] | None,
         count_tokens: bool,
         samples: Seq[int],
+        features: Tensor | None,
     ) -> tuple[Batch, AdapterOutput]:
         """A plan made here, after the adapter has counted: it asks the device."""
         replies = len(text["response_lengths"]) // max(1, len(samples))
         tokens = None if count_tokens else text["transcript_lengths"][:: max(1, replies)]
-        adapter = self.adapt(src_tokens, src_lengths, tokens, keys, samples=samples)
+        adapter = self.adapt(src_tokens, src_lengths, tokens, samples, features)
         counts = adapter.lengths.tolist()
         plan = plan_from_text(text, samples, counts, "response" in positions, self.share_prefix)
-        return plan.to(src_tokens.device), adapter
+        return plan.to(src_lengths.device), adapter
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
-        self._features.clear()
         super()._apply(fn, recurse)
         self.settle_precision()
         return self

@@ -18,13 +18,16 @@ from blspkd_fairseq.data.audio import load_audio
 from blspkd_fairseq.data.batch import SpeechLengths
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset, load_manifest, transcripts_of
+from blspkd_fairseq.data.feature_store import FeatureStore, with_features
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.metrics import BleuCounts, bleu_counts, bleu_score, word_errors
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, speech_of
 from blspkd_fairseq.generation.fairseq_generator import LlmDictionary, LlmGenerator
+from blspkd_fairseq.modules.fingerprint import identity
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained
+from blspkd_fairseq.modules.whisper_encoder import SAMPLES_PER_FRAME
 
 _BLEU_ORDER = 4
 
@@ -38,6 +41,13 @@ class BlspKdConfig(FairseqDataclass):
         metadata={"help": "folder with train.tsv, valid.tsv, ...; a:b:c takes train.tsv of one folder each epoch"},
     )
     audio_root: str = field(default="", metadata={"help": "folder of relative audio paths (default: the manifest's)"})
+    feature_store: str = field(
+        default="",
+        metadata={
+            "help": "folder of --cache-encoder-features, which trainings on the same audio may share (default: "
+            "encoder-features in --audio-root or the data folder)"
+        },
+    )
     prompt: str = field(
         default="continue",
         metadata={
@@ -88,6 +98,9 @@ class BlspKdTask(FairseqTask):
         self._loaded_split = ""
         self._train_split = ""
         self._model: SpeechLLM | None = None  # that was built last
+        self._keeps_features = False
+        self._store: FeatureStore | None = None
+        self._measured: SpeechTextDataset | None = None  # training data whose size in the store was said
 
     @classmethod
     def setup_task(cls, cfg: BlspKdConfig, **_: Any) -> "BlspKdTask":
@@ -114,6 +127,9 @@ class BlspKdTask(FairseqTask):
         return None
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        self._keeps_features = cfg.cache_encoder_features
+        if self.cfg.feature_store and not self._keeps_features and not from_checkpoint:
+            raise ValueError("--feature-store is the folder of --cache-encoder-features: give both or none of them")
         model = super().build_model(cfg, from_checkpoint)
         if self.cfg.pretrained_model and not from_checkpoint:
             load_trained_state_dict(model.speech_llm, read_trained(Path(self.cfg.pretrained_model))[1])
@@ -157,6 +173,7 @@ class BlspKdTask(FairseqTask):
         self._loaded_split = split
         if is_train:
             self._train_split = split
+            self.datasets[split].store = self._store  # from the second folder of the data on
 
     def training_tokens(self) -> Tensor:
         """Sorted ids of all tokens that occur in the training transcripts, in all folders of the data."""
@@ -167,6 +184,45 @@ class BlspKdTask(FairseqTask):
                     tokens.update(self.chat.encode_text(transcript))
         return torch.tensor(sorted(tokens), dtype=torch.long)
 
+    # ---- the encoder's frames ----------------------------------------------------------------------------------
+
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        """With --cache-encoder-features, the training data looks for frames in the store from here on.
+
+        Raises:
+            FeatureStoreError: the store cannot be written, or the frames do not fit.
+        """
+        super().begin_epoch(epoch, model)
+        if not self._keeps_features:
+            return
+        data = self.datasets[self._train_split]
+        if self._store is None:
+            self._store = self._open_store(model.speech_llm)
+        if data is not self._measured:
+            self._store.check_room(data.encoder_frames(SAMPLES_PER_FRAME) * self._store.frame_size)
+            self._measured = data
+        self._store.refresh()  # what other ranks have heard, before workers are forked
+        data.store = self._store
+
+    def _open_store(self, model: SpeechLLM) -> FeatureStore:
+        encoder = model.speech_encoder
+        folder = self.cfg.feature_store or Path(
+            self.cfg.audio_root or utils.split_paths(self.cfg.data)[0], "encoder-features"
+        )
+        return FeatureStore(Path(folder), identity(encoder, encoder.pad_to_30s), encoder.output_dim)
+
+    def _with_features(self, sample: dict[str, Any], model: Any) -> dict[str, Any]:
+        """Pieces of speech that the store has not are heard now, before any loss, and kept."""
+        if self._store is None:
+            return sample
+
+        def encode(*speech: Any) -> Tensor:
+            with torch.no_grad():
+                frames: Tensor = model.speech_llm.encode(*speech).values
+            return frames
+
+        return with_features(sample, encode, self._store, SAMPLES_PER_FRAME)
+
     # ---- steps -------------------------------------------------------------------------------------------------
 
     def train_step(
@@ -174,6 +230,7 @@ class BlspKdTask(FairseqTask):
         ignore_grad: bool = False,
     ) -> tuple[Tensor, int, dict[str, Any]]:  # fmt: skip
         """A batch that stands in for another (rows left out, a process that has none left) has no weight."""
+        sample = self._with_features(sample, model)
         ignored = ignore_grad or sample["left_out"]
         loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignored)
         return (loss, 0, dict.fromkeys(log, 0)) if ignored else (loss, sample_size, log)
@@ -181,6 +238,7 @@ class BlspKdTask(FairseqTask):
     def valid_step(self, sample: dict[str, Any], model: Any, criterion: Any) -> tuple[Any, int, dict[str, Any]]:
         if not sample or not sample["nsentences"]:
             return torch.zeros(()), 0, {}
+        sample = self._with_features(sample, model)  # if the training data is what is validated on
         loss, sample_size, log = super().valid_step(sample, model, criterion)
         if self.cfg.eval_wer:
             log |= self._wer_sums(sample, model)
@@ -196,9 +254,9 @@ class BlspKdTask(FairseqTask):
             cells = [sample["rows"][row] for row in rows]
             prompts = [resolve_prompt(prompt, one.get("src_lang", ""), one.get("tgt_lang", "")) for one in cells]
         pieces = [piece for row in chosen for piece in row.pieces]
-        waveforms, lengths = (sample["net_input"][name][pieces] for name in ("src_tokens", "src_lengths"))
+        speech = speech_of(sample["net_input"], pieces)
         options = DecodingOptions(max_new_tokens=self.cfg.eval_max_tokens)
-        groups = answer_speech(model.speech_llm, self.chat, waveforms, lengths, prompts, options)
+        groups = answer_speech(model.speech_llm, self.chat, prompts=prompts, options=options, **speech)
         return [group[0].text for group in groups]
 
     def _wer_sums(self, sample: dict[str, Any], model: Any) -> dict[str, float]:
