@@ -45,6 +45,7 @@ def register() -> None:
     compat.silence_fairseq()
     compat.copy_checkpoints_atomically()
     compat.say_why_a_checkpoint_is_refused()
+    compat.attend_commands()
     from fairseq.models import import_models
     from fairseq.tasks import import_tasks
 

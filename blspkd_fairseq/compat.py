@@ -5,15 +5,22 @@ Importing this module imports none of them: `blspkd_fairseq.check` runs where th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.abc
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
+import queue
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,6 +211,102 @@ def silence_fairseq() -> None:
 
 def _is_not_on_shared_parameters(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("detected shared parameter")
+
+
+def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Puts ``wrap(original)`` in the place of an attribute, once."""
+    original = getattr(owner, name)
+    if not getattr(original, "_is_ours", False):
+        ours = wrap(original)
+        ours._is_ours = True
+        setattr(owner, name, ours)
+
+
+# --- fairseq's commands ---------------------------------------------------------------------------
+
+_readers: weakref.WeakSet[Any] = weakref.WeakSet()  # threads that read batches ahead
+_LONGEST_READ = 30.0  # seconds for the batch that is being read when its reader is told to end
+
+
+def attend_commands() -> None:
+    """Ends what fairseq's commands have begun.
+
+    To be called when this package is loaded and when a task begins. fairseq-hydra-train and the processes that torch
+    spawns load it when ``main`` runs already: there it is ``train``, which ``main`` calls, that is attended.
+    """
+    _end_reading_with_commands()
+    for name, module in list(sys.modules.items()):
+        if name in ("__main__", "__mp_main__") or name.startswith("fairseq_cli."):
+            for function in ("main", "train"):
+                if _is_of_a_command(getattr(module, function, None)):
+                    _replace(module, function, _followed_by_an_end)
+
+
+def _is_of_a_command(function: Any) -> bool:
+    if not inspect.isfunction(function):
+        return False
+    return Path(inspect.unwrap(function).__code__.co_filename).parent.name == "fairseq_cli"
+
+
+def _followed_by_an_end(function: Any) -> Any:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for reader in list(_readers):
+                reader.end()
+
+    return run
+
+
+def _end_reading_with_commands() -> None:
+    """Lets fairseq's data loading end before the interpreter does.
+
+    fairseq leaves a thread that reads ahead, loader processes and the thread that pins memory to the interpreter's end.
+    torch's clean-up starts a thread, which Python 3.12 refuses by then, and the pinning thread lives on while CUDA is
+    torn down: a training that stopped in mid-epoch never exits. Here the reading thread ends on request or with an
+    error, and takes the rest with it; loader processes that would outlive their epoch are not kept.
+    """
+    from fairseq.data import iterators
+
+    class Reader(iterators.BackgroundConsumer):
+        _is_ours = True
+
+        def __init__(self, ahead: Any, loader: Any, most: int | None, cuda_device: int | None) -> None:
+            self.is_ended = threading.Event()
+            super().__init__(ahead, self._batches(loader, most), None, cuda_device)
+            _readers.add(self)
+
+        def _batches(self, loader: Any, most: int | None) -> Iterator[Any]:
+            batches = iter(loader)
+            try:
+                for batch in islice(batches, most):
+                    yield batch
+                    if self.is_ended.is_set():
+                        return
+            finally:
+                if hasattr(batches, "_shutdown_workers"):  # not where this process loads
+                    batches._shutdown_workers()
+
+        def end(self) -> None:
+            self.is_ended.set()
+            deadline = time.monotonic() + _LONGEST_READ
+            while self.is_alive() and time.monotonic() < deadline:
+                with contextlib.suppress(queue.Empty):  # room for the batch that it wants to hand over
+                    self._queue.get(timeout=0.01)
+
+    def read_by_a_thread(begin: Any) -> Any:
+        @functools.wraps(begin)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            begin(self, *args, **kwargs)
+            self.persistent_workers = False
+            self.buffer_size = max(self.buffer_size, int(self.num_workers > 0))
+
+        return __init__
+
+    _replace(iterators, "BackgroundConsumer", lambda _: Reader)
+    _replace(iterators.EpochBatchIterator, "__init__", read_by_a_thread)
 
 
 # --- attention ------------------------------------------------------------------------------------

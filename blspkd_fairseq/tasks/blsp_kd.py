@@ -91,6 +91,7 @@ class BlspKdTask(FairseqTask):
 
     @classmethod
     def setup_task(cls, cfg: BlspKdConfig, **_: Any) -> "BlspKdTask":
+        compat.attend_commands()
         return cls(cfg)
 
     # ---- model, criterion --------------------------------------------------------------------------------------
