@@ -224,17 +224,21 @@ def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
 
 # --- fairseq's commands ---------------------------------------------------------------------------
 
+_commands: list[Any] = []  # configurations of those that run
 _readers: weakref.WeakSet[Any] = weakref.WeakSet()  # threads that read batches ahead
 _LONGEST_READ = 30.0  # seconds for the batch that is being read when its reader is told to end
 
 
 def attend_commands() -> None:
-    """Ends what fairseq's commands have begun.
+    """Knows the options of fairseq's commands, and ends what they have begun.
 
     To be called when this package is loaded and when a task begins. fairseq-hydra-train and the processes that torch
     spawns load it when ``main`` runs already: there it is ``train``, which ``main`` calls, that is attended.
     """
+    from fairseq.distributed import utils
+
     _end_reading_with_commands()
+    _replace(utils, "call_main", _remembered)
     for name, module in list(sys.modules.items()):
         if name in ("__main__", "__mp_main__") or name.startswith("fairseq_cli."):
             for function in ("main", "train"):
@@ -246,6 +250,20 @@ def _is_of_a_command(function: Any) -> bool:
     if not inspect.isfunction(function):
         return False
     return Path(inspect.unwrap(function).__code__.co_filename).parent.name == "fairseq_cli"
+
+
+def _remembered(call_main: Any) -> Any:
+    @functools.wraps(call_main)
+    def call(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(cfg.task, "_name", None) == "blsp_kd":
+            refuse_precision(cfg)
+        _commands.append(cfg)
+        try:
+            return call_main(cfg, *args, **kwargs)
+        finally:
+            _commands.pop()
+
+    return call
 
 
 def _followed_by_an_end(function: Any) -> Any:
@@ -307,6 +325,43 @@ def _end_reading_with_commands() -> None:
 
     _replace(iterators, "BackgroundConsumer", lambda _: Reader)
     _replace(iterators.EpochBatchIterator, "__init__", read_by_a_thread)
+
+
+def refuse_precision_of_command(cfg: Any, from_checkpoint: bool) -> None:
+    """Checks the options of the command that sets up a task with this configuration.
+
+    Args:
+        cfg: of the task, within that of the command or, if ``from_checkpoint``, of the training that ended with it.
+        from_checkpoint: fairseq-validate takes the task from there.
+    """
+    parent = cfg._get_parent() if hasattr(cfg, "_get_parent") and not from_checkpoint else None
+    for command in (parent, *_commands[-1:]):
+        if command is not None:
+            refuse_precision(command)
+
+
+_PRECISIONS = ("fp16", "bf16", "amp", "memory_efficient_fp16", "memory_efficient_bf16")
+
+
+def refuse_precision(command: Any) -> None:
+    """Refuses fairseq's kinds of half precision, which halve what is trained, or fail (fairseq#4696).
+
+    Raises:
+        ValueError: names the options and what to use.
+    """
+    given = [name for name in _PRECISIONS if getattr(command.common, name, False)]
+    given = [name for name in given if f"memory_efficient_{name}" not in given]  # which implies it
+    if given:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(
+            f"leave out {options}: what blsp_kd trains stays in float32 and its products run in bfloat16 on a GPU that "
+            "has it, by themselves; --llm-dtype says in which precision the frozen LLM is held"
+        )
+    if command.distributed_training.ddp_backend == "fully_sharded":
+        raise ValueError(
+            "--ddp-backend fully_sharded cannot hold blsp_kd's trained parameters beside a frozen LLM: use "
+            "--ddp-backend pytorch_ddp or legacy_ddp"
+        )
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import train
+from commands import fairseq, train
 from tiny import save_llm, save_whisper, write_split
 from torch.utils.data import DataLoader, dataloader
 from torch.utils.data._utils import pin_memory
@@ -117,3 +117,45 @@ def test_training_that_stops_in_mid_epoch_or_by_an_error(left_over: Callable[...
         patch.setattr("fairseq.trainer.Trainer.train_step", lambda *_: 1 / 0)
         train(tmp_path / "data", tmp_path / "save", llm, whisper, *options)
     assert left_over() == []
+
+
+# ---- precision -----------------------------------------------------------------------------------------------------
+
+OWN = "what blsp_kd trains stays in float32"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "message"),
+    [
+        *(("train", name, f"leave out {name}: {OWN}") for name in ("--fp16", "--bf16", "--amp")),
+        ("train", "--memory-efficient-fp16", f"leave out --memory-efficient-fp16: {OWN}"),
+        ("train", "--memory-efficient-bf16", f"leave out --memory-efficient-bf16: {OWN}"),
+        ("train", "--ddp-backend=fully_sharded", "--ddp-backend fully_sharded cannot .* use --ddp-backend pytorch_ddp"),
+        *((command, "--fp16", f"leave out --fp16: {OWN}") for command in ("generate", "interactive", "validate")),
+    ],
+)
+def test_half_precision_of_fairseq_is_refused_before_anything_is_loaded(
+    tmp_path: Path, command: str, option: str, message: str
+) -> None:
+    model = ["--arch", "blsp_kd", "--criterion", "kl_distillation", "--llm", "/no/such/llm", "--optimizer", "adam"]
+    options = [*model, "--batch-size", 1] if command == "train" else ["--path", tmp_path / "no.pt"]
+    with pytest.raises(ValueError, match=message):
+        fairseq(command, tmp_path, *options, option)
+
+
+def test_the_command_counts_and_not_the_training_of_a_checkpoint() -> None:
+    """fairseq-hydra-train sets up a task without a command that we know; a checkpoint's own options do not matter."""
+    from fairseq import tasks
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.create(
+        {
+            "common": {"fp16": False, "bf16": True, "amp": False},
+            "distributed_training": {"ddp_backend": "pytorch_ddp"},
+            "task": {"_name": "blsp_kd", "data": "data"},
+        }
+    )
+    with pytest.raises(ValueError, match=f"leave out --bf16: {OWN}"):
+        tasks.setup_task(cfg.task)
+    task = tasks.setup_task(cfg.task, from_checkpoint=True)
+    assert "fp16" not in task.cfg and "bf16" not in task.cfg  # a checkpoint holds nothing of it
