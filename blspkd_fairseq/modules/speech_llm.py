@@ -250,7 +250,9 @@ class SpeechLLM(ChatLLM):
         """The encoder's output; an utterance's frames do not depend on its batch, so they can be kept."""
         new = [row for row, key in enumerate(keys) if key not in self._features]
         if new:
-            frames = self.speech_encoder(waveforms[new], lengths[new], [samples[row] for row in new], ragged=True)
+            # In the first epoch all are new: a list of rows would have to reach the device first.
+            heard = (waveforms, lengths) if len(new) == len(keys) else (waveforms[new], lengths[new])
+            frames = self.speech_encoder(*heard, [samples[row] for row in new], ragged=True)
             for row, one in zip(new, frames.values.split(frames.rows.counts), strict=True):
                 self._features[keys[row]] = one.clone()
         values = torch.cat([self._features[key] for key in keys])
