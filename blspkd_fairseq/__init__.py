@@ -45,6 +45,8 @@ def register() -> None:
     compat.silence_fairseq()
     compat.copy_checkpoints_atomically()
     compat.say_why_a_checkpoint_is_refused()
+    compat.attend_commands()
+    compat.sum_gradients_as_they_are()
     from fairseq.models import import_models
     from fairseq.tasks import import_tasks
 

@@ -5,15 +5,22 @@ Importing this module imports none of them: `blspkd_fairseq.check` runs where th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.abc
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
+import queue
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,6 +211,194 @@ def silence_fairseq() -> None:
 
 def _is_not_on_shared_parameters(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("detected shared parameter")
+
+
+def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Puts ``wrap(original)`` in the place of an attribute, once."""
+    original = getattr(owner, name)
+    if not getattr(original, "_is_ours", False):
+        ours = wrap(original)
+        ours._is_ours = True
+        setattr(owner, name, ours)
+
+
+# --- fairseq's commands ---------------------------------------------------------------------------
+
+_commands: list[Any] = []  # configurations of those that run
+_readers: weakref.WeakSet[Any] = weakref.WeakSet()  # threads that read batches ahead
+_LONGEST_READ = 30.0  # seconds for the batch that is being read when its reader is told to end
+
+
+def attend_commands() -> None:
+    """Knows the options of fairseq's commands, and ends what they have begun.
+
+    To be called when this package is loaded and when a task begins. fairseq-hydra-train and the processes that torch
+    spawns load it when ``main`` runs already: there it is ``train``, which ``main`` calls, that is attended.
+    """
+    from fairseq.distributed import utils
+
+    _end_reading_with_commands()
+    _replace(utils, "call_main", _remembered)
+    for name, module in list(sys.modules.items()):
+        if name in ("__main__", "__mp_main__") or name.startswith("fairseq_cli."):
+            for function in ("main", "train"):
+                if _is_of_a_command(getattr(module, function, None)):
+                    _replace(module, function, _followed_by_an_end)
+
+
+def _is_of_a_command(function: Any) -> bool:
+    if not inspect.isfunction(function):
+        return False
+    return Path(inspect.unwrap(function).__code__.co_filename).parent.name == "fairseq_cli"
+
+
+def _remembered(call_main: Any) -> Any:
+    @functools.wraps(call_main)
+    def call(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(cfg.task, "_name", None) == "blsp_kd":
+            refuse_precision(cfg)
+        _commands.append(cfg)
+        try:
+            return call_main(cfg, *args, **kwargs)
+        finally:
+            _commands.pop()
+
+    return call
+
+
+def _followed_by_an_end(function: Any) -> Any:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for reader in list(_readers):
+                reader.end()
+
+    return run
+
+
+def _end_reading_with_commands() -> None:
+    """Lets fairseq's data loading end before the interpreter does.
+
+    fairseq leaves a thread that reads ahead, loader processes and the thread that pins memory to the interpreter's end.
+    torch's clean-up starts a thread, which Python 3.12 refuses by then, and the pinning thread lives on while CUDA is
+    torn down: a training that stopped in mid-epoch never exits. Here the reading thread ends on request or with an
+    error, and takes the rest with it; loader processes that would outlive their epoch are not kept.
+    """
+    from fairseq.data import iterators
+
+    class Reader(iterators.BackgroundConsumer):
+        _is_ours = True
+
+        def __init__(self, ahead: Any, loader: Any, most: int | None, cuda_device: int | None) -> None:
+            self.is_ended = threading.Event()
+            super().__init__(ahead, self._batches(loader, most), None, cuda_device)
+            _readers.add(self)
+
+        def _batches(self, loader: Any, most: int | None) -> Iterator[Any]:
+            batches = iter(loader)
+            try:
+                for batch in islice(batches, most):
+                    yield batch
+                    if self.is_ended.is_set():
+                        return
+            finally:
+                if hasattr(batches, "_shutdown_workers"):  # not where this process loads
+                    batches._shutdown_workers()
+
+        def end(self) -> None:
+            self.is_ended.set()
+            deadline = time.monotonic() + _LONGEST_READ
+            while self.is_alive() and time.monotonic() < deadline:
+                with contextlib.suppress(queue.Empty):  # room for the batch that it wants to hand over
+                    self._queue.get(timeout=0.01)
+
+    def read_by_a_thread(begin: Any) -> Any:
+        @functools.wraps(begin)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            begin(self, *args, **kwargs)
+            self.persistent_workers = False
+            self.buffer_size = max(self.buffer_size, int(self.num_workers > 0))
+
+        return __init__
+
+    _replace(iterators, "BackgroundConsumer", lambda _: Reader)
+    _replace(iterators.EpochBatchIterator, "__init__", read_by_a_thread)
+
+
+def refuse_precision_of_command(cfg: Any, from_checkpoint: bool) -> None:
+    """Checks the options of the command that sets up a task with this configuration.
+
+    Args:
+        cfg: of the task, within that of the command or, if ``from_checkpoint``, of the training that ended with it.
+        from_checkpoint: fairseq-validate takes the task from there.
+    """
+    parent = cfg._get_parent() if hasattr(cfg, "_get_parent") and not from_checkpoint else None
+    for command in (parent, *_commands[-1:]):
+        if command is not None:
+            refuse_precision(command)
+
+
+_PRECISIONS = ("fp16", "bf16", "amp", "memory_efficient_fp16", "memory_efficient_bf16")
+
+
+def refuse_precision(command: Any) -> None:
+    """Refuses fairseq's kinds of half precision, which halve what is trained, or fail (fairseq#4696).
+
+    Raises:
+        ValueError: names the options and what to use.
+    """
+    given = [name for name in _PRECISIONS if getattr(command.common, name, False)]
+    given = [name for name in given if f"memory_efficient_{name}" not in given]  # which implies it
+    if given:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(
+            f"leave out {options}: what blsp_kd trains stays in float32 and its products run in bfloat16 on a GPU that "
+            "has it, by themselves; --llm-dtype says in which precision the frozen LLM is held"
+        )
+    if command.distributed_training.ddp_backend == "fully_sharded":
+        raise ValueError(
+            "--ddp-backend fully_sharded cannot hold blsp_kd's trained parameters beside a frozen LLM: use "
+            "--ddp-backend pytorch_ddp or legacy_ddp"
+        )
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def sum_gradients_as_they_are() -> None:
+    """Lets both of fairseq's wrappers for several processes train what is here.
+
+    legacy_ddp sums gradients in the precision of the model's first parameter, which is the frozen LLM's table: bfloat16
+    loses .3 % of each, even in a single process. pytorch_ddp names a GPU for a model on a CPU.
+    """
+    import torch
+
+    wrappers = importlib.import_module("fairseq.models.distributed_fairseq_model")
+
+    def in_own_precision(all_reduce_grads: Any) -> Any:
+        @functools.wraps(all_reduce_grads)
+        def reduce(self: Any) -> None:
+            trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            if self.buffer is None and trained:
+                dtype = functools.reduce(torch.promote_types, [parameter.dtype for parameter in trained])
+                size = min(self.buffer_size, sum(parameter.numel() for parameter in trained))
+                self.buffer = trained[0].new_empty(size, dtype=dtype)
+            all_reduce_grads(self)
+
+        return reduce
+
+    def on_its_device(wrapper: Any) -> Any:
+        def wrap(module: Any, **options: Any) -> Any:
+            if not any(parameter.is_cuda for parameter in module.parameters()):
+                options |= {"device_ids": None, "output_device": None}
+            return wrapper(module=module, **options)
+
+        return wrap
+
+    _replace(wrappers.LegacyDistributedDataParallel, "all_reduce_grads", in_own_precision)
+    _replace(wrappers, "DistributedDataParallel", on_its_device)
 
 
 # --- attention ------------------------------------------------------------------------------------

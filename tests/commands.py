@@ -78,7 +78,9 @@ def start(command: str, data: Path, *options: Any) -> "subprocess.Popen[str]":
     )
 
 
-def train_on_two(data: Path, save_dir: Path, llm: Path, whisper: Path, *options: Any) -> None:
+def train_on_two(
+    data: Path, save_dir: Path, llm: Path, whisper: Path, *options: Any, backend: str = "pytorch_ddp"
+) -> None:
     """``fairseq-train`` on two gloo processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -88,7 +90,7 @@ def train_on_two(data: Path, save_dir: Path, llm: Path, whisper: Path, *options:
             "train", data, "--llm", llm, "--speech-encoder", whisper, "--save-dir", save_dir, *TRAIN_OPTIONS, *options,
             "--distributed-world-size", 2, "--distributed-rank", rank, "--distributed-no-spawn",
             "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-backend", "gloo",
-            "--ddp-backend", "legacy_ddp",
+            "--ddp-backend", backend,
         )
         for rank in range(2)
     ]  # fmt: skip

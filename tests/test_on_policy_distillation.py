@@ -585,7 +585,8 @@ def test_one_update_is_the_same_however_the_batch_is_split(world: World, tmp_pat
     update = (*ON_POLICY, "--max-update", 1, "--disable-validation", "--optimizer", "sgd", "--lr", 1)
     world.train(tmp_path / "whole", *update)
     world.train(tmp_path / "split", *update, "--batch-size", 2, "--update-freq", 2)
-    train_on_two(world.data, tmp_path / "two", world.llm, world.whisper, *update, "--batch-size", 2)
+    two = tmp_path / "two"
+    train_on_two(world.data, two, world.llm, world.whisper, *update, "--batch-size", 2, backend="legacy_ddp")
     whole, split, two = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("whole", "split", "two"))
     for name, weight in whole.items():
         if not name.startswith("frozen."):

@@ -96,7 +96,7 @@ class Sums:
         alpha = values[0].new_zeros(0) if self._alpha_sum is None else self._alpha_sum
         read: list[float] = torch.cat([torch.stack([v.double() for v in values]), alpha.double()]).tolist()
         if self._alpha_sum is not None:
-            check_alpha_sum(torch.tensor(read[len(values) :]), pieces)
+            check_alpha_sum(read[len(values) :], pieces)
         return dict.fromkeys(names, 0.0) | dict(zip(self._sums, read, strict=False)) | self._numbers
 
 

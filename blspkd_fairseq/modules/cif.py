@@ -103,23 +103,22 @@ def quantity_loss(alpha_sum: Tensor, tokens: Tensor) -> Tensor:
     return (alpha_sum / tokens - 1).abs()
 
 
-def check_alpha_sum(alpha_sum: Tensor, names: Sequence[str]) -> None:
+def check_alpha_sum(alpha_sum: Sequence[float], names: Sequence[str]) -> None:
     """Refuses a collapsed adapter in training, whose embeddings would be zeros or NaN.
 
     Args:
-        alpha_sum: ``[B]`` sums of the weights.
-        names: of the B utterances.
+        alpha_sum: sums of the weights of each utterance, as Python numbers: a device is not asked again.
+        names: of the utterances.
 
     Raises:
         ValueError: a sum is not positive or NaN.
     """
-    positive = alpha_sum > 0
-    if not bool(positive.all()):
-        index = int(positive.int().argmin())
-        raise ValueError(
-            f"the CIF weights of utterance {names[index]!r} sum to {float(alpha_sum[index])}: the "
-            "adapter has collapsed or holds NaN; lower the learning rate, or use a wider dtype than fp16"
-        )
+    for weight, name in zip(alpha_sum, names, strict=True):
+        if not weight > 0:
+            raise ValueError(
+                f"the CIF weights of utterance {name!r} sum to {weight}: the "
+                "adapter has collapsed or holds NaN; lower the learning rate, or use a wider dtype than fp16"
+            )
 
 
 class _Plan(NamedTuple):

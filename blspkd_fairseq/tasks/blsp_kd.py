@@ -103,7 +103,14 @@ class BlspKdTask(FairseqTask):
         self._measured: SpeechTextDataset | None = None  # training data whose size in the store was said
 
     @classmethod
-    def setup_task(cls, cfg: BlspKdConfig, **_: Any) -> "BlspKdTask":
+    def setup_task(cls, cfg: BlspKdConfig, from_checkpoint: bool = False, **_: Any) -> "BlspKdTask":
+        """Begins a command.
+
+        Raises:
+            ValueError: an option of fairseq that does not go with what is trained here.
+        """
+        compat.attend_commands()
+        compat.refuse_precision_of_command(cfg, from_checkpoint)
         return cls(cfg)
 
     # ---- model, criterion --------------------------------------------------------------------------------------
