@@ -12,7 +12,7 @@ from test_examples import EXAMPLES, run
 from blspkd_fairseq import BlspKd
 from blspkd_fairseq.modules.trained_state import read_trained
 
-pytestmark = [pytest.mark.real, pytest.mark.recordings]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.recordings]
 
 
 def test_the_comparison_runs_resumes_reports_and_publishes(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from blspkd_fairseq.data.manifest import Manifest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-pytestmark = [pytest.mark.real, pytest.mark.recordings]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.recordings]
 
 
 def run(name: str, out: Path, *options: object) -> str:
