@@ -8,7 +8,7 @@
 #
 # Versions are those of scripts/constraints.txt; to try another torch, which --latest keeps, change its line there.
 # BLSPKD_VENV  where (default: .venv beside setup.py)
-# PYTHON       the Python 3.11 or 3.12 to use (default: the first one found)
+# PYTHON       the Python 3.11 or 3.12 to use, a path or a name (default: the first one found)
 #
 # A CPU build of torch is installed unless `nvidia-smi` works, or none is found; a torch that is there already is kept.
 # Does nothing, within a second, when all is in place.
@@ -46,13 +46,9 @@ is_usable() {
 }
 
 find_python() {
-    local name candidate
-    if [[ -n ${PYTHON:-} ]]; then
-        is_usable "$PYTHON" || fail "PYTHON=$PYTHON is no Python 3.11 or 3.12 that can create virtual environments"
-        echo "$PYTHON"
-        return
-    fi
-    for name in python3.11 python3.12 python3; do
+    local name candidate names=(python3.11 python3.12 python3)
+    [[ -z ${PYTHON:-} ]] || names=("$PYTHON")
+    for name in "${names[@]}"; do
         while read -r candidate; do
             if is_usable "$candidate"; then
                 echo "$candidate"
@@ -60,6 +56,7 @@ find_python() {
             fi
         done < <(type -ap "$name"; ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/"$name" 2>/dev/null)
     done
+    [[ -z ${PYTHON:-} ]] || fail "PYTHON=$PYTHON is no Python 3.11 or 3.12 that can create virtual environments"
     fail "no Python 3.11 or 3.12 with the venv module was found: install one (Debian, Ubuntu: python3.11 and" \
         "python3.11-venv) or set PYTHON to its path"
 }
@@ -157,6 +154,10 @@ fingerprint() {
     cat "$root"/{setup.py,pyproject.toml,blspkd_fairseq/requirements.py,scripts/pins.py} "$pinned" "${BASH_SOURCE[0]}"
 }
 
+version_of() {
+    "$1" -V | grep -o '[0-9]*\.[0-9]*' | head -n 1
+}
+
 exec 9>"$venv/lock"
 flock 9 # a second caller waits, then finds the work done
 
@@ -175,6 +176,11 @@ is_installed() {
     return 1
 }
 
+if [[ -n ${PYTHON:-} && -x $py ]]; then
+    python=$(find_python)
+    [[ $(version_of "$py") == $(version_of "$python") ]] ||
+        fail "$venv holds $("$py" -V), not that of PYTHON=$PYTHON: delete it or set BLSPKD_VENV"
+fi
 if is_installed; then
     exit 0
 fi

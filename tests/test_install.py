@@ -218,6 +218,23 @@ def test_shims_that_do_not_run_are_passed_over(world: World) -> None:
     assert done.stderr.startswith("venv.sh: no Python 3.11 or 3.12 with the venv module was found: install one")
 
 
+def test_a_python_is_found_by_its_name(world: World) -> None:
+    versions = world.folder / "versions" / "3.12.1" / "bin"
+    versions.mkdir(parents=True)
+    (world.commands / "python3.11").rename(versions / "python3.12")
+    world.add_command("python3.12", "#!/bin/sh\necho no such version >&2\nexit 127\n")
+    done = world.run(PYTHON="python3.12", PYENV_ROOT=str(world.folder))
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_environment_of_another_python_is_refused(world: World) -> None:
+    world.run()
+    world.add_command("python3.12", FAKE_PYTHON.replace("3.11.7", "3.12.1"))
+    done = world.run(PYTHON="python3.12")
+    assert done.returncode == 1
+    assert "holds Python 3.11.7, not that of PYTHON=python3.12: delete it or set BLSPKD_VENV" in done.stderr
+
+
 def test_named_python_must_fit(world: World) -> None:
     done = world.run(PYTHON="/bin/false")
     assert done.returncode == 1
