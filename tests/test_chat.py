@@ -180,10 +180,11 @@ def test_prompts_follow_the_template(
     if kind == "sentencepiece slow":  # which cannot put bytes together
         return
     text = tokenizer.decode(reference)
-    # SentencePiece begins every text with a space, the transcript too: behind a line break there is one too many.
-    assert tokenizer.decode(ids) in (text, text.replace("\nhello", "\n hello") if kind == "sentencepiece bpe" else text)
-    if kind == "sentencepiece bpe" and prompt == "Repeat: {speech}":
-        assert ids == reference
+    if tokenizer.decode(2 * tokenizer.encode("a", add_special_tokens=False)) == "aa":
+        assert tokenizer.decode(ids) == text
+    else:  # SentencePiece begins every text with a space, the transcript too: behind a line break it is one too many
+        assert tokenizer.decode(ids) == text.replace("\nhello", "\n hello")
+        assert ids == reference or prompt != "Repeat: {speech}"
 
 
 def test_chatml(bpe: PreTrainedTokenizerBase) -> None:

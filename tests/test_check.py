@@ -247,8 +247,28 @@ def test_check_names_a_wrong_version(tmp_path: Path) -> None:
     (tmp_path / "transformers-5.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 4.57.0\n")
     done = run_check(tmp_path)
     assert done.returncode == 1
-    assert "problem: transformers 4.57.0 does not satisfy >=5,<6" in done.stdout
-    assert 'remedy: run `pip install "transformers>=5,<6"`' in done.stdout
+    needed = next(one for one in REQUIRED if one.startswith("transformers"))
+    assert f"problem: transformers 4.57.0 does not satisfy {split(needed)[1]}" in done.stdout
+    assert f'remedy: run `pip install "{needed}"`' in done.stdout
+
+
+def test_check_warns_of_what_is_newer_than_tested(tmp_path: Path) -> None:
+    install_all(tmp_path)
+    (tmp_path / "transformers-5.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 5.99.0\n")
+    done = run_check(tmp_path)
+    needed = next(one for one in REQUIRED if one.startswith("transformers"))
+    assert f"warning: transformers 5.99.0 is newer than tested ({split(needed)[1]})" in done.stdout
+    assert f'remedy: if something fails, run `pip install "{needed}"`' in done.stdout
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("body", "warned"), [("raise OSError('libc10_cuda.so')", True), ("", False)])
+def test_check_warns_of_a_torchaudio_that_cannot_be_loaded(tmp_path: Path, body: str, warned: bool) -> None:
+    install_all(tmp_path)
+    install(tmp_path, "torchaudio", "2.11.0", "torchaudio", body)
+    done = run_check(tmp_path)
+    assert ("remedy: run `pip uninstall -y torchaudio`" in done.stdout) == warned
+    assert done.returncode == 0
 
 
 def test_check_with_broken_torch_and_fairseq(tmp_path: Path) -> None:

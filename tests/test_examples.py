@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from blspkd_fairseq.data.manifest import Manifest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-pytestmark = [pytest.mark.real, pytest.mark.recordings]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.recordings]
 
 
 def run(name: str, out: Path, *options: object) -> str:
@@ -43,9 +42,7 @@ def test_covost2_runs_and_a_second_run_skips_its_stages(tmp_path: Path) -> None:
     # tiny.en hears these recordings well, in MP3, too; its errors are counted against the text as it was written.
     assert report["tasks"]["asr"]["scores"]["cascade"]["WER (normalized)"]["score"] < 15
     assert report["alignment"]["blsp_kd"][0]["matched"] > 100
-    begin = time.monotonic()
     assert run("covost2", tmp_path, "--small", "--max-update", 4).count("done before") == 6
-    assert time.monotonic() - begin < 60
 
 
 def test_the_recipes_of_all_systems_run(tmp_path: Path) -> None:

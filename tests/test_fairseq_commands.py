@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import PACKAGE, TRAIN_OPTIONS, fairseq, load, start, train, train_on_two
-from tiny import SENTENCES, read_jsonl, save_llm, save_whisper, write_speech, write_split
+from tiny import PATIENCE, SENTENCES, read_jsonl, save_llm, save_whisper, write_speech, write_split
 
 UPDATES = ("--max-update", 4, "--validate-interval", 1, "--disable-validation")
 
@@ -237,7 +237,9 @@ CE = ("--response-ce-weight", 1, "--response-kl-weight", 0, "--input-kl-weight",
 RESPONSE_KL = ("--input-kl-weight", 0)
 
 
-@pytest.mark.parametrize("lora", ["none", "speech", "all"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param("none", marks=pytest.mark.slow), "speech", pytest.param("all", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "objective",
     [("cnn", *CE), ("cnn", *RESPONSE_KL), ("cformer", *CE), ("cformer", *RESPONSE_KL), ("cformer",)],
@@ -436,6 +438,10 @@ def test_generation_options_without_a_counterpart_are_refused(world: World, trai
 # ---- the real commands ---------------------------------------------------------------------------------------------
 
 
+# What libraries say of themselves, in the midst of a command's own lines.
+OF_LIBRARIES = re.compile(r"detected shared parameter|deprecated|Warning|DEBUG|Loading weights")
+
+
 def test_commands_in_their_own_processes(world: World, tmp_path: Path) -> None:
     """As typed: fairseq-train, fairseq-generate and fairseq-hydra-train, with nothing imported before."""
     common = ["--llm", world.llm, "--speech-encoder", world.whisper, "--save-dir", tmp_path / "save"]
@@ -458,17 +464,18 @@ def test_commands_in_their_own_processes(world: World, tmp_path: Path) -> None:
         env=os.environ | {"HYDRA_FULL_ERROR": "1"},
     )  # fmt: skip
     train_process = start("train", world.data, *common, *TRAIN_OPTIONS, *UPDATES)
-    output, _ = train_process.communicate(timeout=300)
+    output, _ = train_process.communicate(timeout=PATIENCE)
     assert train_process.returncode == 0, output[-3000:]
-    assert "detected shared parameter" not in output and "deprecated" not in output
+    assert not OF_LIBRARIES.search(output), output
     generate = start(
         "generate", world.data, "--gen-subset", "test", "--path", tmp_path / "save" / "checkpoint_last.pt",
         "--max-len-b", 4, "--results-path", tmp_path / "results",
     )  # fmt: skip
-    output, _ = generate.communicate(timeout=300)
+    output, _ = generate.communicate(timeout=PATIENCE)
     assert generate.returncode == 0, output[-3000:]
+    assert not OF_LIBRARIES.search(output), output
     assert len(read_jsonl(tmp_path / "results" / "generate-test.jsonl")) == 5
-    output, _ = other.communicate(timeout=300)
+    output, _ = other.communicate(timeout=PATIENCE)
     assert other.returncode == 0, output[-3000:]
     assert json.dumps(load(tmp_path / "hydra" / "checkpoint_last.pt")["cfg"]["model"]["llm"]) == json.dumps(
         str(world.llm)

@@ -193,7 +193,8 @@ def first_words(model: BlspKdModel, sample: dict[str, Any], path: str = "speech"
 
 
 @pytest.mark.parametrize(
-    ("path", "scope", "im_weight", "rollouts"), [("speech", "speech", 0.0, 256), ("text", "all", 1.0, 48)]
+    ("path", "scope", "im_weight", "rollouts"),
+    [("speech", "speech", 0.0, 256), pytest.param("text", "all", 1.0, 48, marks=pytest.mark.slow)],
 )
 def test_the_exact_estimator_is_the_analytic_gradient_and_the_sampled_one_is_unbiased(
     world: World, path: str, scope: str, im_weight: float, rollouts: int

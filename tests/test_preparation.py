@@ -21,7 +21,7 @@ import prepare_gigaspeech
 import prepare_librispeech
 import pytest
 import soundfile
-from tiny import read_jsonl, write_speech
+from tiny import PATIENCE, read_jsonl, write_speech
 
 from blspkd_fairseq.data import preparation
 from blspkd_fairseq.data.audio import find_zip_entry, load_audio
@@ -521,7 +521,7 @@ def start_with_workers(tmp_path: Path) -> "tuple[subprocess.Popen[str], list[int
 def test_a_killed_worker_is_told(tmp_path: Path) -> None:
     process, workers = start_with_workers(tmp_path)
     os.kill(workers[0], signal.SIGKILL)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 1 and "a worker process was killed" in output and "Traceback" not in output, output
 
 
@@ -529,7 +529,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     process, workers = start_with_workers(tmp_path)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -548,7 +548,7 @@ def test_a_second_process_on_the_same_output_is_told(tmp_path: Path) -> None:
             prepare_librispeech.main(list(map(str, arguments)))
     finally:
         first.send_signal(signal.SIGCONT)
-    output = first.communicate(timeout=120)[0]
+    output = first.communicate(timeout=PATIENCE)[0]
     assert first.returncode == 0, output
 
 
@@ -564,7 +564,7 @@ def test_a_disk_that_fills_is_one_sentence_and_nothing_half_written_counts(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     process = start("prepare_librispeech", *arguments, preexec_fn=limited)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 1 and "make room" in output and "Traceback" not in output, output
     assert not (tmp_path / "out" / "train-clean-100.tsv").exists()
     for record in read_jsonl(tmp_path / "out" / "prepared.jsonl"):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from tiny import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -289,7 +290,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _run(script: Path, out: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(script), str(out)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 def _said(script: Path) -> list[str]:
@@ -315,7 +316,7 @@ def test_killed_run_goes_on(fake: Path, tmp_path: Path, monkeypatch: pytest.Monk
     out = tmp_path / "out"
     monkeypatch.setenv("FAKE_VOICE_SLOWNESS", "0.1")
     running = subprocess.Popen([sys.executable, str(fake), str(out)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(list((out / "audio").glob("*.flac"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.02)
     workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()

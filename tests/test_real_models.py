@@ -55,6 +55,7 @@ def test_log_mel_and_encoder_equal_transformers_on_real_speech(speech: Path) -> 
         torch.testing.assert_close(frames[b][~padding[b]], expected[b, : (~padding[b]).sum()], atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_few_dozen_utterances_are_learned_until_repeat_gives_them_back(speech: Path, tmp_path: Path) -> None:
     fairseq(
         "train", speech, "--arch", "blsp_kd", "--criterion", "kl_distillation",

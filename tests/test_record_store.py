@@ -120,30 +120,29 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
 
 
 _WRITER = """
-import sys
+import sys, time
 from blspkd_fairseq.data.record_store import *
-with RecordStore(Path(sys.argv[1]), {}) as store:
+path, limit = Path(sys.argv[1]), int(sys.argv[2])
+with RecordStore(path, {}) as store:
     for i in range(3000):
         if str(i) not in store:
             store.add([{"id": str(i), "text": "word " * (i % 50)}])
+        while path.stat().st_size > limit:  # waits to be killed, which a busy machine may do late
+            time.sleep(1)
 """
 
 
 def test_killed_again_and_again_it_loses_and_repeats_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rng = random.Random(0)
-    kills = 0
-    while True:
-        process = subprocess.Popen([sys.executable, "-c", _WRITER, str(path)])
-        if kills < 8:
-            size = path.stat().st_size if path.exists() else 0
-            while process.poll() is None and (not path.exists() or path.stat().st_size < size + rng.randrange(40_000)):
-                time.sleep(0.001)
-            process.kill()
-            kills += 1
-        if process.wait() == 0:
-            break
-    assert kills >= 5
+    for _ in range(8):
+        limit = (path.stat().st_size if path.exists() else 0) + 40_000
+        process = subprocess.Popen([sys.executable, "-c", _WRITER, str(path), str(limit)])
+        while process.poll() is None and (not path.exists() or path.stat().st_size < limit - rng.randrange(40_000)):
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -9
+    subprocess.run([sys.executable, "-c", _WRITER, str(path), "1000000000"], check=True)
     with RecordStore(path, {}) as whole:
         assert list(whole.ids()) == [str(i) for i in range(3000)]
         assert all(whole[str(i)]["text"] == "word " * (i % 50) for i in range(0, 3000, 7))

@@ -203,6 +203,8 @@ def test_killed_again_and_again_it_gives_the_same_bytes(
             time.sleep(0.001)
         if kill < 3:
             process.kill()
+            if process.wait() == 0:  # a busy machine may kill too late
+                continue
             assert not (tmp_path / "out.tsv").exists()
             with open(store, "ab") as file:  # what a kill in the middle of a write leaves
                 file.write(b'{"id": "r1')

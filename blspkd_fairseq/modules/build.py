@@ -195,7 +195,8 @@ def _load_speech_encoder(config: SpeechLlmConfig) -> SpeechEncoder:
 
 def _from_pretrained(cls: Any, name: str, option: str, what: str, **options: Any) -> Any:
     try:
-        return cls.from_pretrained(os.path.expanduser(name), **options)
+        with compat.without_progress_bars():
+            return cls.from_pretrained(os.path.expanduser(name), **options)
     except (OSError, KeyError) as error:
         raise ValueError(
             f"cannot load the {what} {name!r}: give --{option} (or, for a checkpoint that names it, --model-overrides "

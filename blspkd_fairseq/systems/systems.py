@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, WhisperForConditionalGeneration
 
+from blspkd_fairseq import compat
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.prompts import language_name
@@ -193,7 +194,8 @@ class WhisperTranscriber:
                 f"{name} is a {kind} model and no Whisper: give a Whisper by Hugging Face name or directory"
             )
         self.processor = AutoProcessor.from_pretrained(name)
-        self.model: Any = WhisperForConditionalGeneration.from_pretrained(name, dtype=dtype).to(device).eval()
+        with compat.without_progress_bars():
+            self.model: Any = WhisperForConditionalGeneration.from_pretrained(name, dtype=dtype).to(device).eval()
 
     @torch.no_grad()
     def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str]) -> list[str]:
