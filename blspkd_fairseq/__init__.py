@@ -51,6 +51,7 @@ def register() -> None:
     from fairseq.tasks import import_tasks
 
     importlib.import_module(f"{__name__}.criterions")
+    importlib.import_module(f"{__name__}.optim")
     import_tasks(str(FOLDER / "tasks"), f"{__name__}.tasks")
     import_models(str(FOLDER / "models"), f"{__name__}.models")
 

@@ -82,7 +82,7 @@ def test_equals_the_formula_with_its_gradients(case: str, groups: int, dtype: to
     expected = formula(*exact, rows, **options)
     (expected * seed).sum().backward()
 
-    given = [one.to(device).requires_grad_() for one in inputs]
+    given = [one.detach().to(device, copy=True).requires_grad_() for one in inputs]
     moved = {name: v.to(device, dtype) if isinstance(v, Tensor) else v for name, v in options.items()}
     actual = attend(*given, rows, **moved)
     assert actual.dtype == dtype

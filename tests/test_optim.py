@@ -1,0 +1,47 @@
+"""The fused AdamW against fairseq's Adam, and through training that is resumed."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from commands import load, train
+from tiny import save_llm, save_whisper, write_split
+from torch import nn
+
+import blspkd_fairseq
+
+blspkd_fairseq.register()
+
+from fairseq.optim.adam import FairseqAdam  # noqa: E402
+
+from blspkd_fairseq.optim.adamw import AdamW  # noqa: E402
+
+OPTIONS = {"lr": [0.01], "adam_eps": 1e-12, "weight_decay": 0.1, "use_old_adam": True, "tpu": False}
+SETTINGS = SimpleNamespace(**OPTIONS, adam_betas="(0.8, 0.95)", fp16_adam_stats=False)
+
+
+def test_it_takes_the_steps_of_fairseqs_adam() -> None:
+    weights = []
+    for kind in (FairseqAdam, AdamW):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))]
+        optimizer = kind(SETTINGS, parameters)
+        for _ in range(5):
+            sum((p - 1).square().sum() for p in parameters).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(torch.cat([p.detach().flatten() for p in parameters]))
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-5)
+
+
+def test_training_with_it_is_resumed(tmp_path: Path) -> None:
+    llm, whisper = save_llm(tmp_path / "llm"), save_whisper(tmp_path / "whisper")
+    write_split(tmp_path, "train", 4)
+    options = ("--optimizer", "adamw", "--weight-decay", 0.1, "--disable-validation", "--adam-betas", "(0.9, 0.98)")
+    for folder, stops in (("whole", (4,)), ("parts", (2, 4))):
+        for updates in stops:
+            train(tmp_path, tmp_path / folder, llm, whisper, *options, "--max-update", updates)
+    one, other = (load(tmp_path / folder / "checkpoint_last.pt") for folder in ("whole", "parts"))
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(weight, other["model"][name], atol=2e-6, rtol=1e-5)
+    assert one["last_optimizer_state"]["param_groups"][0]["betas"] == (0.9, 0.98)
