@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.batch import Segment, Speech
@@ -56,6 +57,11 @@ class DecodingOptions:
             )
         if self.sampling and (self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0):
             raise ValueError("sampling needs temperature > 0, 0 < top-p <= 1 and top-k >= 0")
+
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Every token is the likeliest one, whatever comes after."""
+        return self.beam == 1 and not (self.sampling or self.no_repeat_ngram_size or self.min_new_tokens)
 
     def as_generate_arguments(self) -> dict[str, Any]:
         """The arguments of Hugging Face's ``generate``, every one explicit."""
@@ -243,9 +249,18 @@ def decode(
 
     The prompt is read once, under Partial LoRA; all that follows it is text.
     """
+    return _decode(model, prompts, read_prompts(model, prompts), copies, logits_processor, **arguments)
+
+
+def _decode(
+    model: ChatLLM,
+    prompts: Prompts,
+    cache: Any,
+    copies: int = 1,
+    logits_processor: LogitsProcessor | None = None,
+    **arguments: Any,
+) -> Tensor:
     everywhere = model.lora_scope == "all"
-    with speech_positions(model.llm, ALL_POSITIONS if everywhere else _reading(model, prompts, prompts.longest - 1)):
-        cache = _prefill(model, prompts)
     embeds, valid = prompts.embeds.repeat_interleave(copies, 0), prompts.valid.repeat_interleave(copies, 0)
     rows = torch.arange(len(prompts.embeds), device=embeds.device)
     repeats = copies * max(arguments.get("num_beams", 1), arguments.get("num_return_sequences", 1))
@@ -270,12 +285,14 @@ def _reading(model: ChatLLM, prompts: Prompts, width: int, copies: int = 1) -> P
     return prompts.places(width, copies) if prompts.heard and model.lora_scope == "speech" else None
 
 
-def _prefill(model: ChatLLM, prompts: Prompts) -> Any:
-    """Keys and values of all prompt positions but the last, which ``generate`` feeds itself."""
+def read_prompts(model: ChatLLM, prompts: Prompts) -> Any:
+    """A cache of all prompt positions but the last, which ``generate`` feeds itself."""
     valid = prompts.valid[:, :-1]
-    output = model.llm.get_decoder()(
-        inputs_embeds=prompts.embeds[:, :-1], attention_mask=valid, position_ids=_positions(valid), use_cache=True
-    )
+    mask = ALL_POSITIONS if model.lora_scope == "all" else _reading(model, prompts, prompts.longest - 1)
+    with speech_positions(model.llm, mask):
+        output = model.llm.get_decoder()(
+            inputs_embeds=prompts.embeds[:, :-1], attention_mask=valid, position_ids=_positions(valid), use_cache=True
+        )
     return compat.cache_of(output)
 
 
@@ -288,8 +305,16 @@ def _answer(
 ) -> list[list[Hypothesis]]:
     arguments = options.as_generate_arguments()
     per_row = arguments["num_return_sequences"]
-    answers = [strip_end(row, chat.eos_ids) for row in decode(model, prompts, **arguments).tolist()]
-    scores = [[] for _ in answers] if not with_scores else _score(model, chat, prompts, answers, per_row)
+    likeliest = _Likeliest() if with_scores and options.takes_the_likeliest else None
+    cache = read_prompts(model, prompts)
+    states = _plain_states(cache)  # as they are now: decoding makes new ones
+    generated = _decode(model, prompts, cache, logits_processor=likeliest, **arguments).tolist()
+    answers = [strip_end(row, chat.eos_ids) for row in generated]
+    scores: list[list[float]] = [[] for _ in answers]
+    if likeliest is not None:
+        scores = likeliest.scores([len(ids) + finished for ids, finished in answers])
+    elif with_scores:
+        scores = _score(model, chat, prompts, answers, per_row, states)
     hypotheses = [
         Hypothesis(chat.decode(ids), ids, finished, sum(s) / max(1, len(s)) ** options.length_penalty, s)
         for (ids, finished), s in zip(answers, scores, strict=True)
@@ -300,6 +325,22 @@ def _answer(
     return [group[: options.n_best] for group in groups]
 
 
+class _Likeliest(LogitsProcessor):
+    """Notes the log-probability of the likeliest token at each step: greedy decoding needs no pass for its scores."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(scores.amax(1).float() - scores.float().logsumexp(1))
+        return scores
+
+    def scores(self, counts: Sequence[int]) -> list[list[float]]:
+        """Of the first ``counts[i]`` tokens of row i."""
+        steps = torch.stack(self.steps, 1).tolist()
+        return [row[:count] for row, count in zip(steps, counts, strict=True)]
+
+
 def strip_end(ids: list[int], eos_ids: list[int]) -> tuple[list[int], bool]:
     """The tokens before the end of turn, and whether there was one."""
     for index, token in enumerate(ids):
@@ -308,10 +349,22 @@ def strip_end(ids: list[int], eos_ids: list[int]) -> tuple[list[int], bool]:
     return ids, False
 
 
+def _plain_states(cache: Any) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values of each layer; None if some layer keeps anything else."""
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
 def _score(
-    model: ChatLLM, chat: ChatFormat, prompts: Prompts, answers: list[tuple[list[int], bool]], per_row: int
+    model: ChatLLM,
+    chat: ChatFormat,
+    prompts: Prompts,
+    answers: list[tuple[list[int], bool]],
+    per_row: int,
+    states: list[tuple[Tensor, Tensor]] | None,
 ) -> list[list[float]]:
-    """Log-probability of each answer's tokens, by one forward pass over prompt and answer."""
+    """Log-probability of each answer's tokens, by one forward pass, over the answers alone where keys were kept."""
     tokens = [ids + ([chat.end_of_turn_id] if finished else []) for ids, finished in answers]
     counts = [len(row) for row in tokens]
     longest = max(counts)
@@ -320,11 +373,20 @@ def _score(
     answered = torch.tensor([[1] * n + [0] * (longest - n) for n in counts], dtype=torch.long).to(device)
     embeds = torch.cat([prompts.embeds.repeat_interleave(per_row, 0), model.embed(ids)], 1)
     valid = torch.cat([prompts.valid.repeat_interleave(per_row, 0), answered], 1)
-    with speech_positions(model.llm, _reading(model, prompts, embeds.shape[1], per_row)):
+    known = 0 if states is None else prompts.longest - 1
+    cached: dict[str, Any] = {"use_cache": False}
+    if states is not None:
+        cache = DynamicCache()
+        for layer, state in enumerate(states):
+            cache.update(*(one.repeat_interleave(per_row, 0) for one in state), layer)
+        cached = compat.cache_argument(cache)
+    mask = _reading(model, prompts, embeds.shape[1], per_row)
+    with speech_positions(model.llm, mask if states is None or mask is ALL_POSITIONS else None):
         hidden = model.llm.get_decoder()(
-            inputs_embeds=embeds, attention_mask=valid, position_ids=_positions(valid), use_cache=False
+            inputs_embeds=embeds[:, known:], attention_mask=valid, position_ids=_positions(valid)[:, known:], **cached
         ).last_hidden_state
-    kept = hidden[:, prompts.longest - 1 : prompts.longest - 1 + longest][answered.bool()]
+    first = prompts.longest - 1 - known
+    kept = hidden[:, first : first + longest][answered.bool()]
     targets = torch.tensor([token for row in tokens for token in row], dtype=torch.long).to(device)
     losses = linear_cross_entropy(kept, targets, *model.head, transform=model.logit_transform)
     return [[-loss for loss in row] for row in _split(losses.tolist(), counts)]
