@@ -100,7 +100,7 @@ class LlmGenerator:
         model = models[0]
         model.eval()
         inputs = sample["net_input"]
-        rows = sample["nsentences"]
+        rows = len(sample.get("plan_rows", inputs["src_lengths"]))  # fairseq-interactive's have audio alone
         if not rows:  # only a manifest without rows makes such a batch, and fairseq's scorers fail on no text at all
             logger.info("the manifest has no rows: nothing to generate, nothing to score")
             raise SystemExit(0)
