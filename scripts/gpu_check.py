@@ -140,8 +140,8 @@ class Gate:
         seconds = round(time.monotonic() - begin, 1)
         if ended:
             last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-            told = f"{step.told(text)}  {last}".strip()
-            return Outcome(step.name, "timeout" if "limit" in ended else "failed", seconds, f"{ended}: {told[-300:]}")
+            told = step.told(text) or last[-300:]
+            return Outcome(step.name, "timeout" if "limit" in ended else "failed", seconds, f"{ended}: {told}")
         return Outcome(step.name, "ok", seconds, step.told(text))
 
     def _watch(self, step: Step, limit: float, printed: Path) -> str:
@@ -179,7 +179,7 @@ class Gate:
 
 def kill_group(process: "subprocess.Popen[bytes]") -> None:
     """Ends a command and everything that it started, if it has not ended."""
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -232,14 +232,15 @@ def all_of(pattern: str) -> Callable[[str], str]:
 
 told_results = all_of(r"^result: (.*)$")
 told_updates = last_of(r"(num_updates \d+ .*)$")
-told_pytest = last_of(r"^=*\s*(\d+ (?:passed|failed|error)[^=\n]*)")
+told_pytest = last_of(r"^(?:=+ )?(\d+ (?:passed|failed|error|deselected)[^=\n]*? in [\d.]+s)")
 
 
 def told_tests(printed: str) -> str:
     """pytest's count, the names of what failed, and over what two processes spoke."""
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", printed, re.M)
+    failed = re.findall(r"^(?:FAILED|ERROR) \S*/(test_.+?)(?: - .*)?$", printed, re.M)
     spoken = re.findall(r"two processes spoke over \w+", printed)
-    return "; ".join([told_pytest(printed), *spoken[-1:], *failed])
+    more = [f"and {len(failed) - 8} more"] if len(failed) > 8 else []
+    return "; ".join([told_pytest(printed), *spoken[-1:], *failed[:8], *more])
 
 
 def told_training(path: Path) -> Callable[[str], str]:
@@ -249,7 +250,7 @@ def told_training(path: Path) -> Callable[[str], str]:
         import csv
 
         if not path.exists():
-            return "no table was written"
+            return ""
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         return ", ".join(f"{row.get('variant')}: {row.get('utterances_per_second')}/s" for row in rows)
@@ -276,8 +277,8 @@ def make_steps(args: argparse.Namespace, work: Path) -> list[Step]:
         Step("launches", part("launches"), 90, told_results),
         Step("modules", bench_modules_command(args), 90, all_of(r"^((?:cif|kl) +blspkd_fairseq +[\d.]+) ")),
         *(bench_training_step(args, preset) for preset in PRESETS),
-        quickstart_step(args, work),
         Step("commands", pytest_command(work, ["test_fairseq_commands.py"], args), 240, told_tests),
+        quickstart_step(args, work),
     ]
 
 
@@ -288,12 +289,11 @@ def pytest_command(work: Path, files: Sequence[str], args: argparse.Namespace) -
     chosen = ["-k", "checkpoints_hold or results_are_text" if args.quick else ""]
     if "test_on_device.py" in files:
         chosen[1] = "not asks_the_device"  # which is a step of its own
-    folder = ["-p", "no:cacheprovider", f"--basetemp={work / 'pytest' / files[0].removesuffix('.py')}"]
-    # -rP shows what tests that passed printed, such as over what two processes spoke.
-    return [
-        sys.executable, "-m", "pytest", "-q", "-rPfE", "--durations=5", "--show-capture=stdout", *folder, *spread,
-        *chosen, *(str(TESTS / one) for one in files),
-    ]  # fmt: skip
+    folder = ["-p", "no:cacheprovider", f"--basetemp={work / files[0].removesuffix('.py')}"]
+    # P shows what tests that passed printed, such as over what two processes spoke.
+    shown = "-rPfE" if "test_on_device.py" in files else "-rfE"
+    options = ["-q", shown, "--durations=5", "--show-capture=stdout", *folder, *spread, *chosen]
+    return [sys.executable, "-m", "pytest", *options, *(str(TESTS / one) for one in files)]
 
 
 def bench_modules_command(args: argparse.Namespace) -> list[str]:
@@ -466,13 +466,14 @@ def count_launches(args: argparse.Namespace) -> None:
     import launches
     import updates
 
+    def count(shape: launches.Shape) -> str:
+        model, sample = shape.build(args.device), shape.sample(args.device)
+        criterion, optimizer = updates.criterion_of(updates.Case({}), model), updates.optimizer_of(model)
+        return launches.count(partial(updates.update, model, criterion, sample, optimizer), args.device)
+
     shape = launches.Shape.small() if args.quick else launches.Shape()
     for layers in (2, shape.layers) if args.device == "cuda" else (2,):
-        sized = shape.with_layers(layers)
-        model, sample = sized.build(args.device), sized.sample(args.device)
-        criterion, optimizer = updates.criterion_of(updates.Case({}), model), updates.optimizer_of(model)
-        counts = launches.count(partial(updates.update, model, criterion, sample, optimizer), args.device)
-        say(f"{layers} layers, batch {sized.batch}: {counts}")
+        say(f"{layers} layers, batch {shape.batch}: {count(shape.with_layers(layers))}")
 
 
 def make_models(args: argparse.Namespace) -> None:

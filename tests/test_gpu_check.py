@@ -126,9 +126,11 @@ def test_long_logs_keep_both_ends_and_no_progress_bars() -> None:
 
 
 def test_what_pytest_says_is_found() -> None:
-    printed = "two processes spoke over gloo\nFAILED tests/a.py::test_b - AssertionError\n1 failed, 5 passed in 3.21s\n"
+    printed = (
+        "two processes spoke over gloo\nFAILED tests/test_a.py::test_b[c d] - Error\n1 failed, 5 passed in 3.21s\n"
+    )
     assert gpu_check.told_tests(printed) == (
-        "1 failed, 5 passed in 3.21s; two processes spoke over gloo; tests/a.py::test_b"
+        "1 failed, 5 passed in 3.21s; two processes spoke over gloo; test_a.py::test_b[c d]"
     )
 
 

@@ -23,6 +23,13 @@ DTYPES = [torch.float32, torch.bfloat16]
 CPU = torch.device("cpu")
 
 
+def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
+    """A GPU multiplies float32 as TF32 where it is let."""
+    if dtype == torch.bfloat16:
+        return 3e-2
+    return 1e-4 if device.type == "cpu" else 5e-3
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return TinyWorld(tmp_path_factory.mktemp("world"))
@@ -44,12 +51,13 @@ def gradients(world: TinyWorld, name: str, device: torch.device, llm_dtype: str)
 def test_an_update_is_that_of_the_cpu_in_float32(
     world: TinyWorld, name: str, llm_dtype: str, device: torch.device
 ) -> None:
-    """A GPU multiplies in half precision by default: 2 % of the loss, and a gradient of the same direction."""
+    """In half precision, in which a GPU may multiply by default: 3 % of the loss, a gradient of the same direction."""
     expected, expected_gradient = gradients(world, name, CPU, "float32")
     loss, gradient = gradients(world, name, device, llm_dtype)
-    assert loss == pytest.approx(expected, rel=2e-2)
+    is_exact = device == CPU and llm_dtype == "float32"
+    assert loss == pytest.approx(expected, rel=1e-6 if is_exact else 3e-2)
     assert gradient.shape == expected_gradient.shape
-    assert F.cosine_similarity(gradient, expected_gradient, 0) > 0.98
+    assert F.cosine_similarity(gradient, expected_gradient, 0) > (1 - 1e-6 if is_exact else 0.97)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,11 +143,11 @@ def test_attention_of_packed_rows_is_the_formula(
     expected = plain_attention(*inputs, rows, window)
     expected_gradients = torch.autograd.grad((expected * upstream.double()).sum(), inputs)
     out = attend(*inputs, rows, window=window)
-    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+    tolerance = tolerance_of(dtype, device)
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
     for one, other in zip(torch.autograd.grad((out * upstream).sum(), inputs), expected_gradients, strict=True):
         error = (one.double() - other.double()).norm() / other.double().norm()
-        assert error < (1e-4 if dtype == torch.float32 else 2e-2)
+        assert error < tolerance
 
 
 def test_cif_is_that_of_the_cpu(device: torch.device) -> None:
@@ -151,7 +159,8 @@ def test_cif_is_that_of_the_cpu(device: torch.device) -> None:
         embeddings = continuous_integrate_and_fire(*inputs, target_lengths=counts.to(place)).embeddings
         results.append([embeddings.cpu(), *(g.cpu() for g in torch.autograd.grad(embeddings.square().sum(), inputs))])
     for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-4)
+        tolerance = tolerance_of(torch.float32, device)
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,7 +174,7 @@ def test_losses_through_the_head_are_the_formulas(dtype: torch.dtype, device: to
     log_q, log_p = log_q.log_softmax(1), log_p.log_softmax(1)
     formulas = (log_p.exp() * (log_p - log_q)).sum(1), F.nll_loss(log_q, targets, reduction="none")
     losses = linear_kl_div(student, teacher, weight), linear_cross_entropy(student, targets, weight)
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    tolerance = tolerance_of(dtype, device)
     for loss, formula in zip(losses, formulas, strict=True):
         torch.testing.assert_close(loss.double(), formula, atol=tolerance, rtol=tolerance)
         (gradient,) = torch.autograd.grad(loss.sum(), student)
