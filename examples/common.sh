@@ -49,8 +49,9 @@ one_run() {
     printf '%s' "$2" >"$file"
 }
 
-# use_environment EXTRAS: makes it where it is missing
+# use_environment EXTRAS: makes it where it is missing; with BLSPKD_VENV=none the commands on the path are taken
 use_environment() {
+    if [ "${BLSPKD_VENV:-}" = none ]; then cd "$root"; return; fi
     bash "$root/scripts/venv.sh" "$1"
     PATH=$(realpath -m "${BLSPKD_VENV:-$root/.venv}")/bin:$PATH
     cd "$root"

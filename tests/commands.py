@@ -1,8 +1,12 @@
-"""Runs fairseq's commands on tiny models, in this process (an import of fairseq takes seconds)."""
+"""Runs fairseq's commands on tiny models, in this process (an import of fairseq takes seconds).
+
+They run on the CPU, or on the device that the environment's BLSPKD_TEST_DEVICE names.
+"""
 
 import contextlib
 import io
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -16,6 +20,7 @@ from tiny import PATIENCE
 import blspkd_fairseq
 
 PACKAGE = Path(blspkd_fairseq.__file__).parent
+DEVICE = os.environ.get("BLSPKD_TEST_DEVICE", "cpu")
 _TINY = """
     --arch blsp_kd --criterion kl_distillation --llm-dtype float32 --adapter-pre-layers 1 --adapter-post-layers 1
     --adapter-heads 2 --adapter-dropout 0 --lora-rank 4 --lora-dropout 0 --optimizer adam --lr 1e-3 --clip-norm 1.0
@@ -26,7 +31,7 @@ TRAIN_OPTIONS = tuple(_TINY.split())
 
 def arguments(command: str, data: Path, *options: Any) -> list[str]:
     """The command line of ``fairseq-<command>``."""
-    base = ["--user-dir", str(PACKAGE), "--task", "blsp_kd", "--cpu"]
+    base = ["--user-dir", str(PACKAGE), "--task", "blsp_kd", *(["--cpu"] if DEVICE == "cpu" else [])]
     first = [] if command == "hydra-train" else [str(data)]
     return [*first, *base, *map(str, options)]
 
@@ -68,11 +73,16 @@ def train(data: Path, save_dir: Path, llm: Path, whisper: Path, *options: Any) -
     )
 
 
+def program(command: str) -> list[str]:
+    """What the script ``fairseq-<command>`` runs, wherever an installation put that script, if anywhere."""
+    module = f"fairseq_cli.{command.replace('-', '_')}"
+    return [sys.executable, "-c", f"from {module} import cli_main; cli_main()"]
+
+
 def start(command: str, data: Path, *options: Any) -> "subprocess.Popen[str]":
     """The real command in a process of its own."""
-    executable = str(Path(sys.executable).with_name(f"fairseq-{command}"))
     return subprocess.Popen(
-        [executable, *arguments(command, data, *options)],
+        [*program(command), *arguments(command, data, *options)],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -80,9 +90,16 @@ def start(command: str, data: Path, *options: Any) -> "subprocess.Popen[str]":
 
 
 def train_on_two(
-    data: Path, save_dir: Path, llm: Path, whisper: Path, *options: Any, backend: str = "pytorch_ddp"
+    data: Path,
+    save_dir: Path,
+    llm: Path,
+    whisper: Path,
+    *options: Any,
+    backend: str = "pytorch_ddp",
+    collectives: str = "gloo",
+    seconds: float = PATIENCE,
 ) -> None:
-    """``fairseq-train`` on two gloo processes."""
+    """``fairseq-train`` in two processes that share the CPU or one card."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -90,14 +107,19 @@ def train_on_two(
         start(
             "train", data, "--llm", llm, "--speech-encoder", whisper, "--save-dir", save_dir, *TRAIN_OPTIONS, *options,
             "--distributed-world-size", 2, "--distributed-rank", rank, "--distributed-no-spawn",
-            "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-backend", "gloo",
+            "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-backend", collectives,
             "--ddp-backend", backend,
         )
         for rank in range(2)
     ]  # fmt: skip
-    for worker in workers:
-        output, _ = worker.communicate(timeout=PATIENCE)
-        assert worker.returncode == 0, output[-3000:]
+    try:
+        for worker in workers:
+            output, _ = worker.communicate(timeout=seconds)
+            assert worker.returncode == 0, output[-3000:]
+    finally:  # one that waits for the other, which has failed, would wait for ever
+        for worker in workers:
+            worker.kill()
+            worker.wait()
 
 
 def load(checkpoint: Path) -> dict[str, Any]:

@@ -6,8 +6,12 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,6 +27,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 import blspkd_fairseq  # noqa: E402, F401  (hides a broken torchaudio before any test imports transformers)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tests run that can run anywhere: the environment's BLSPKD_TEST_DEVICE, or the CPU."""
+    import torch
+
+    return torch.device(os.environ.get("BLSPKD_TEST_DEVICE", "cpu"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

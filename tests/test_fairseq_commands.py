@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import PACKAGE, TRAIN_OPTIONS, fairseq, load, start, train, train_on_two
+from commands import DEVICE, PACKAGE, TRAIN_OPTIONS, fairseq, load, program, start, train, train_on_two
 from tiny import PATIENCE, SENTENCES, read_jsonl, save_llm, save_whisper, write_speech, write_split
 
 UPDATES = ("--max-update", 4, "--validate-interval", 1, "--disable-validation")
@@ -54,7 +54,13 @@ def updates(log: str) -> list[str]:
     return re.findall(r"^epoch \d+: +\d+ / \d+ loss=", log, re.M)
 
 
+# A GPU adds up in another order every time and multiplies with fewer bits, and Adam makes steps of that: it is on the
+# CPU that these tests are exact.
+DEVICE_TOLERANCE = 0.0 if DEVICE == "cpu" else 5e-3
+
+
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 2e-6) -> None:
+    tolerance = max(tolerance, DEVICE_TOLERANCE)
     assert one.keys() == other.keys()
     for name, weight in one.items():
         torch.testing.assert_close(weight, other[name], atol=tolerance, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -450,17 +456,15 @@ def test_commands_in_their_own_processes(world: World, tmp_path: Path) -> None:
         f"+model.speech_encoder={world.whisper}", "+model.llm_dtype=float32", "+model.adapter_heads=2",
         "+criterion._name=kl_distillation",
         "~criterion", "++optimizer._name=adam",
-        f"common.user_dir={Path(__file__).parents[1] / 'blspkd_fairseq'}", "common.cpu=true",
+        f"common.user_dir={Path(__file__).parents[1] / 'blspkd_fairseq'}", f"common.cpu={DEVICE == 'cpu'}",
         "dataset.batch_size=4", "optimization.max_update=2", "optimization.lr=[1e-3]",
         f"checkpoint.save_dir={tmp_path / 'hydra'}", f"hydra.run.dir={tmp_path / 'hydra-run'}",
         "dataset.disable_validation=true", "dataset.num_workers=0",
     ]  # fmt: skip
     import subprocess
-    import sys
 
-    executable = Path(sys.executable).with_name("fairseq-hydra-train")
     other = subprocess.Popen(
-        [executable, *hydra], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path,
+        [*program("hydra-train"), *hydra], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path,
         env=os.environ | {"HYDRA_FULL_ERROR": "1"},
     )  # fmt: skip
     train_process = start("train", world.data, *common, *TRAIN_OPTIONS, *UPDATES)
