@@ -33,7 +33,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS, SCRIPTS = ROOT / "tests", ROOT / "scripts"
-PRESETS = ("135m", "0.5b", "7b")
 _EXIT_SECONDS = 60  # after "done training"
 _OVERTIME = 15  # seconds behind --seconds at which whatever still runs is killed
 _LOG_HEAD, _LOG_TAIL = 50_000, 700_000  # characters of a step's log that are kept
@@ -243,7 +242,7 @@ def told_tests(printed: str) -> str:
     return "; ".join([told_pytest(printed), *spoken[-1:], *failed[:8], *more])
 
 
-def told_training(path: Path) -> Callable[[str], str]:
+def told_training(path: Path, preset: str, batch: int) -> Callable[[str], str]:
     """Utterances per second of the variants in a table of bench_training.py."""
 
     def told(printed: str) -> str:
@@ -252,8 +251,8 @@ def told_training(path: Path) -> Callable[[str], str]:
         if not path.exists():
             return ""
         with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return ", ".join(f"{row.get('variant')}: {row.get('utterances_per_second')}/s" for row in rows)
+            rows = [row for row in csv.DictReader(file) if (row["models"], row["batch"]) == (preset, str(batch))]
+        return ", ".join(f"{row['variant']}: {row['utterances_per_second']}/s" for row in rows)
 
     return told
 
@@ -276,7 +275,8 @@ def make_steps(args: argparse.Namespace, work: Path) -> list[Step]:
         *fairseq_steps(args, work, part("models")),
         Step("launches", part("launches"), 90, told_results),
         Step("modules", bench_modules_command(args), 90, all_of(r"^((?:cif|kl) +blspkd_fairseq +[\d.]+) ")),
-        *(bench_training_step(args, preset) for preset in PRESETS),
+        *(bench_training_step(args, *run) for run in TRAINING_RUNS),
+        bench_generation_step(args),
         Step("commands", pytest_command(work, ["test_fairseq_commands.py"], args), 240, told_tests),
         quickstart_step(args, work),
     ]
@@ -302,11 +302,30 @@ def bench_modules_command(args: argparse.Namespace) -> list[str]:
     return [sys.executable, "-u", str(SCRIPTS / "bench_modules.py"), *options]
 
 
-def bench_training_step(args: argparse.Namespace, preset: str) -> Step:
-    path = args.out / f"bench_training_{preset}.csv"
-    options = ["--preset", preset, "--device", args.device, "--out", str(path), *(["--quick"] if args.quick else [])]
-    command = [sys.executable, "-u", str(SCRIPTS / "bench_training.py"), *options]
-    return Step(f"training-{preset}", command, 100, told_training(path))
+# Preset, batch, variants.
+TRAINING_RUNS = (
+    ("0.5b", 16, "default options,published,padded rows,float32 products"),
+    ("7b", 48, "default options"),
+    ("135m", 256, "default options"),
+    ("0.5b", 192, "default options"),
+    ("7b", 16, "default options,published"),
+)
+
+
+def bench_training_step(args: argparse.Namespace, preset: str, batch: int, variants: str) -> Step:
+    path = args.out / "bench_training.csv"
+    size, rounds = (2, 1) if args.quick else (batch, 3)
+    options = ["--preset", preset, "--device", args.device, "--batch-size", size, "--rounds", rounds]
+    options += ["--variants", variants, "--out", path, *(["--quick"] if args.quick else [])]
+    command = [sys.executable, "-u", str(SCRIPTS / "bench_training.py"), *map(str, options)]
+    return Step(f"training-{preset}-{batch}", command, 100, told_training(path, preset, size))
+
+
+def bench_generation_step(args: argparse.Namespace) -> Step:
+    options = ["--preset", "0.5b", "--device", args.device, "--out", str(args.out / "bench_generation.csv")]
+    options += ["--quick", "--batch-size", "2", "--tokens", "4", "--rounds", "1"] if args.quick else []
+    command = [sys.executable, "-u", str(SCRIPTS / "bench_generation.py"), *options]
+    return Step("generation", command, 90, all_of(r"^(beam \d+ \w+ +[\d.]+ tokens/s)"))
 
 
 _TRAINING = """

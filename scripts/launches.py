@@ -129,7 +129,6 @@ class Shape:
                 "plan": plan.to(device),
                 "spec": spec,
                 "samples": samples,
-                "keys": list(range(self.batch)),
             },
             "nsentences": self.batch,
             "ntokens": sum(len(row.response) for row in rows),
