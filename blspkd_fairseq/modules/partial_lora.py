@@ -67,6 +67,7 @@ class _MaskState:
         self._speech: _Speech | None = None
         self._copies: dict[int, Tensor] = {}
         self._copied: tuple[Any, ...] = ()
+        self._is_current = False  # looked at once for each forward call: there are hundreds of matrices
 
     def set(self, mask: PositionMask) -> None:
         """The places of a mask are found once, for all layers: on a GPU each search waits for the device."""
@@ -74,6 +75,7 @@ class _MaskState:
             mask = SpeechPlaces(mask.flatten().nonzero()[:, 0], tuple(mask.shape))
         self.mask = mask
         self._input = self._speech = None
+        self._is_current = False
 
     @torch.no_grad()
     def speech(self, x: Tensor, dropout: float) -> _Speech:
@@ -97,13 +99,15 @@ class _MaskState:
         """A trained matrix in the dtype of products; all are cast at once, after each change of the weights."""
         if weight.dtype == dtype:
             return weight
-        weights = [matrix.weight for layer in self.layers for matrix in layer.matrices()]
-        state = (dtype, weight.device, *(one._version for one in weights))
-        if self._copied != state:
-            copies = [torch.empty_like(one, dtype=dtype) for one in weights]
-            torch._foreach_copy_(copies, weights)
-            self._copies = dict(zip(map(id, weights), copies, strict=True))
-            self._copied = state
+        if not self._is_current:
+            weights = [matrix.weight for layer in self.layers for matrix in layer.matrices()]
+            state = (dtype, weight.device, *(one._version for one in weights))
+            if self._copied != state:
+                copies = [torch.empty_like(one, dtype=dtype) for one in weights]
+                torch._foreach_copy_(copies, weights)
+                self._copies = dict(zip(map(id, weights), copies, strict=True))
+                self._copied = state
+            self._is_current = True
         return self._copies[id(weight)]
 
 
