@@ -291,8 +291,6 @@ def _end_reading_with_commands() -> None:
     from fairseq.data import iterators
 
     class Reader(iterators.BackgroundConsumer):
-        _is_ours = True
-
         def __init__(self, ahead: Any, loader: Any, most: int | None, cuda_device: int | None) -> None:
             self.is_ended = threading.Event()
             super().__init__(ahead, self._batches(loader, most), None, cuda_device)

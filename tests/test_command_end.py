@@ -1,6 +1,7 @@
 """What fairseq's commands leave behind: no thread, no process, and nothing for the interpreter's end to clean up."""
 
 import multiprocessing
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -109,10 +110,12 @@ def test_training_that_stops_in_mid_epoch_or_by_an_error(left_over: Callable[...
     write_split(tmp_path / "data", "train", 16)
     write_split(tmp_path / "data", "valid", 2)
     options = ("--num-workers", 2, "--batch-size", 1, "--validate-interval-updates", 2, "--no-save")
-    import fairseq_cli.train  # noqa: F401  (for its functions to be found; as it is in the real command)
+    import fairseq_cli.train  # as it is in the real command, so that its functions are found
 
     train(tmp_path / "data", tmp_path / "save", llm, whisper, *options, "--max-update", 3)
     assert left_over() == []
+    main = fairseq_cli.train.main
+    assert hasattr(main, "_is_ours") and pickle.loads(pickle.dumps(main)) is main  # for processes that are spawned
     with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
         patch.setattr("fairseq.trainer.Trainer.train_step", lambda *_: 1 / 0)
         train(tmp_path / "data", tmp_path / "save", llm, whisper, *options)
