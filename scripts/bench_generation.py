@@ -20,7 +20,7 @@ from bench_modules import cpu_name
 from bench_training import PRESETS, from_files, from_preset, synchronize
 from transformers import GenerationConfig
 
-from blspkd_fairseq.data.batch import Speech
+from blspkd_fairseq.data.conversation import Speech
 from blspkd_fairseq.generation.decoding import DecodingOptions, Prompts, _answer, build_prompts
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 

@@ -32,7 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Whis
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import blspkd_fairseq  # noqa: F401
-from blspkd_fairseq.data.batch import Batch, PlanRow, Rows, Speech, pad_waveforms, plan_batch
+from blspkd_fairseq.data.batch import Batch, PlanRow, Rows, pad_waveforms, plan_batch
+from blspkd_fairseq.data.conversation import Speech
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import CFormer
 from blspkd_fairseq.modules.cif import quantity_loss

@@ -15,7 +15,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import blspkd_fairseq
 from blspkd_fairseq import compat
-from blspkd_fairseq.data.batch import PlanRow, Speech, plan_batch
+from blspkd_fairseq.data.batch import PlanRow, plan_batch
+from blspkd_fairseq.data.conversation import Speech
 from blspkd_fairseq.data.dataset import pad_waveforms
 from blspkd_fairseq.modules import build
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder

@@ -12,9 +12,9 @@ from tiny import SENTENCES, read_jsonl, save_llm, save_whisper, write_speech
 from tokenizers_util import bpe_tokenizer
 
 import blspkd_fairseq
-from blspkd_fairseq.data.batch import PlanRow, Speech, SpeechLengths, plan_batch
+from blspkd_fairseq.data.batch import PlanRow, SpeechLengths, plan_batch
 from blspkd_fairseq.data.chat import ChatError, ChatFormat
-from blspkd_fairseq.data.conversation import ConversationError, Turn, one_turn, read_conversation, read_messages
+from blspkd_fairseq.data.conversation import ConversationError, Speech, Turn, one_turn, read_conversation, read_messages
 from blspkd_fairseq.data.manifest import Manifest, ManifestError, write_manifest
 from blspkd_fairseq.data.validate import validate
 

@@ -20,7 +20,7 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from blspkd_fairseq import BlspKd, evaluate
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.data.record_store import StoreError
-from blspkd_fairseq.generation import systems
+from blspkd_fairseq.systems import systems
 
 ROWS = 14
 

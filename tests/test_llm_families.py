@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from blspkd_fairseq.data.batch import Batch, PlanRow, Speech, plan_batch
+from blspkd_fairseq.data.batch import Batch, PlanRow, plan_batch
+from blspkd_fairseq.data.conversation import Speech
 from blspkd_fairseq.modules.build import find_logit_transform
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
 from blspkd_fairseq.modules.partial_lora import add_partial_lora

@@ -21,15 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-class Speech(NamedTuple):
-    """The place of a piece of speech in a rendered conversation. Attribute: its number among the row's pieces."""
-
-    piece: int
-
-
-Segment = Sequence[int] | Speech
-"""Ids of text, or a piece of speech."""
+from blspkd_fairseq.data.conversation import Segment, Speech
 
 
 @dataclass(frozen=True)

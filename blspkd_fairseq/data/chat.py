@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from blspkd_fairseq.data.batch import Segment, Speech
-from blspkd_fairseq.data.conversation import Conversation, Turn, one_turn
+from blspkd_fairseq.data.conversation import Conversation, Segment, Speech, Turn, one_turn
 from blspkd_fairseq.data.prompts import SPEECH_SLOT
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from blspkd_fairseq.data.batch import Speech
 from blspkd_fairseq.data.prompts import SPEECH_SLOT
 
 ROLES = ("system", "user", "assistant")
@@ -26,6 +25,16 @@ MOST_PIECES = 64
 
 class ConversationError(ValueError):
     """Messages that are no conversation; the text says which one and what it should be."""
+
+
+class Speech(NamedTuple):
+    """The place of a piece of speech in a rendered conversation. Attribute: its number among the row's pieces."""
+
+    piece: int
+
+
+Segment = Sequence[int] | Speech
+"""Ids of text, or a piece of speech."""
 
 
 class Turn(NamedTuple):

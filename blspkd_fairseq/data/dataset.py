@@ -17,12 +17,13 @@ compat.require_fairseq()  # one sentence instead of a missing module
 from fairseq.data import FairseqDataset  # noqa: E402
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, audio_identity, load_audio  # noqa: E402
-from blspkd_fairseq.data.batch import PlanRow, Segment, SpeechLengths, pad_ids, pad_waveforms, plan_batch  # noqa: E402
+from blspkd_fairseq.data.batch import PlanRow, SpeechLengths, pad_ids, pad_waveforms, plan_batch  # noqa: E402
 from blspkd_fairseq.data.chat import ChatFormat  # noqa: E402
 from blspkd_fairseq.data.conversation import (  # noqa: E402
     MOST_PIECES,
     AudioPart,
     Conversation,
+    Segment,  # noqa: E402
     one_turn,
     read_conversation,
 )

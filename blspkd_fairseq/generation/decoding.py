@@ -12,8 +12,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 from blspkd_fairseq import compat
-from blspkd_fairseq.data.batch import Segment, Speech
 from blspkd_fairseq.data.chat import ChatFormat
+from blspkd_fairseq.data.conversation import Segment, Speech
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, SpeechPlaces, speech_positions
 from blspkd_fairseq.modules.speech_llm import ChatLLM, SpeechLLM

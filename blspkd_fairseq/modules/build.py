@@ -233,7 +233,8 @@ def _check(config: SpeechLlmConfig) -> None:
 def _embedding_scale(llm: PreTrainedModel) -> float:
     """Standard deviation of the token embeddings as the decoder receives them (some LLMs scale them)."""
     table = llm.get_input_embeddings()
-    ids = torch.linspace(0, table.num_embeddings - 1, min(table.num_embeddings, 4096)).long()
+    count, device = table.num_embeddings, table.weight.device
+    ids = torch.linspace(0, count - 1, min(count, 4096), device=device).long()
     with torch.no_grad():
         return float(table(ids).float().std())
 

@@ -196,11 +196,14 @@ class SpeechLLM(ChatLLM):
 
     def settle_precision(self) -> None:
         """Brings the frozen encoder and LoRA's products to the precision that :attr:`products` says."""
-        if not self.train_speech_encoder:
-            self.speech_encoder.to(self.speech_encoder_dtype or self.products)
+        # Where nobody chose, and nothing is faster in half precision, everything stays as it is.
+        chosen = self.products if self.product_dtype is not None or self.products != torch.float32 else None
+        encoder_dtype = self.speech_encoder_dtype or chosen
+        if encoder_dtype is not None and not self.train_speech_encoder:
+            self.speech_encoder.to(encoder_dtype)
         state = getattr(self.llm, "partial_lora_state", None)
         if state is not None:
-            state.products = self.products
+            state.products = chosen
         if self.device.type == "cuda":
             fuse_norms(self.llm)
             torch.set_float32_matmul_precision("highest" if self.product_dtype == torch.float32 else "high")
