@@ -8,6 +8,7 @@ DIR/whisper-tiny.en and DIR/smollm2-135m-instruct appear when they are complete;
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -183,6 +184,7 @@ if __name__ == "__main__":
     from blspkd_fairseq import compat
 
     compat.guard_transformers()
+    os.environ["TQDM_DISABLE"] = "1"  # the bar of a conversion that takes seconds, which cannot be hidden otherwise
     try:
         main()
     except (ValueError, OSError) as error:
