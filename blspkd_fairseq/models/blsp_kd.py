@@ -60,7 +60,7 @@ class BlspKdModel(BaseFairseqModel):
 
     def set_num_updates(self, num_updates: int) -> None:
         """The trainer says how many updates were made; roll-outs are seeded by it."""
-        super().set_num_updates(num_updates)
+        # Without fairseq's walk over all modules, none of which wants to know.
         self.num_updates = num_updates
 
     def max_positions(self) -> int:
