@@ -606,3 +606,25 @@ def test_manifest_survives_as_written(tmp_path: Path) -> None:
     manifest = Manifest.load(tmp_path / "out" / "train.tsv")
     write_manifest(tmp_path / "again.tsv", manifest, manifest.columns)
     assert (tmp_path / "again.tsv").read_bytes() == (tmp_path / "out" / "train.tsv").read_bytes()
+
+
+def test_a_shard_that_was_closed_before_its_last_members_were_kept_is_gone_on_with(tmp_path: Path) -> None:
+    """A kill between the end of a shard and the records of its last members: the same bytes as without it."""
+    files = [(f"{i}.flac", bytes([i]) * 400) for i in range(5)]
+
+    def write(folder: Path, kept: int) -> list[bytes]:
+        first = ShardWriter(folder, "train", 1000)
+        members = [first.append(*one) for one in files]
+        first.close()
+        if kept < len(files):
+            again = ShardWriter(folder, "train", 1000, members[:kept])
+            members[kept:] = [again.append(*one) for one in files[kept:]]
+            again.finish()
+        else:
+            ShardWriter(folder, "train", 1000, members).finish()
+        return [path.read_bytes() for path in sorted(folder.glob("*.zip"))]
+
+    expected = write(tmp_path / "undisturbed", len(files))
+    assert len(expected) == 3
+    for kept in range(1, len(files)):
+        assert write(tmp_path / f"killed-{kept}", kept) == expected, kept

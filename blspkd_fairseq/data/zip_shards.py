@@ -123,12 +123,23 @@ class ShardWriter:
     def _continue(self) -> None:
         final, partial, end = self.path(self._shard), self._partial(), self._members[-1].end
         if final.is_file() and final.stat().st_size > end:
-            self._members, self._shard = [], self._shard + 1
-            return
+            if _directory_begins(final) == end:
+                self._members, self._shard = [], self._shard + 1
+                return
+            # Closed, but a kill came before the last of its members were kept: these are written again.
+            os.replace(final, partial)
         if not partial.is_file() or partial.stat().st_size < end:
             raise ShardError(f"{final} lacks audio that was written to it: delete the whole output and start again")
         self._file = open(partial, "r+b", buffering=0)  # noqa: SIM115, it stays open
         self._file.truncate(end)
+
+
+def _directory_begins(path: Path) -> int:
+    """The byte at which a finished shard's directory begins, behind its last member; -1 if there is none."""
+    with open(path, "rb") as file:
+        file.seek(-22, os.SEEK_END)
+        signature, *_, begins, _ = struct.unpack("<4s4H2IH", file.read(22))
+    return int(begins) if signature == b"PK\5\6" else -1
 
 
 def member_of(record: Mapping[str, Any]) -> Member:
