@@ -17,7 +17,7 @@ import csv
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -344,7 +344,7 @@ def slower_loss(model: SpeechLLM, step: Step, levers: Levers) -> Tensor:
 def padded_piecewise(model: SpeechLLM, embeds: Tensor, rows: Rows, speech: int, is_speech: bool) -> Tensor:
     """Rows padded behind their speech and at their end, with a mask of all positions, as published."""
     device = embeds.device
-    index, place = padded_places(replace(rows, order=rows.order, place=rows.place))
+    index, place = padded_places(rows)
     width, gap = index.shape[1], 4  # what padding of speech to the longest adds
     columns = torch.arange(width, device=device)
     mask = columns < (rows.prefix + rows.lengths).unsqueeze(1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import blspkd_fairseq
 from blspkd_fairseq.data.batch import Batch, plan_batch
 from blspkd_fairseq.data.manifest import Manifest
-from blspkd_fairseq.generation.decoding import build_prompts, hear
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_text, build_prompts, hear
 from blspkd_fairseq.generation.rollouts import RolloutOptions, draw, roll_out, rollout_seed
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.speech_llm import SpeechLLM, SpeechLlmOutput
@@ -390,6 +390,15 @@ def test_under_partial_lora_the_student_answers_text_as_the_base_llm_does(world:
         read, taught = (reads(layout) for reads in (model.speech_llm.read, model.speech_llm.teach))
         assert torch.equal(read, taught)  # so that A_im is 0, word by word
     assert answers[0] == answers[1]
+
+
+def test_answers_to_text_are_the_teachers_also_under_lora_everywhere(world: World) -> None:
+    asked = (["turn on the light", "hello"], ["{speech}", "Repeat: {speech}"], DecodingOptions(max_new_tokens=8))
+    answers = []
+    for scope in ("all", "speech", "none"):
+        model = world.build(scope, dtype=torch.float64).eval()
+        answers.append([group[0].ids for group in answer_text(model.speech_llm, model.chat, *asked)])
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_the_teacher_stays_what_it_was(world: World) -> None:

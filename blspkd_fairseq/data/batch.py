@@ -106,6 +106,11 @@ class Rows:
         return self.lengths.cumsum(0) - self.lengths
 
     @cached_property
+    def within(self) -> Tensor:
+        """``[N - prefix]`` the place of each position in its own row."""
+        return torch.arange(len(self.row), device=self.row.device) - self.begins[self.row]
+
+    @cached_property
     def padded(self) -> Tensor:
         """``[R, longest]`` index in row order of each padded place, the prefix not counted; padding repeats some."""
         columns = torch.arange(self.longest, device=self.lengths.device)
@@ -114,8 +119,7 @@ class Rows:
     @cached_property
     def unpadded(self) -> Tensor:
         """``[N - prefix]`` place among the flattened padded rows."""
-        within = torch.arange(len(self.row), device=self.row.device) - self.begins[self.row]
-        return self.row * self.longest + within
+        return self.row * self.longest + self.within
 
     @cached_property
     def is_padding(self) -> Tensor:

@@ -107,6 +107,7 @@ class Prompts:
         valid: ``[B, L]`` int64, 1 where there is no padding.
         speech: ``[2, S]`` row and column of each speech position.
         heard: speech is among them, not its transcript.
+        student: its LoRA acts; otherwise the teacher, the base LLM, reads and answers.
         longest: the longest, in tokens; L.
     """
 
@@ -114,6 +115,7 @@ class Prompts:
     valid: Tensor
     speech: Tensor
     heard: bool
+    student: bool
     longest: int
 
     def places(self, width: int, copies: int = 1) -> SpeechPlaces:
@@ -171,7 +173,8 @@ def answer_text(
     """The teacher's answers: as :func:`answer_speech`, with the transcript in place of the speech."""
     conversations = [render_prompt(chat, prompt) for prompt in prompts]
     ids = [chat.encode_text(text) for text in transcripts]
-    return _answer(model, chat, build_prompts(model, conversations, transcripts=ids), options, with_scores)
+    asked = build_prompts(model, conversations, transcripts=ids, student=False)
+    return _answer(model, chat, asked, options, with_scores)
 
 
 def render_prompt(chat: ChatFormat, prompt: Instruction) -> list[Segment]:
@@ -206,6 +209,7 @@ def build_prompts(
     speech: Tensor | None = None,
     counts: Sequence[int] = (),
     transcripts: Sequence[Sequence[int]] = (),
+    student: bool = True,
 ) -> Prompts:
     """Puts conversations together.
 
@@ -214,6 +218,7 @@ def build_prompts(
         conversations: their segments.
         speech: ``[P, U, D]`` embeddings of all their pieces of speech, of which ``counts`` are valid.
         transcripts: ids in place of the speech.
+        student: who reads; see :class:`Prompts`.
     """
     rows: list[list[int]] = []
     speech_places: list[tuple[int, int, int]] = []  # row, column, index among the flattened embeddings
@@ -239,7 +244,7 @@ def build_prompts(
     if speech is not None:
         embeds[places[0], places[1]] = speech.flatten(0, 1)[places[2]]
     embeds = embeds * valid.unsqueeze(2)  # padding is seen by nobody, and NaN in it would be
-    return Prompts(embeds, valid, places[:2], speech is not None, longest)
+    return Prompts(embeds, valid, places[:2], speech is not None, student, longest)
 
 
 def decode(
@@ -260,7 +265,7 @@ def _decode(
     logits_processor: LogitsProcessor | None = None,
     **arguments: Any,
 ) -> Tensor:
-    everywhere = model.lora_scope == "all"
+    everywhere = prompts.student and model.lora_scope == "all"
     embeds, valid = prompts.embeds.repeat_interleave(copies, 0), prompts.valid.repeat_interleave(copies, 0)
     rows = torch.arange(len(prompts.embeds), device=embeds.device)
     repeats = copies * max(arguments.get("num_beams", 1), arguments.get("num_return_sequences", 1))
@@ -280,16 +285,17 @@ def _decode(
 
 def _reading(model: ChatLLM, prompts: Prompts, width: int, copies: int = 1) -> PositionMask:
     """Where LoRA acts on prompts that are cut, or filled up, to ``width``."""
-    if model.lora_scope == "all" and prompts.heard:
+    if not prompts.student or model.lora_scope == "none":
+        return None
+    if model.lora_scope == "all":
         return ALL_POSITIONS
-    return prompts.places(width, copies) if prompts.heard and model.lora_scope == "speech" else None
+    return prompts.places(width, copies) if prompts.heard else None
 
 
 def read_prompts(model: ChatLLM, prompts: Prompts) -> Any:
     """A cache of all prompt positions but the last, which ``generate`` feeds itself."""
     valid = prompts.valid[:, :-1]
-    mask = ALL_POSITIONS if model.lora_scope == "all" else _reading(model, prompts, prompts.longest - 1)
-    with speech_positions(model.llm, mask):
+    with speech_positions(model.llm, _reading(model, prompts, prompts.longest - 1)):
         output = model.llm.get_decoder()(
             inputs_embeds=prompts.embeds[:, :-1], attention_mask=valid, position_ids=_positions(valid), use_cache=True
         )
@@ -307,13 +313,14 @@ def _answer(
     per_row = arguments["num_return_sequences"]
     likeliest = _Likeliest() if with_scores and options.takes_the_likeliest else None
     cache = read_prompts(model, prompts)
-    states = _plain_states(cache)  # as they are now: decoding makes new ones
+    scores_apart = with_scores and likeliest is None
+    states = _plain_states(cache) if scores_apart else None  # as they are now: decoding makes new ones
     generated = _decode(model, prompts, cache, logits_processor=likeliest, **arguments).tolist()
     answers = [strip_end(row, chat.eos_ids) for row in generated]
     scores: list[list[float]] = [[] for _ in answers]
     if likeliest is not None:
         scores = likeliest.scores([len(ids) + finished for ids, finished in answers])
-    elif with_scores:
+    elif scores_apart:
         scores = _score(model, chat, prompts, answers, per_row, states)
     hypotheses = [
         Hypothesis(chat.decode(ids), ids, finished, sum(s) / max(1, len(s)) ** options.length_penalty, s)

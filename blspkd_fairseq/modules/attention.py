@@ -218,7 +218,7 @@ def _flash_plan(rows: Rows) -> _FlashPlan:
     place = order if rows.place is None else rows.place
     ends = rows.lengths.cumsum(0)
     key_begins = prefix + rows.begins + prefix * torch.arange(count, device=device)  # of each row's prefix
-    own = key_begins[rows.row] + prefix + torch.arange(len(rows.row), device=device) - rows.begins[rows.row]
+    own = key_begins[rows.row] + prefix + rows.within
     within = torch.arange(prefix, device=device)
     repeats = (key_begins.unsqueeze(1) + within).flatten()
     keys = torch.empty(rows.total + count * prefix, dtype=torch.long, device=device)

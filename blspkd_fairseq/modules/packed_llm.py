@@ -110,8 +110,7 @@ def padded_places(rows: Rows) -> tuple[Tensor, Tensor]:
     width = rows.prefix + rows.longest
     within = torch.arange(rows.prefix, device=rows.lengths.device)
     index = torch.cat([within.expand(len(rows.counts), -1), rows.prefix + rows.padded], 1)
-    behind = rows.unpadded - rows.row * rows.longest
-    place = torch.cat([within, rows.row * width + rows.prefix + behind])
+    place = torch.cat([within, rows.row * width + rows.prefix + rows.within])
     if rows.order is None or rows.place is None:
         return index, place
     return rows.order[index], place[rows.place]

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from blspkd_fairseq.data.batch import Rows
@@ -28,8 +27,7 @@ def rows_of(lengths: Tensor, counts: Sequence[int] | None = None) -> Rows:
 
 def pack(padded: Tensor, rows: Rows) -> Tensor:
     """``[N, D]`` of ``padded`` [R, T, D] with T >= the longest row."""
-    index = rows.row * padded.shape[1] + rows.unpadded - rows.row * rows.longest
-    return padded.flatten(0, 1).index_select(0, index)
+    return padded.flatten(0, 1).index_select(0, rows.row * padded.shape[1] + rows.within)
 
 
 def pad(values: Tensor, rows: Rows) -> Tensor:
@@ -41,5 +39,4 @@ def pad(values: Tensor, rows: Rows) -> Tensor:
 
 def crop(ragged: Ragged, rows: Rows) -> Ragged:
     """The first ``rows.lengths`` of each row."""
-    within = torch.arange(rows.total, device=rows.row.device) - rows.begins[rows.row]
-    return Ragged(ragged.values.index_select(0, ragged.rows.begins[rows.row] + within), rows)
+    return Ragged(ragged.values.index_select(0, ragged.rows.begins[rows.row] + rows.within), rows)

@@ -157,8 +157,7 @@ class SpeechEncoder(nn.Module):
     def _encode(self, hidden: Tensor, rows: Rows) -> Tensor:
         """Positions and transformer layers over packed frames ``[N, D]``; each row sees itself."""
         encoder = self.encoder
-        within = torch.arange(rows.total, device=hidden.device) - rows.begins[rows.row]
-        hidden = hidden + encoder.embed_positions.weight[within]
+        hidden = hidden + encoder.embed_positions.weight[rows.within]
         hidden = nn.functional.dropout(hidden, p=encoder.dropout, training=encoder.training).unsqueeze(0)
         with packed_rows(encoder.config, rows):
             for layer in encoder.layers:
