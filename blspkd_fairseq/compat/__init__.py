@@ -5,8 +5,8 @@ Importing this package imports none of them: `blspkd_fairseq.check` runs where t
 
 from blspkd_fairseq.compat.checkpoints import (
     allow_safe_checkpoint_globals,
-    copy_checkpoints_atomically,
-    say_why_a_checkpoint_is_refused,
+    read_whole_checkpoints,
+    write_checkpoints_whole,
 )
 from blspkd_fairseq.compat.commands import (
     attend_commands,
@@ -14,7 +14,7 @@ from blspkd_fairseq.compat.commands import (
     refuse_precision,
     refuse_precision_of_command,
 )
-from blspkd_fairseq.compat.distributed import sum_gradients_as_they_are
+from blspkd_fairseq.compat.distributed import share_checkpoints, sum_gradients_as_they_are
 from blspkd_fairseq.compat.fairseq_build import (
     INSTALL_FAIRSEQ,
     FairseqDistribution,
@@ -35,6 +35,7 @@ from blspkd_fairseq.compat.llm import (
     without_progress_bars,
 )
 from blspkd_fairseq.compat.torchaudio import block_broken_torchaudio, guard_transformers
+from blspkd_fairseq.compat.training import go_on_exactly, restore_training_state, training_state
 
 __all__ = [
     "CPU_ATTENTION",
@@ -48,18 +49,22 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "checkpoint_activations",
-    "copy_checkpoints_atomically",
     "default_results_jsonl",
     "fairseq_distributions",
     "fairseq_problem",
     "fairseq_warning",
+    "go_on_exactly",
     "guard_transformers",
+    "read_whole_checkpoints",
     "refuse_precision",
     "refuse_precision_of_command",
     "require_fairseq",
-    "say_why_a_checkpoint_is_refused",
+    "restore_training_state",
+    "share_checkpoints",
     "silence_fairseq",
     "sum_gradients_as_they_are",
+    "training_state",
     "use_fast_cpu_attention",
     "without_progress_bars",
+    "write_checkpoints_whole",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import queue
 import sys
 import threading
@@ -15,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from blspkd_fairseq.compat import signals
 from blspkd_fairseq.compat.replacing import replace
 
 _commands: list[Any] = []  # configurations of those that run
@@ -51,12 +53,26 @@ def _remembered(call_main: Any) -> Any:
         if getattr(cfg.task, "_name", None) == "blsp_kd":
             refuse_precision(cfg)
         _commands.append(cfg)
+        if _will_spawn(cfg.distributed_training):
+            signals.watch_signals(forward=True)
         try:
             return call_main(cfg, *args, **kwargs)
+        except Exception as error:
+            code = signals.exit_as_spawned(error)
+            if code is None:
+                raise
+            raise SystemExit(code) from None
         finally:
             _commands.pop()
+            signals.leave_signals()
 
     return call
+
+
+def _will_spawn(cfg: Any) -> bool:
+    """Whether a command trains in processes of its own, and not in those of torchrun or Slurm."""
+    is_launched = all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
+    return cfg.distributed_world_size > 1 and not cfg.distributed_no_spawn and not is_launched
 
 
 def _followed_by_an_end(function: Any) -> Any:
@@ -88,7 +104,10 @@ def _end_reading_with_commands() -> None:
             _readers.add(self)
 
         def _batches(self, loader: Any, most: int | None) -> Iterator[Any]:
-            batches = iter(loader)
+            with signals.held_back():
+                batches = iter(loader)
+            for worker in getattr(batches, "_workers", ()):
+                worker._popen.terminate = worker._popen.kill  # since it does not hear of SIGTERM
             try:
                 for batch in islice(batches, most):
                     yield batch
@@ -140,6 +159,11 @@ def refuse_precision(command: Any) -> None:
     Raises:
         ValueError: names the options and what to use.
     """
+    if getattr(getattr(command, "checkpoint", None), "write_checkpoints_asynchronously", False):
+        raise ValueError(
+            "leave out --write-checkpoints-asynchronously: checkpoints are written whole and checked, before training "
+            "goes on"
+        )
     given = [name for name in _PRECISIONS if getattr(command.common, name, False)]
     given = [name for name in given if f"memory_efficient_{name}" not in given]  # which implies it
     if given:
