@@ -82,7 +82,8 @@ class SpeechTextDataset(FairseqDataset):
         prompt: instruction of rows without one: a name or a text (see :mod:`blspkd_fairseq.data.prompts`).
         audio_root: folder that holds all audio; default: relative paths start at the manifest, absolute ones anywhere.
         max_seconds: rows that are longer are an error.
-        shuffle: train in a new random order every epoch; batches hold utterances of similar length.
+        shuffle: train on other batches in another order every epoch, which follow from the seed and the number of the
+            epoch alone; batches hold utterances of similar length.
         skip_bad_audio: leave out rows whose audio is too long, missing, unreadable or of another text.
         lengths: how many embeddings the adapter makes of a piece of speech.
         with_response: the LLM reads up to the end of the response; otherwise no further than the speech.
@@ -289,6 +290,11 @@ class SpeechTextDataset(FairseqDataset):
         order = np.random.permutation(len(self)) if self.shuffle else np.arange(len(self))
         order = order[np.argsort(-self.manifest.n_frames[order], kind="stable")]
         return order[~np.isin(order, list(self._too_long))] if self._too_long else order
+
+    @property
+    def can_reuse_epoch_itr_across_epochs(self) -> bool:
+        """False where batches differ: fairseq would keep those of the epoch in which the process began."""
+        return not self.shuffle
 
     def batch_by_size(self, indices: np.ndarray, **options: Any) -> Any:
         """One empty batch stands for a manifest without rows, so that generation of nothing ends well."""

@@ -110,6 +110,7 @@ class BlspKdTask(FairseqTask):
             ValueError: an option of fairseq that does not go with what is trained here.
         """
         compat.attend_commands()
+        compat.go_on_exactly()
         compat.refuse_precision_of_command(cfg, from_checkpoint)
         return cls(cfg)
 
@@ -229,6 +230,15 @@ class BlspKdTask(FairseqTask):
             return frames
 
         return with_features(sample, encode, self._store, SAMPLES_PER_FRAME)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def get_checkpoint_dict(self) -> dict[str, Any]:
+        """What fairseq saves beside its own state, and gives back to :meth:`set_checkpoint_dict`."""
+        return {type(self).__name__: compat.training_state()}
+
+    def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
+        compat.restore_training_state(state)
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
