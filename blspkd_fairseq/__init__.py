@@ -47,6 +47,7 @@ def register() -> None:
     compat.say_why_a_checkpoint_is_refused()
     compat.attend_commands()
     compat.sum_gradients_as_they_are()
+    compat.guard_updates()
     from fairseq.models import import_models
     from fairseq.tasks import import_tasks
 

@@ -14,7 +14,7 @@ from blspkd_fairseq.compat.commands import (
     refuse_precision,
     refuse_precision_of_command,
 )
-from blspkd_fairseq.compat.distributed import sum_gradients_as_they_are
+from blspkd_fairseq.compat.distributed import refuse_lonely_processes, sum_gradients_as_they_are
 from blspkd_fairseq.compat.fairseq_build import (
     INSTALL_FAIRSEQ,
     FairseqDistribution,
@@ -35,6 +35,7 @@ from blspkd_fairseq.compat.llm import (
     without_progress_bars,
 )
 from blspkd_fairseq.compat.torchaudio import block_broken_torchaudio, guard_transformers
+from blspkd_fairseq.compat.trainer import guard_updates
 
 __all__ = [
     "CPU_ATTENTION",
@@ -54,6 +55,8 @@ __all__ = [
     "fairseq_problem",
     "fairseq_warning",
     "guard_transformers",
+    "guard_updates",
+    "refuse_lonely_processes",
     "refuse_precision",
     "refuse_precision_of_command",
     "require_fairseq",
