@@ -49,6 +49,7 @@ def register() -> None:
     compat.go_on_exactly()
     compat.share_checkpoints()
     compat.sum_gradients_as_they_are()
+    compat.guard_updates()
     from fairseq.models import import_models
     from fairseq.tasks import import_tasks
 

@@ -14,7 +14,7 @@ from blspkd_fairseq.compat.commands import (
     refuse_precision,
     refuse_precision_of_command,
 )
-from blspkd_fairseq.compat.distributed import share_checkpoints, sum_gradients_as_they_are
+from blspkd_fairseq.compat.distributed import refuse_lonely_processes, share_checkpoints, sum_gradients_as_they_are
 from blspkd_fairseq.compat.fairseq_build import (
     INSTALL_FAIRSEQ,
     FairseqDistribution,
@@ -35,6 +35,7 @@ from blspkd_fairseq.compat.llm import (
     without_progress_bars,
 )
 from blspkd_fairseq.compat.torchaudio import block_broken_torchaudio, guard_transformers
+from blspkd_fairseq.compat.trainer import guard_updates
 from blspkd_fairseq.compat.training import go_on_exactly, restore_training_state, training_state
 
 __all__ = [
@@ -55,7 +56,9 @@ __all__ = [
     "fairseq_warning",
     "go_on_exactly",
     "guard_transformers",
+    "guard_updates",
     "read_whole_checkpoints",
+    "refuse_lonely_processes",
     "refuse_precision",
     "refuse_precision_of_command",
     "require_fairseq",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from blspkd_fairseq.compat import signals
+from blspkd_fairseq.compat.distributed import ending_together, join_launcher
 from blspkd_fairseq.compat.replacing import replace
 
 _commands: list[Any] = []  # configurations of those that run
@@ -38,7 +39,7 @@ def attend_commands() -> None:
         if name in ("__main__", "__mp_main__") or name.startswith("fairseq_cli."):
             for function in ("main", "train"):
                 if _is_of_a_command(getattr(module, function, None)):
-                    replace(module, function, _followed_by_an_end)
+                    replace(module, function, _followed_by_an_end if function == "main" else _epoch)
 
 
 def _is_of_a_command(function: Any) -> bool:
@@ -49,14 +50,16 @@ def _is_of_a_command(function: Any) -> bool:
 
 def _remembered(call_main: Any) -> Any:
     @functools.wraps(call_main)
-    def call(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(cfg: Any, main: Any, **kwargs: Any) -> Any:
         if getattr(cfg.task, "_name", None) == "blsp_kd":
             refuse_precision(cfg)
+            if Path(inspect.unwrap(main).__code__.co_filename).stem == "train":
+                join_launcher(cfg)
         _commands.append(cfg)
         if _will_spawn(cfg.distributed_training):
             signals.watch_signals(forward=True)
         try:
-            return call_main(cfg, *args, **kwargs)
+            return call_main(cfg, main, **kwargs)
         except Exception as error:
             code = signals.exit_as_spawned(error)
             if code is None:
@@ -79,12 +82,26 @@ def _followed_by_an_end(function: Any) -> Any:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            with ending_together():
+                return function(*args, **kwargs)
         finally:
             for reader in list(_readers):
                 reader.end()
 
     return run
+
+
+def _epoch(train: Any) -> Any:
+    """An epoch of training, which the task may end, too."""
+
+    @functools.wraps(train)
+    def run(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> Any:
+        result = train(cfg, trainer, task, epoch_itr)
+        if hasattr(task, "end_epoch"):
+            task.end_epoch(epoch_itr.epoch)
+        return result
+
+    return _followed_by_an_end(run)
 
 
 def _end_reading_with_commands() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from blspkd_fairseq.compat.replacing import replace
@@ -62,3 +65,71 @@ def _broadcast_by_torch(_: Any) -> Any:
         return objects[0]
 
     return broadcast
+
+
+_LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+
+
+def join_launcher(cfg: Any) -> None:
+    """Lets fairseq's processes on CPUs, and on machines with one GPU each, train together under torchrun.
+
+    fairseq takes the number of GPUs here for that of the processes; one or none of them, and each process trains by
+    itself, all into the same folder.
+    """
+    import torch
+
+    own = cfg.distributed_training
+    world_size = _launched_processes()
+    if world_size < 2 or own.distributed_init_method is not None or getattr(cfg.common, "tpu", False):
+        return
+    own.distributed_world_size = world_size
+    if cfg.common.cpu or not torch.cuda.is_available():
+        own.distributed_init_method = "env://"
+        own.distributed_rank = int(os.environ["RANK"])
+        own.distributed_no_spawn = True
+        own.distributed_backend = "gloo"
+        own.device_id = 0
+
+
+def refuse_lonely_processes() -> None:
+    """Refuses a training beside others that do not know of each other.
+
+    Raises:
+        ValueError: a launcher has started several processes, and this one is alone.
+    """
+    from torch import distributed
+
+    if _launched_processes() > 1 and not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError(
+            f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']}, but this process would train alone, into the "
+            "same --save-dir as the others: start fairseq-train with torchrun, or unset WORLD_SIZE"
+        )
+
+
+def _launched_processes() -> int:
+    """How many processes torchrun, or a script in its manner, has started."""
+    is_launched = all(name in os.environ for name in _LAUNCHED)
+    return int(os.environ["WORLD_SIZE"]) if is_launched else 1
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """What ends a command on one of several processes ends it on all of them, with the same words.
+
+    Raises:
+        TrainingError: in place of what a loader or a lost process says.
+    """
+    from blspkd_fairseq.faults import ranks, workers
+    from blspkd_fairseq.faults.errors import TrainingError
+
+    with ranks.listening():
+        try:
+            yield
+        except Exception as error:
+            if other := ranks.heard():
+                raise TrainingError(f"another process has ended, and this one with it: {other}") from error
+            explained = workers.explain(error)
+            ranks.tell(str(explained or error))
+            if explained is not None:
+                raise explained from error
+            raise
