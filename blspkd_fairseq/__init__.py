@@ -22,7 +22,7 @@ if __name__ != "blspkd_fairseq":
         f"imported as {__name__!r}: this package must be in a folder named blspkd_fairseq, for --user-dir too"
     )
 
-from blspkd_fairseq import compat
+from blspkd_fairseq import compat, compat_errors, compat_generation, compat_untrusted
 from blspkd_fairseq.version import __version__
 
 __all__ = ["BlspKd", "__version__", "register"]
@@ -47,6 +47,9 @@ def register() -> None:
     compat.say_why_a_checkpoint_is_refused()
     compat.attend_commands()
     compat.sum_gradients_as_they_are()
+    compat_errors.end_in_one_sentence()
+    compat_generation.attend_generation()
+    compat_untrusted.distrust_checkpoints()
     from fairseq.models import import_models
     from fairseq.tasks import import_tasks
 

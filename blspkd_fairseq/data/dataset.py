@@ -298,7 +298,17 @@ class SpeechTextDataset(FairseqDataset):
         options["required_batch_size_multiple"] = 1
         if options.get("max_tokens") == _FAIRSEQ_MAX_TOKENS and options.get("max_sentences") is None:
             options["max_tokens"] = _MAX_TOKENS
+        self._refuse_rows_beyond(options.get("max_tokens") or 0, indices)
         return super().batch_by_size(indices, **options)
+
+    def _refuse_rows_beyond(self, max_tokens: int, indices: np.ndarray) -> None:
+        sizes = self.manifest.n_frames[indices]
+        if 0 < max_tokens < sizes.max(initial=0):
+            longest = int(indices[sizes.argmax()])
+            raise ManifestError(
+                f"{self.manifest.location(longest)}: its audio has {sizes.max()} samples, and --max-tokens, which "
+                f"counts samples ({SAMPLE_RATE} a second), is {max_tokens}: give at least {sizes.max()}"
+            )
 
 
 class SpeechDataset(FairseqDataset):
