@@ -50,6 +50,9 @@ def register() -> None:
     compat.share_checkpoints()
     compat.sum_gradients_as_they_are()
     compat.guard_updates()
+    compat.end_in_one_sentence()
+    compat.attend_generation()
+    compat.distrust_checkpoints()
     from fairseq.models import import_models
     from fairseq.tasks import import_tasks
 

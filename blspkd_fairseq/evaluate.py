@@ -84,6 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--llm", default="", help="of --cascade and --text (default: the first checkpoint's), or in place of theirs")
     add("--llm-dtype", default="", choices=["", *DTYPES], help="(default: the first checkpoint's, or bfloat16)")
     add("--speech-encoder", default="", help="in place of the checkpoints'")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the LLM's files")
     add = parser.add_argument_group("decoding").add_argument
     add("--batch-size", type=int, default=16)
     add("--beam", type=int, default=1)
@@ -124,7 +125,7 @@ def build_systems(args: argparse.Namespace) -> dict[str, System]:
         name, path = named_path(given)
         if name in systems or name in (TEXT, "cascade"):
             raise ValueError(f"two systems are named {name!r}: write --checkpoint OTHER_NAME={path}")
-        systems[name] = CheckpointSystem(path, **overrides)
+        systems[name] = CheckpointSystem(path, args.trust_remote_code, **overrides)
     config = text_config(args)
     if args.cascade:
         systems["cascade"] = CascadeSystem(args.cascade, config)
@@ -148,8 +149,9 @@ def named_path(given: str) -> tuple[str, Path]:
 def text_config(args: argparse.Namespace) -> SpeechLlmConfig:
     """The LLM as the first checkpoint has it, unless options say otherwise."""
     options: Mapping[str, Any] = read_options(named_path(args.checkpoint[0])[1]) if args.checkpoint else {}
-    names = ("llm", "llm_dtype", "system_prompt", "chat_template", "trust_remote_code")
+    names = ("llm", "llm_dtype", "system_prompt", "chat_template")
     chosen = {name: options[name] for name in names if name in options}
+    chosen["trust_remote_code"] = args.trust_remote_code
     chosen |= {name: getattr(args, name) for name in ("llm", "llm_dtype") if getattr(args, name)}
     return SpeechLlmConfig(**chosen)
 
@@ -235,7 +237,7 @@ def scoring_spelling(whisper: str, language: str) -> dict[str, str]:
         return {}
     from transformers import AutoTokenizer
 
-    return whisper_spelling(AutoTokenizer.from_pretrained(whisper))
+    return whisper_spelling(AutoTokenizer.from_pretrained(whisper, trust_remote_code=False))
 
 
 def export_voicebench(folder: Path, answers: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:

@@ -15,6 +15,7 @@ from blspkd_fairseq.compat.commands import (
     refuse_precision_of_command,
 )
 from blspkd_fairseq.compat.distributed import refuse_lonely_processes, share_checkpoints, sum_gradients_as_they_are
+from blspkd_fairseq.compat.errors import end_in_one_sentence
 from blspkd_fairseq.compat.fairseq_build import (
     INSTALL_FAIRSEQ,
     FairseqDistribution,
@@ -26,6 +27,7 @@ from blspkd_fairseq.compat.fairseq_build import (
     require_fairseq,
     silence_fairseq,
 )
+from blspkd_fairseq.compat.generation import attend_generation
 from blspkd_fairseq.compat.llm import (
     CPU_ATTENTION,
     cache_argument,
@@ -37,6 +39,7 @@ from blspkd_fairseq.compat.llm import (
 from blspkd_fairseq.compat.torchaudio import block_broken_torchaudio, guard_transformers
 from blspkd_fairseq.compat.trainer import guard_updates
 from blspkd_fairseq.compat.training import go_on_exactly, restore_training_state, training_state
+from blspkd_fairseq.compat.untrusted import distrust_checkpoints
 
 __all__ = [
     "CPU_ATTENTION",
@@ -46,11 +49,14 @@ __all__ = [
     "Problem",
     "allow_safe_checkpoint_globals",
     "attend_commands",
+    "attend_generation",
     "block_broken_torchaudio",
     "cache_argument",
     "cache_of",
     "checkpoint_activations",
     "default_results_jsonl",
+    "distrust_checkpoints",
+    "end_in_one_sentence",
     "fairseq_distributions",
     "fairseq_problem",
     "fairseq_warning",

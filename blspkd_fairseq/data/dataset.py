@@ -351,6 +351,7 @@ class SpeechTextDataset(FairseqDataset):
             return [[]]
         if max_tokens == _FAIRSEQ_MAX_TOKENS and max_sentences is None:
             max_tokens = _MAX_TOKENS
+        self._refuse_rows_beyond(max_tokens or 0, indices)
         sizes = self.num_tokens_vec(indices)
         if max_tokens is not None:
             self._say_long_texts(indices[self._text_size(indices) > max_tokens])
@@ -364,6 +365,15 @@ class SpeechTextDataset(FairseqDataset):
             logger.warning(
                 f"{self.manifest.location(int(indices[0]))}: its texts count as more than --max-tokens, as do those of "
                 f"{len(indices) - 1} more rows: each is a batch of its own"
+            )
+
+    def _refuse_rows_beyond(self, max_tokens: int, indices: np.ndarray) -> None:
+        sizes = self.manifest.n_frames[indices]
+        if 0 < max_tokens < sizes.max(initial=0):
+            longest = int(indices[sizes.argmax()])
+            raise ManifestError(
+                f"{self.manifest.location(longest)}: its audio has {sizes.max()} samples, and --max-tokens, which "
+                f"counts samples ({SAMPLE_RATE} a second), is {max_tokens}: give at least {sizes.max()}"
             )
 
 

@@ -47,6 +47,7 @@ class ResponseSettings:
         system_prompt, chat_template: as in training.
         max_new_tokens: length limit, the end of turn included.
         sampling: draw from the distribution, shaped by ``temperature`` and ``top_p``; ``seed`` makes it repeatable.
+        trust_remote_code: run code that comes with the LLM's files.
     """
 
     llm: str
@@ -59,10 +60,13 @@ class ResponseSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 1
+    trust_remote_code: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What binds a store: the same settings, with the LLM's files in place of where they are."""
-        return {**asdict(self), "llm": model_identity(self.llm)}
+        settings = asdict(self)
+        del settings["trust_remote_code"]  # says who is trusted, not what is answered
+        return {**settings, "llm": model_identity(self.llm)}
 
     def config(self) -> SpeechLlmConfig:
         """The options that load the LLM."""
@@ -71,6 +75,7 @@ class ResponseSettings:
             llm_dtype=self.llm_dtype,
             system_prompt=self.system_prompt,
             chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code,
         )
 
 
@@ -149,16 +154,16 @@ def model_identity(name: str) -> str:
     """
     folder = Path(name)
     if not folder.is_dir():
-        from transformers import AutoConfig
+        from transformers.utils import hub
 
         try:
-            config = AutoConfig.from_pretrained(name)
+            file = hub.cached_file(name, "config.json")  # and not the configuration, which may bring code
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"there is no model {name!r}: give a local directory or the name of a Hugging Face model that this "
                 f"machine can reach. {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
-        return f"{name}@{getattr(config, '_commit_hash', None) or 'unknown'}"
+        return f"{name}@{hub.extract_commit_hash(file, None) or 'unknown'}"
     digest = hashlib.sha256()
     for path in sorted(
         p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja")
@@ -219,7 +224,12 @@ class VllmBackend:
             ) from error
         self.settings = settings
         self.chat = load_chat_format(settings.config())
-        self.llm = vllm.LLM(model=settings.llm, dtype=settings.llm_dtype, enable_prefix_caching=True)
+        self.llm = vllm.LLM(
+            model=settings.llm,
+            dtype=settings.llm_dtype,
+            enable_prefix_caching=True,
+            trust_remote_code=settings.trust_remote_code,
+        )
         self.sampling = vllm.SamplingParams(
             temperature=settings.temperature if settings.sampling else 0.0,
             top_p=settings.top_p if settings.sampling else 1.0,

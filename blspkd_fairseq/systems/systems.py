@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, WhisperForConditionalGeneration
 
-from blspkd_fairseq import compat
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.prompts import language_name
@@ -24,6 +23,7 @@ from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, a
 from blspkd_fairseq.generation.responses import model_identity
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.modules.build import SpeechLlmConfig, load_chat_format, load_llm
+from blspkd_fairseq.modules.pretrained import load_pretrained
 from blspkd_fairseq.modules.speech_llm import ChatLLM
 
 
@@ -77,15 +77,17 @@ class CheckpointSystem:
 
     Args:
         path: of the checkpoint.
+        trust_remote_code: run code that comes with the LLM's files.
         overrides: options of the model in place of the checkpoint's, such as ``{"llm": "/models/qwen"}``.
     """
 
     hears = True
 
-    def __init__(self, path: Path, **overrides: Any) -> None:
+    def __init__(self, path: Path, trust_remote_code: bool = False, **overrides: Any) -> None:
         if not path.exists():
             raise ValueError(f"no checkpoint at {path}")
         self.path = path
+        self.trust_remote_code = trust_remote_code
         self.overrides = overrides
         self._model: BlspKd | None = None
 
@@ -106,7 +108,8 @@ class CheckpointSystem:
 
     def load(self) -> None:
         if self._model is None:
-            self._model = BlspKd.from_pretrained(self.path, **self.overrides)
+            trust = self.trust_remote_code
+            self._model = BlspKd.from_pretrained(self.path, trust_remote_code=trust, **self.overrides)
 
     def unload(self) -> None:
         self._model = None
@@ -186,16 +189,18 @@ class WhisperTranscriber:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
         try:
-            kind = AutoConfig.from_pretrained(name).model_type
+            kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
             raise ValueError(f"there is no model {name!r}: give a Whisper by Hugging Face name or directory") from error
         if kind != "whisper":
             raise ValueError(
                 f"{name} is a {kind} model and no Whisper: give a Whisper by Hugging Face name or directory"
             )
-        self.processor = AutoProcessor.from_pretrained(name)
-        with compat.without_progress_bars():
-            self.model: Any = WhisperForConditionalGeneration.from_pretrained(name, dtype=dtype).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        loaded = load_pretrained(
+            WhisperForConditionalGeneration, name, "cascade", "Whisper", can_trust=False, dtype=dtype
+        )
+        self.model: Any = loaded.to(device).eval()
 
     @torch.no_grad()
     def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str]) -> list[str]:
