@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, WhisperForConditionalGeneration
+from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPER_LANGUAGES
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.data.prompts import language_name
+from blspkd_fairseq.data.languages import code_of
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_text
 from blspkd_fairseq.generation.responses import model_identity
 from blspkd_fairseq.hub import BlspKd
@@ -243,8 +244,11 @@ class WhisperTranscriber:
         }
 
 
-def _whisper_language(code: str) -> str | None:
-    return language_name(code).lower() if code else None
+def _whisper_language(language: str) -> str | None:
+    """Whisper's code of a language; None where it has none, and then listens for any."""
+    code = code_of(language, "Whisper listens for any language")
+    code = {"jv": "jw"}.get(code, code)  # it has the older one of Javanese
+    return code if code in WHISPER_LANGUAGES else None
 
 
 def _llm_identity(config: SpeechLlmConfig) -> dict[str, Any]:
