@@ -1,9 +1,11 @@
 """Options of the model, and the model built from them and from pretrained parts."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,14 +142,49 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
 
 def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:
     """The chat format of the LLM that the options name, without loading the LLM."""
-    template = None
-    if config.chat_template:
-        try:
-            with open(config.chat_template, encoding="utf-8") as file:
-                template = file.read()
-        except OSError as error:
-            raise ValueError(f"--chat-template {config.chat_template} cannot be read: {error.strerror}") from error
+    template = read_chat_template(config)
     return ChatFormat(load_tokenizer(config), system=config.system_prompt or None, chat_template=template)
+
+
+def read_chat_template(config: SpeechLlmConfig) -> str | None:
+    """The template in place of the tokenizer's own, if there is one.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if not config.chat_template:
+        return None
+    try:
+        with open(config.chat_template, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"--chat-template {config.chat_template} cannot be read: {error.strerror}") from error
+
+
+def refuse_peft_adapter(name: str, option: str) -> None:
+    """Refuses a folder that peft has written: transformers would load the base model and put the adapter on it.
+
+    What is trained here is named by the LLM's own modules and its frozen weights, which are then others.
+
+    Raises:
+        ValueError: names the option and the remedy.
+    """
+    file = Path(name).expanduser() / "adapter_config.json"
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    raise _is_adapter(name, option, base)
+
+
+def _is_adapter(name: str, option: str, base: str | None = None) -> ValueError:
+    of_base = f" of {base}" if base else ""
+    return ValueError(
+        f"--{option} {name} is a PEFT adapter{of_base} and no whole model: merge it into its base model (peft's "
+        "merge_and_unload, then save_pretrained of model and tokenizer) and give the folder of that"
+    )
 
 
 def load_tokenizer(config: SpeechLlmConfig, option: str = "llm") -> Any:
@@ -171,6 +208,8 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
         dtype=DTYPES[config.llm_dtype],
         trust_remote_code=config.trust_remote_code,
     )
+    if getattr(llm, "_hf_peft_config_loaded", False):  # of the hub, whose files are seen when they are loaded
+        raise _is_adapter(config.llm, option)
     if len(chat.tokenizer) > llm.get_input_embeddings().num_embeddings:
         raise ValueError(
             f"the tokenizer of {config.llm} has {len(chat.tokenizer)} words but the LLM embeds only "
@@ -194,6 +233,7 @@ def _load_speech_encoder(config: SpeechLlmConfig) -> SpeechEncoder:
 
 
 def _from_pretrained(cls: Any, name: str, option: str, what: str, **options: Any) -> Any:
+    refuse_peft_adapter(name, option)
     try:
         with compat.without_progress_bars():
             return cls.from_pretrained(os.path.expanduser(name), **options)
