@@ -10,6 +10,7 @@ import numpy as np
 from blspkd_fairseq.data.audio import SAMPLE_RATE, load_audio
 from blspkd_fairseq.evaluation.robustness import Condition, parse_condition
 from blspkd_fairseq.evaluation.significance import Interval
+from blspkd_fairseq.evaluation.verdicts import Verdict
 
 if TYPE_CHECKING:
     from blspkd_fairseq.hub import BlspKd
@@ -164,6 +165,42 @@ def _draw_bars(axis: Any, intervals: Sequence[Interval | None]) -> None:
     axis.margins(x=0.2)
     axis.set_xlim(left=min(0, axis.get_xlim()[0]))
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def plot_contrasts(verdicts: Sequence[Verdict], path: Path) -> None:
+    """Differences in favour of what is to be shown, with 95 % intervals, seeds as dots, the smallest effect as a band.
+
+    Each has its own axis, as units differ.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [one for one in verdicts if one.estimate]
+    figure = Figure(figsize=(9, 0.6 + 1.05 * max(1, len(shown))), layout="constrained")
+    axes = figure.subplots(max(1, len(shown)), 1, squeeze=False).flatten()
+    for axis, one in zip(axes, shown, strict=False):
+        _draw_contrast(axis, one)
+    if not shown:
+        axes[0].text(0.5, 0.5, "no contrast could be estimated", ha="center")
+        axes[0].set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def _draw_contrast(axis: Any, one: Verdict) -> None:
+    assert one.estimate is not None
+    sign = -1 if one.less_is_better else 1
+    low, high = sorted(sign * end for end in one.estimate.interval())
+    if not np.isnan(one.smallest_effect):
+        axis.axvspan(-one.smallest_effect, one.smallest_effect, color="lightgray", alpha=0.6, linewidth=0)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.plot([low, high], [0, 0], color="tab:blue", linewidth=2)
+    axis.plot([sign * value for value in one.estimate.per_seed], [0.35] * len(one.estimate.per_seed), ".", color="gray")
+    axis.plot([sign * one.estimate.value], [0], "o", color="tab:blue")
+    verdict = f": {one.verdict}" if one.verdict else " (exploratory)"
+    axis.set_title(f"{one.contrast.name}{verdict}", fontsize=9, loc="left")
+    axis.set_xlabel(f"{one.contrast.task}: {one.metric}, to the right in its favour", fontsize=8)
+    axis.set(ylim=(-0.6, 0.8), yticks=[])
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right", "left"]].set_visible(False)
 
 
 def plot_boundaries(

@@ -41,8 +41,8 @@ def difference_table(differences: Sequence[Difference], digits: int = 1) -> str:
             one.system_b,
             one.metric,
             f"{one.difference:+.{digits}f} {_brackets(one.low, one.high, f'+.{digits}f')}",
-            *(_p_value(p) for p in (one.p_bootstrap, one.corrected_bootstrap)),
-            *(_p_value(p) for p in (one.p_randomization, one.corrected_randomization)),
+            *(format_p(p) for p in (one.p_bootstrap, one.corrected_bootstrap)),
+            *(format_p(p) for p in (one.p_randomization, one.corrected_randomization)),
             "yes" if one.holds else "no",
         ]
         for one in differences
@@ -65,7 +65,8 @@ def _brackets(low: float, high: float, form: str) -> str:
     return "[–]" if math.isnan(low) else f"[{low:{form}}, {high:{form}}]"
 
 
-def _p_value(p: float) -> str:
+def format_p(p: float) -> str:
+    """Three digits; a dash for none."""
     if math.isnan(p):
         return _NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
