@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 
 from blspkd_fairseq import compare
+from blspkd_fairseq.evaluation import comparison_report
 from blspkd_fairseq.evaluation.contrasts import load_plan
 from blspkd_fairseq.evaluation.metrics import error_rate
 
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 ROWS, SPEAKERS = 120, 30
 PLAN = """
 seeds = [1, 2, 3, 4, 5]
@@ -56,6 +58,7 @@ metric = "CER"
 """
 
 
+@cache
 def answers(rate: float, seed: int) -> list[dict[str, Any]]:
     """Words of each row are replaced with a probability."""
     texts, rng = np.random.default_rng(0), np.random.default_rng([seed, int(1000 * rate)])
@@ -82,6 +85,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Pictures take most of the time: one test draws."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(comparison_report, "plot_contrasts", lambda *_: None)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """For a test that looks at them."""
+
+
 def run(folder: Path, *options: str) -> dict[str, Any]:
     compare.main([str(folder / "contrasts.toml"), "--out", str(folder / "out"), *options])
     found: dict[str, Any] = json.loads((folder / "out" / "compare.json").read_text())
@@ -99,7 +114,7 @@ def replan(folder: Path, *changes: tuple[str, str]) -> None:
 # --- verdicts ---------------------------------------------------------------------------------------
 
 
-def test_verdicts_of_primary_contrasts_and_intervals_of_the_others(folder: Path) -> None:
+def test_verdicts_of_primary_contrasts_and_intervals_of_the_others(folder: Path, pictures: None) -> None:
     found = run(folder)
     holds, same = found["primary"]
     assert holds["verdict"] == "holds" and -22 < holds["estimate"]["value"] < -18
@@ -253,7 +268,10 @@ def spoiled(change: Callable[[list[dict[str, Any]]], Any]) -> list[dict[str, Any
         (lambda rows: rows[3].update(value="high"), "row 'r3' has 'high'"),
         (lambda rows: rows[3].update(value=True), "row 'r3' has True"),
         (lambda rows: rows[3].update(sums=[1, 2]), "needs either a value or sums"),
-        (lambda rows: rows.insert(3, {"id": "r3", "signature": "v1"}) or rows.pop(4) and None, "needs either a value or sums"),
+        (
+            lambda rows: rows.insert(3, {"id": "r3", "signature": "v1"}) or rows.pop(4) and None,
+            "needs either a value or sums",
+        ),
         (lambda rows: rows[3].update(id=None), "line 4 has no id"),
         (lambda rows: rows[3].update(signature="v2"), "signature is 'v1' and 'v2'"),
         (lambda rows: [{**row, "signature": ""} for row in rows], "has no signature"),
@@ -330,7 +348,11 @@ def test_a_plan_is_registered_once_and_a_changed_one_is_said(folder: Path) -> No
         ("[[secondary]]", "[[primary]]", "primary on another metric"),
         ('fixed = true\nanswers = { asr = "peer.jsonl" }', "fixed = true", "peer has no seeds, so name its file"),
         ('"{system}-{seed}.jsonl"', '"{system}.jsonl"', "has no {seed}, but good has seeds"),
-        ('language = "de"', 'language = "de"\nreference = "transcript"', "row 'r0' has no text in the field 'transcript'"),
+        (
+            'language = "de"',
+            'language = "de"\nreference = "transcript"',
+            "row 'r0' has no text in the field 'transcript'",
+        ),
         ("[tasks.asr]", "[tasks.asr", "is no TOML"),
     ],
 )
@@ -343,9 +365,7 @@ def test_plans_that_cannot_be_followed_are_refused(folder: Path, old: str, new: 
 
 
 def test_more_than_four_primary_contrasts_are_refused(folder: Path) -> None:
-    more = "".join(
-        f'[[primary]]\nname = "{i}"\ntask = "asr"\nbetter = "good"\nworse = "bad"\n' for i in range(3)
-    )
+    more = "".join(f'[[primary]]\nname = "{i}"\ntask = "asr"\nbetter = "good"\nworse = "bad"\n' for i in range(3))
     (folder / "contrasts.toml").write_text(PLAN + more)
     with pytest.raises(ValueError, match="5 primary contrasts: choose 4"):
         run(folder)

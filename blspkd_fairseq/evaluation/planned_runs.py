@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from blspkd_fairseq.evaluation.answer_files import (
     AnswerFile,
@@ -36,15 +37,17 @@ class TaskData:
     def __init__(self, plan: Plan, task: TaskPlan, look: int = 0, given: GivenScores | None = None) -> None:
         self.plan, self.task, self.look, self.given = plan, task, look, dict(given or {})
         self._files: dict[Path, AnswerFile] = {}
-        self._runs: dict[tuple[str, tuple[str, ...]], Runs] = {}
+        self._measured: dict[tuple[str, str, Seed], Measurement] = {}
 
     def runs(self, metric: str, systems: Sequence[str]) -> Runs:
         """A metric of some systems, each seed of each."""
-        key = (metric, tuple(systems))
-        if key not in self._runs:
-            of = {name: {seed: self._measure(metric, name, seed) for seed in self._seeds(name)} for name in systems}
-            self._runs[key] = Runs(of, self.factors)
-        return self._runs[key]
+        of = {name: {seed: self._measurement(metric, name, seed) for seed in self._seeds(name)} for name in systems}
+        return Runs(of, self.factors)
+
+    def _measurement(self, *key: Any) -> Measurement:
+        if key not in self._measured:
+            self._measured[key] = self._measure(*key)
+        return self._measured[key]
 
     @cached_property
     def ids(self) -> list[str]:

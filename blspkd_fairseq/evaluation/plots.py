@@ -203,6 +203,32 @@ def _draw_contrast(axis: Any, one: Verdict) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
+def plot_power(tables: Mapping[str, Mapping[int, Mapping[int, float]]], target: float, path: Path) -> None:
+    """Power over rows, a curve for each number of seeds, a panel for each question; dashed: what is wanted.
+
+    Args:
+        tables: ``tables[question][seeds][rows]``, 0 to 1.
+        target: the power that is wanted.
+        path: the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.8 + 4.6 * len(tables), 4), layout="constrained")
+    axes = figure.subplots(1, len(tables), sharey=True, squeeze=False).flatten()
+    for axis, (name, by_seeds) in zip(axes, tables.items(), strict=True):
+        for seeds, by_rows in by_seeds.items():
+            axis.plot(
+                list(by_rows), [100 * one for one in by_rows.values()], marker="o", markersize=3, label=f"{seeds}"
+            )
+        axis.axhline(100 * target, color="black", linestyle="--", linewidth=0.8)
+        axis.set(xscale="log", xlabel="rows", ylim=(0, 101))
+        axis.set_title(textwrap.fill(name, 45), fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("power (%)")
+    axes[-1].legend(title="seeds", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def plot_boundaries(
     differences_ms: np.ndarray,
     tokens: Sequence[tuple[str, float]],
