@@ -133,6 +133,23 @@ class Measurement:
         return float(self.score_of(self.statistics.sum(axis=0)))
 
 
+def mean_of(measurements: Sequence[Measurement]) -> Measurement:
+    """The mean of the scores of several answers to the same rows (seeds, draws of noise) as one metric ``[rows, n k]``.
+
+    A row is then drawn in all of them at once. Their sums would make one corpus, and the brevity penalty of BLEU sees
+    nothing where short and long answers meet.
+    """
+    if len(measurements) == 1:
+        return measurements[0]
+
+    def score_of(totals: np.ndarray) -> np.ndarray:
+        parts = np.split(totals, len(measurements), axis=-1)
+        return np.mean([one.score_of(part) for one, part in zip(measurements, parts, strict=True)], axis=0)
+
+    statistics = np.concatenate([one.statistics for one in measurements], axis=-1)
+    return replace(measurements[0], statistics=statistics, score_of=score_of, is_proportion=False)
+
+
 def translation_metrics(hypotheses: Sequence[str], references: Sequence[str], language: str) -> list[Measurement]:
     """Corpus BLEU and chrF2 by sacreBLEU, BLEU with the tokenizer of the target language.
 

@@ -10,6 +10,7 @@ import numpy as np
 from blspkd_fairseq.data.audio import SAMPLE_RATE, load_audio
 from blspkd_fairseq.evaluation.robustness import Condition, parse_condition
 from blspkd_fairseq.evaluation.significance import Interval
+from blspkd_fairseq.evaluation.tables import in_full
 from blspkd_fairseq.evaluation.verdicts import Verdict
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def plot_robustness(scores: Mapping[str, Mapping[str, Interval]], measure: str, 
     for axis in axes[len(kinds) :]:
         axis.set_axis_off()
     for axis in axes[::columns]:
-        axis.set_ylabel(measure)
+        axis.set_ylabel(textwrap.fill(in_full(measure), 30))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -141,7 +142,7 @@ def plot_scores(scores: Mapping[str, Mapping[str, Interval]], path: Path) -> Non
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axis, metric in zip(axes, metrics, strict=False):
         _draw_bars(axis, [row.get(metric) for row in scores.values()])
-        axis.set_title(metric, fontsize=10)
+        axis.set_title(textwrap.fill(in_full(metric), 26), fontsize=10)
         axis.tick_params(labelsize=9)
     for axis in axes[len(metrics) :]:
         axis.set_axis_off()
