@@ -156,7 +156,11 @@ class TextSystem:
 
 
 class CascadeSystem(TextSystem):
-    """Whisper transcribes, the LLM reads that. For speech recognition, Whisper's transcript is the answer."""
+    """Whisper transcribes, the LLM reads that, both with the same beam.
+
+    For speech recognition, Whisper's transcript is the answer. ``whisper`` may be a Whisper that was trained further on
+    the same data as the systems it stands beside.
+    """
 
     hears = True
 
@@ -180,13 +184,13 @@ class CascadeSystem(TextSystem):
     def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
         waveforms = [utterance.waveform for utterance in batch if utterance.waveform is not None]
         assert self._transcriber is not None
-        heard = self._transcriber.transcribe(waveforms, [u.language for u in batch])
+        heard = self._transcriber.transcribe(waveforms, [u.language for u in batch], options.beam)
         answers = heard if is_asr else self._read(heard, batch, options)
         return [Answer(answer, text) for answer, text in zip(answers, heard, strict=True)]
 
 
 class WhisperTranscriber:
-    """Whisper as OpenAI decodes it (greedy, no timestamps), in float32 on the CPU and float16 on a GPU."""
+    """Whisper without timestamps, in float32 on the CPU and float16 on a GPU."""
 
     def __init__(self, name: str) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -206,11 +210,11 @@ class WhisperTranscriber:
         self.model: Any = loaded.to(device).eval()
 
     @torch.no_grad()
-    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str]) -> list[str]:
+    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str], beam: int = 1) -> list[str]:
         """Transcripts of utterances of up to 30 s; a language code makes a multilingual Whisper listen for it."""
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"num_beams": beam}
         if self.model.generation_config.is_multilingual:
-            options = {"task": "transcribe", "language": [_whisper_language(code) for code in languages]}
+            options |= {"task": "transcribe", "language": [_whisper_language(code) for code in languages]}
             if not all(options["language"]):
                 options["language"] = None
         ids = self.model.generate(**self._features(waveforms), **options)
