@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from blspkd_fairseq.data.languages import find_language, is_same_language, language_key
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.evaluation import voicebench
 from blspkd_fairseq.evaluation.metrics import whisper_spelling
@@ -103,6 +104,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not (args.asr or args.translation or args.qa):
         parser.error("give at least one of --asr, --translation, --qa")
+    if args.language and find_language(args.language) is None:
+        parser.error(f"--language {args.language} is unknown: give a code (ISO 639, BCP 47, FLORES) or an English name")
     if args.align and not args.cascade:
         parser.error("--align needs --cascade, whose Whisper tells when words end")
     if min(args.batch_size, args.samples, args.trials, args.seed) < 1:
@@ -217,7 +220,7 @@ def scoring_options(args: argparse.Namespace, kind: str, baseline: str) -> Scori
     """
     column = "tgt_lang" if kind == "translation" else "src_lang"
     manifest = Manifest.load(getattr(args, kind))
-    languages = {row.get(column, "") for row in manifest}
+    languages = {language_key(row.get(column, "")) for row in manifest}
     if len(languages) > 1 and not args.language:
         raise ValueError(
             f"{manifest.path} has rows in several languages ({', '.join(sorted(languages))}): score them one by one, "
@@ -233,7 +236,7 @@ def scoring_options(args: argparse.Namespace, kind: str, baseline: str) -> Scori
 
 def scoring_spelling(whisper: str, language: str) -> dict[str, str]:
     """British to American words, which come with a Whisper's tokenizer."""
-    if not whisper or not language.startswith("en"):
+    if not whisper or not is_same_language(language, "en"):
         return {}
     from transformers import AutoTokenizer
 

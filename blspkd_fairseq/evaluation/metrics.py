@@ -14,12 +14,16 @@ import numpy as np
 import sacrebleu
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
+from blspkd_fairseq.data.languages import code_of
+
 logger = logging.getLogger(__name__)
 
 # Written without spaces between words: their "words" are letters.
-_LETTER_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "km", "yue"})
+_LETTER_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "km", "yue", "bo", "dz"})
 _BLEU_TOKENIZERS = {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab", "th": "char", "lo": "char"}
-_BLEU_TOKENIZERS |= {"my": "char", "km": "char"}
+_BLEU_TOKENIZERS |= {"my": "char", "km": "char", "bo": "char", "dz": "char"}
+# Their scripts: kana, Han, Thai and Lao, Tibetan and Burmese, Khmer.
+_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff]")
 
 
 class ErrorCount(NamedTuple):
@@ -34,10 +38,12 @@ def word_errors(hypothesis: str, reference: str, language: str = "", normalize: 
 
     Args:
         hypothesis, reference: plain text.
-        language: code such as "en" or "zh-CN"; decides between words and letters.
+        language: code such as "en" or "zh-CN", or English name; decides between words and letters.
         normalize: lower case, no punctuation, no bracketed remarks (Whisper's language-independent normaliser).
     """
     letters = _base(language) in _LETTER_LANGUAGES
+    if not letters:
+        _check_spaces("WER", language, [reference])
     pair = [hypothesis, reference]
     if normalize:
         pair = [_normalizer(letters)(text) for text in pair]
@@ -63,7 +69,10 @@ class BleuCounts(NamedTuple):
 
 def bleu_counts(hypotheses: Sequence[str], references: Sequence[str], language: str = "") -> BleuCounts:
     """Counts of these sentences; counts of several batches add up to those of all."""
-    score = sacrebleu.corpus_bleu(list(hypotheses), [list(references)], tokenize=bleu_tokenizer(language))
+    tokenizer = bleu_tokenizer(language)
+    if tokenizer == "13a":
+        _check_spaces("BLEU's tokenizer 13a", language, references)
+    score = sacrebleu.corpus_bleu(list(hypotheses), [list(references)], tokenize=tokenizer)
     return BleuCounts(score.counts, score.totals, score.sys_len, score.ref_len)
 
 
@@ -97,7 +106,28 @@ def bleu_tokenizer(language: str) -> str:
 
 
 def _base(language: str) -> str:
-    return language.replace("_", "-").split("-")[0].lower()
+    """The code of a language, by whatever code or name; "" for none, or for one that is unknown, which is said."""
+    return code_of(language, "BLEU takes sacreBLEU's tokenizer 13a, WER words and Whisper's basic normaliser")
+
+
+def _check_spaces(unit: str, language: str, references: Sequence[str]) -> None:
+    """Says that words are counted in texts that have none, where all but a perfect answer is wrong altogether."""
+    letters = [c for text in references[:_EXAMINED] for c in text if c.isalpha()]
+    if 2 * sum(_UNSPACED.match(c) is not None for c in letters) > len(letters):
+        _warn_of_spaces(unit, language)
+
+
+_EXAMINED = 200  # references
+
+
+@cache
+def _warn_of_spaces(unit: str, language: str) -> None:
+    """Once for each."""
+    said = f"the language is given as {language!r}" if language else "no language is given"
+    logger.warning(
+        f"{unit} splits at spaces, and most references are in a script that is written without ({said}): give the "
+        "right language, such as zh, ja or th, by the column src_lang or tgt_lang, or by --language of evaluate"
+    )
 
 
 # --- metrics that can be resampled ------------------------------------------------------------------
@@ -146,7 +176,7 @@ def transcription_metrics(
 
     Args:
         hypotheses, references: plain text, row by row.
-        language: code such as "en" or "zh-CN".
+        language: code such as "en" or "zh-CN", or English name.
         spelling: British to American words for English, see :func:`whisper_spelling`.
 
     Raises:
@@ -186,7 +216,10 @@ def answer_metrics(
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str], language: str = "") -> Measurement:
     """Corpus BLEU (0 to 100); statistics: lengths, matching and total n-grams."""
-    return _sacrebleu("BLEU", sacrebleu.BLEU(tokenize=bleu_tokenizer(language)), hypotheses, references)
+    tokenizer = bleu_tokenizer(language)
+    if tokenizer == "13a":
+        _check_spaces("BLEU's tokenizer 13a", language, references)
+    return _sacrebleu("BLEU", sacrebleu.BLEU(tokenize=tokenizer), hypotheses, references)
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Measurement:
@@ -220,6 +253,8 @@ def error_rate(
     _check_rows(hypotheses, references)
     if unit not in ("WER", "CER"):
         raise ValueError(f"unit {unit!r} is unknown: choose WER or CER")
+    if unit == "WER" and _base(language) not in _LETTER_LANGUAGES:
+        _check_spaces("WER", language, references)
     clean, normalizer = _cleaner(language, normalize, spelling)
     split = str.split if unit == "WER" else _letters_only if _base(language) in _LETTER_LANGUAGES else _letters
     counts = [_count_errors(split(clean(h)), split(clean(r))) for h, r in zip(hypotheses, references, strict=True)]

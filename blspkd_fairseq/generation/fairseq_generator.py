@@ -55,7 +55,7 @@ class LlmDictionary:
 
     def string(self, tensor: Tensor, *_: Any, **__: Any) -> str:
         """The text on one line: fairseq prints a line per hypothesis."""
-        return one_line(self._chat.decode([token for token in tensor.tolist() if token >= 0]))
+        return one_line(self._chat.decode_answer([token for token in tensor.tolist() if token >= 0]))
 
     def encode_line(self, line: str, append_eos: bool = True, **_: Any) -> Tensor:
         ids = self._chat.encode_text(line)

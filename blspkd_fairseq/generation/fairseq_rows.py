@@ -115,16 +115,21 @@ class RowsToAnswer(SpeechTextDataset):
         order = super().ordered_indices()
         return order[order % self.shard[1] == self.shard[0]]
 
-    def batch_by_size(self, indices: np.ndarray, **options: Any) -> Any:
+    def batch_by_size(
+        self,
+        indices: np.ndarray,
+        max_tokens: int | None = None,
+        max_sentences: int | None = None,
+        required_batch_size_multiple: int = 1,
+    ) -> Any:
         """Rows that are too long to be heard, or that are several pieces, fit no limit: they are batches of one."""
-        limit = max(options.get("max_tokens") or 0, self.max_seconds * SAMPLE_RATE)
+        limit = max(max_tokens or 0, self.max_seconds * SAMPLE_RATE)
         is_long = self.manifest.n_frames[indices] > limit
         if not is_long.any():
-            return super().batch_by_size(indices, **options)
+            return super().batch_by_size(indices, max_tokens, max_sentences)
         rest = indices[~is_long]
-        return [[place] for place in indices[is_long]] + (
-            list(super().batch_by_size(rest, **options)) if len(rest) else []
-        )
+        batches = list(super().batch_by_size(rest, max_tokens, max_sentences)) if len(rest) else []
+        return [[place] for place in indices[is_long]] + batches
 
     # ---- what the generator asks -------------------------------------------------------------------------------
 

@@ -140,14 +140,23 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
 
 def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:
     """The chat format of the LLM that the options name, without loading the LLM."""
-    template = None
-    if config.chat_template:
-        try:
-            with open(config.chat_template, encoding="utf-8") as file:
-                template = file.read()
-        except OSError as error:
-            raise ValueError(f"--chat-template {config.chat_template} cannot be read: {error.strerror}") from error
+    template = read_chat_template(config)
     return ChatFormat(load_tokenizer(config), system=config.system_prompt or None, chat_template=template)
+
+
+def read_chat_template(config: SpeechLlmConfig) -> str | None:
+    """The template in place of the tokenizer's own, if there is one.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if not config.chat_template:
+        return None
+    try:
+        with open(config.chat_template, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"--chat-template {config.chat_template} cannot be read: {error.strerror}") from error
 
 
 def load_tokenizer(config: SpeechLlmConfig, option: str = "llm") -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def load_pretrained(
         ValueError: it cannot be loaded, needs code of its own, or is an adapter for another model.
     """
     path = os.path.expanduser(name)
-    _refuse_adapter(path, option)
+    refuse_peft_adapter(path, option)
     try:
         if not trust_remote_code:
             _refuse_kernels(path, what, can_trust)
@@ -69,7 +70,7 @@ def load_pretrained(
             raise CodeRefusedError(_refusal(name, what, "code that comes with its files", can_trust)) from error
         raise
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(_is_adapter(name, option))
+        raise _is_adapter(name, option)  # of the hub, whose files are seen when they are loaded
     return model
 
 
@@ -87,15 +88,29 @@ def _refusal(name: str, what: str, code: str, can_trust: bool) -> str:
     return f"the {what} {name!r} needs {code}, which is not run because a file says so: {remedy}"
 
 
-def _refuse_adapter(path: str, option: str) -> None:
-    if (Path(path) / "adapter_config.json").exists():  # transformers would go on to the model that this file names
-        raise ValueError(_is_adapter(path, option))
+def refuse_peft_adapter(name: str, option: str) -> None:
+    """Refuses a folder that peft has written: transformers would load the base model and put the adapter on it.
+
+    What is trained here is named by the LLM's own modules and its frozen weights, which are then others.
+
+    Raises:
+        ValueError: names the option and the remedy.
+    """
+    file = Path(name).expanduser() / "adapter_config.json"
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    raise _is_adapter(name, option, base)
 
 
-def _is_adapter(name: str, option: str) -> str:
-    return (
-        f"--{option} {name} is an adapter of peft for another model: merge it into that one (merge_and_unload) and "
-        "give the folder of the merged model"
+def _is_adapter(name: str, option: str, base: str | None = None) -> ValueError:
+    of_base = f" of {base}" if base else ""
+    return ValueError(
+        f"--{option} {name} is a PEFT adapter{of_base} and no whole model: merge it into its base model (peft's "
+        "merge_and_unload, then save_pretrained of model and tokenizer) and give the folder of that"
     )
 
 

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, WhisperForConditionalGeneration
+from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPER_LANGUAGES
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.data.prompts import language_name
+from blspkd_fairseq.data.languages import code_of
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_text
-from blspkd_fairseq.generation.responses import model_identity
-from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.generation.identity import llm_identity, model_identity
+from blspkd_fairseq.hub import BlspKd, read_options
 from blspkd_fairseq.modules.build import SpeechLlmConfig, load_chat_format, load_llm
 from blspkd_fairseq.modules.pretrained import load_pretrained
 from blspkd_fairseq.modules.speech_llm import ChatLLM
@@ -97,8 +98,10 @@ class CheckpointSystem:
         for file in files:
             with open(file, "rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-        names = {name: model_identity(v) if Path(str(v)).is_dir() else v for name, v in self.overrides.items()}
-        return {"kind": "checkpoint", "sha256": digest.hexdigest(), **names}
+        options = {**read_options(self.path), **self.overrides}
+        config = SpeechLlmConfig(**{name: options[name] for name in _NAMED if name in options})
+        parts = {"speech_encoder": model_identity(config.speech_encoder, "speech-encoder"), **llm_identity(config)}
+        return {"kind": "checkpoint", "sha256": digest.hexdigest(), **self.overrides, **parts}
 
     @property
     def model(self) -> BlspKd:
@@ -133,7 +136,7 @@ class TextSystem:
         self._parts: tuple[ChatFormat, ChatLLM] | None = None
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "text", **_llm_identity(self.config)}
+        return {"kind": "text", **llm_identity(self.config)}
 
     def load(self) -> None:
         if self._parts is None:
@@ -163,7 +166,7 @@ class CascadeSystem(TextSystem):
         self._transcriber: WhisperTranscriber | None = None
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "cascade", "whisper": model_identity(self.whisper), **_llm_identity(self.config)}
+        return {"kind": "cascade", "whisper": model_identity(self.whisper, "cascade"), **llm_identity(self.config)}
 
     def load(self) -> None:
         super().load()
@@ -248,17 +251,14 @@ class WhisperTranscriber:
         }
 
 
-def _whisper_language(code: str) -> str | None:
-    return language_name(code).lower() if code else None
+def _whisper_language(language: str) -> str | None:
+    """Whisper's code of a language; None where it has none, and then listens for any."""
+    code = code_of(language, "Whisper listens for any language")
+    code = {"jv": "jw"}.get(code, code)  # it has the older one of Javanese
+    return code if code in WHISPER_LANGUAGES else None
 
 
-def _llm_identity(config: SpeechLlmConfig) -> dict[str, Any]:
-    return {
-        "llm": model_identity(config.llm),
-        "llm_dtype": config.llm_dtype,
-        "system_prompt": config.system_prompt,
-        "chat_template": config.chat_template,
-    }
+_NAMED = ("speech_encoder", "llm", "llm_dtype", "system_prompt", "chat_template")  # besides the weights of a checkpoint
 
 
 def _load_llm(config: SpeechLlmConfig) -> tuple[ChatFormat, ChatLLM]:

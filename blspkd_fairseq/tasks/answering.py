@@ -12,7 +12,7 @@ from typing import Any
 from fairseq.tasks import FairseqTask
 from torch import Tensor
 
-from blspkd_fairseq import compat_generation
+from blspkd_fairseq.compat import generation as compat_generation
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset
