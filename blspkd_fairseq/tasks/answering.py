@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,22 +40,35 @@ class AnsweringTask(FairseqTask):
         """Chat format of the LLM."""
         raise NotImplementedError
 
-    def dataset_class(self, longest: float) -> tuple[Callable[..., SpeechTextDataset], dict[str, Any]]:
-        """The data set of this command and its own options; ``longest`` is what the model hears, in seconds."""
+    @property
+    def max_samples(self) -> int | None:
+        """What the model hears at once; None before there is one."""
+        raise NotImplementedError
+
+    def dataset_class(self) -> tuple[Callable[..., SpeechTextDataset], dict[str, Any]]:
+        """The data set of this command and its own options."""
         seconds = {"max_seconds": self.cfg.max_audio_seconds}
         if self.command is None:
             return SpeechTextDataset, seconds
         shard, shards = self.command.dataset.shard_id, self.command.dataset.num_shards
         if not 0 <= shard < shards:
             raise ValueError(f"--shard-id must be between 0 and --num-shards - 1 = {shards - 1}, got {shard}")
-        return RowsToAnswer, {"max_seconds": min(longest, self.cfg.max_audio_seconds), "shard": (shard, shards)}
+        return RowsToAnswer, {"max_seconds": self._max_seconds(), "shard": (shard, shards)}
+
+    def _max_seconds(self) -> float:
+        longest = float("inf") if self.max_samples is None else self.max_samples / SAMPLE_RATE
+        return float(min(longest, self.cfg.max_audio_seconds))
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **options: Any) -> Any:
-        """Rows that are answered are all in it; those that are too long get an error in place of an answer."""
-        if not isinstance(dataset, RowsToAnswer):
-            return super().get_batch_iterator(dataset, *args, **options)
-        options["max_positions"] = None
-        return _ThenFinish(super().get_batch_iterator(dataset, *args, **options), self._finish)
+        """No row is left out of it: fairseq's training skips what is longer than --max-tokens, and asserts elsewhere.
+
+        Raises:
+            ManifestError: a row is longer than --max-tokens.
+        """
+        if isinstance(dataset, SpeechTextDataset):
+            options["max_positions"] = None if isinstance(dataset, RowsToAnswer) else self.max_samples
+        batches = super().get_batch_iterator(dataset, *args, **options)
+        return _ThenFinish(batches, self._finish) if isinstance(dataset, RowsToAnswer) else batches
 
     def build_generator(self, models: Any, args: Any, *_: Any, **__: Any) -> LlmGenerator:
         """Maps fairseq's generation options to the LLM's decoding, and opens what is kept of an earlier run.
@@ -69,7 +82,7 @@ class AnsweringTask(FairseqTask):
             raise ValueError("fairseq-generate and fairseq-interactive generate answers, and BlspKd does in Python")
         rows = self.datasets.get(self._loaded_split)
         if rows is None:
-            rows = self._lines(models)
+            rows = self._lines()
             compat_generation.after_input(self._finish)
         seed = None if args.no_seed_provided else self.command.common.seed
         results = Results(self._results_path(), lambda: self._identity(options, seed))
@@ -77,11 +90,11 @@ class AnsweringTask(FairseqTask):
         self._generator = LlmGenerator(self.chat, options, results, rows, seed)
         return self._generator
 
-    def _lines(self, models: Sequence[Any]) -> LinesToAnswer:
+    def _lines(self) -> LinesToAnswer:
         """For fairseq-interactive, which has audio alone; rows of a manifest bring their prompts and languages."""
         root = Path(self.cfg.audio_root) if self.cfg.audio_root else None
-        longest = min(self.cfg.max_audio_seconds, models[0].max_positions() / SAMPLE_RATE)
-        return LinesToAnswer(resolve_prompt(self.cfg.prompt), root, longest, self.command.dataset.max_tokens)
+        prompt, limit = resolve_prompt(self.cfg.prompt), self.command.dataset.max_tokens
+        return LinesToAnswer(prompt, root, self._max_seconds(), limit)
 
     def _finish(self) -> None:
         """Writes the results when everything is answered.

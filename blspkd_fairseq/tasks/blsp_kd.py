@@ -17,7 +17,6 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from blspkd_fairseq import compat
-from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.batch import SpeechLengths
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import SpeechTextDataset, load_manifest, transcripts_of
@@ -191,7 +190,7 @@ class BlspKdTask(AnsweringTask):
         is_train = combine or split.startswith("train")  # fairseq combines what it trains on, whatever its name
         folder = Path(paths[(epoch - 1) % len(paths)] if is_train else paths[0])
         manifest = load_manifest(folder / f"{split}.tsv", self._needed_texts)
-        dataset_class, options = self.dataset_class(self._longest())
+        dataset_class, options = self.dataset_class()
         self.datasets[split] = dataset_class(
             manifest,
             self.chat,
@@ -210,9 +209,9 @@ class BlspKdTask(AnsweringTask):
             self._train_split = split
             self.datasets[split].store = self._store  # from the second folder of the data on
 
-    def _longest(self) -> float:
-        """Seconds that the speech encoder hears."""
-        return float("inf") if self._model is None else self._model.speech_encoder.max_samples / SAMPLE_RATE
+    @property
+    def max_samples(self) -> int | None:
+        return None if self._model is None else self._model.speech_encoder.max_samples
 
     def training_tokens(self) -> Tensor:
         """Sorted ids of all tokens that occur in the training transcripts, in all folders of the data."""
