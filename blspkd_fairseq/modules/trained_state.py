@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from blspkd_fairseq import compat
+from blspkd_fairseq.checkpoint_files import read_checkpoint
 from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.modules.cformer import ALIGNMENTS
 from blspkd_fairseq.modules.fingerprint import fingerprint, same_fingerprint
@@ -104,7 +104,7 @@ def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     """Options and trained weights of a checkpoint of fairseq-train, a folder with one, or one of :func:`write_trained`.
 
     Raises:
-        ValueError: there is no model at this path.
+        ValueError: there is no model at this path, or it is damaged.
     """
     if path.is_dir():
         if (path / _WEIGHTS).exists() and (path / _CONFIG).exists():
@@ -113,14 +113,8 @@ def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         if not found:
             raise ValueError(f"{path} holds neither {_CONFIG} and {_WEIGHTS} nor {' or '.join(_CHECKPOINTS)}")
         path = found[0]
-    if not path.exists():
-        raise ValueError(f"no checkpoint at {path}")
-    compat.allow_safe_checkpoint_globals()
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint["cfg"]["model"], checkpoint["model"]
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from error
+    checkpoint = read_checkpoint(path)
+    return checkpoint["cfg"]["model"], checkpoint["model"]
 
 
 def write_trained(folder: Path, options: Mapping[str, Any], model: SpeechLLM, dtype: torch.dtype) -> None:
