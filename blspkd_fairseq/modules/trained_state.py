@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from blspkd_fairseq import compat
+from blspkd_fairseq.checkpoint_files import read_checkpoint
 from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.modules.cformer import ALIGNMENTS
 from blspkd_fairseq.modules.fingerprint import fingerprint, same_fingerprint
@@ -118,10 +119,10 @@ def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     if not path.exists():
         raise ValueError(f"no checkpoint at {path}")
     compat.allow_safe_checkpoint_globals()
+    checkpoint = read_checkpoint(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return without_trust(checkpoint["cfg"]["model"]), checkpoint["model"]
-    except Exception as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from error
 
 
