@@ -111,6 +111,7 @@ class BlspKdTask(AnsweringTask):
     def __init__(self, cfg: BlspKdConfig, **_: Any) -> None:
         super().__init__(cfg)
         self.dictionary = LlmDictionary()
+        self.trust_remote_code = False  # of the user, for a teacher as for the student
         self._needed_texts: tuple[str, ...] = ()
         self._reads_responses = True
         self._loaded_split = ""
@@ -162,6 +163,7 @@ class BlspKdTask(AnsweringTask):
         self._keeps_features = cfg.cache_encoder_features
         if self.cfg.feature_store and not self._keeps_features and not from_checkpoint:
             raise ValueError("--feature-store is the folder of --cache-encoder-features: give both or none of them")
+        self.trust_remote_code = cfg.trust_remote_code
         model = super().build_model(cfg, from_checkpoint)
         if self.cfg.pretrained_model and not from_checkpoint:
             load_trained_state_dict(model.speech_llm, read_trained(Path(self.cfg.pretrained_model))[1])
