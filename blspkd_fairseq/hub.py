@@ -18,14 +18,15 @@ from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import AdapterOutput
+from blspkd_fairseq.modules.pretrained import show_base_models
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained, write_trained
 from blspkd_fairseq.modules.whisper_encoder import FRAMES_PER_SECOND
 
 Audio = str | Path | tuple[Any, int] | Mapping[str, Any]
-"""A path (or ``shard.zip:offset:length``); samples [S] (numpy, torch or list) with their rate in Hz; or an element of an
-audio column of Hugging Face's data sets: ``{"array": ..., "sampling_rate": ...}``, ``{"bytes": ..., "path": ...}``, or a
-decoder of torchcodec."""
+"""A path (or ``shard.zip:offset:length``); samples [S] (numpy, torch or list) with their rate in Hz; or an element of
+an audio column of Hugging Face's data sets: ``{"array": ..., "sampling_rate": ...}``, ``{"bytes": ..., "path": ...}``,
+or a decoder of torchcodec."""
 
 
 class AlignedToken(NamedTuple):
@@ -62,7 +63,11 @@ class BlspKd:
 
     @classmethod
     def from_pretrained(
-        cls, checkpoint_or_dir: str | os.PathLike[str], device: str | torch.device | None = None, **overrides: Any
+        cls,
+        checkpoint_or_dir: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        **overrides: Any,
     ) -> "BlspKd":
         """Loads a trained model.
 
@@ -70,17 +75,21 @@ class BlspKd:
             checkpoint_or_dir: a checkpoint of fairseq-train, a folder with ``checkpoint_best.pt`` or
                 ``checkpoint_last.pt``, or a folder of :meth:`save_pretrained`.
             device: default: the GPU if there is one.
+            trust_remote_code: run code that comes with the LLM's files; what the checkpoint says of it does not count.
             overrides: options in place of the checkpoint's, such as ``llm="/models/qwen"`` or ``llm_dtype="float32"``.
 
         Raises:
-            ValueError: nothing to load there, an unknown option, or other base models than in training.
+            ValueError: nothing to load there, an unknown option, other base models than in training, or one that needs
+                code of its own.
         """
         options, state = read_trained(Path(checkpoint_or_dir))
         names = {field.name for field in dataclasses.fields(SpeechLlmConfig)}
         unknown = sorted(set(overrides) - names)
         if unknown:
             raise ValueError(f"unknown options {', '.join(unknown)}: choose from {', '.join(sorted(names))}")
-        config = SpeechLlmConfig(**{k: v for k, v in {**options, **overrides}.items() if k in names})
+        chosen = {**options, **overrides, "trust_remote_code": trust_remote_code}
+        config = SpeechLlmConfig(**{k: v for k, v in chosen.items() if k in names})
+        show_base_models(str(checkpoint_or_dir), LLM=config.llm, speech_encoder=config.speech_encoder)
         model, chat = build_speech_llm(config)
         load_trained_state_dict(model, state)
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), chat, config)

@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
+        trust_remote_code=args.trust_remote_code,
     )
     manifest = Manifest.load(args.input, ("id", "audio", "n_frames", "src_text"), ("src_text",))
     if args.num_shards > 1 and args.shard is None:
@@ -68,6 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="the same manifest with tgt_text and cut")
     parser.add_argument("--llm", required=True, help="Hugging Face name or local directory")
     parser.add_argument("--llm-dtype", default="bfloat16", choices=list(DTYPES))
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the LLM's files")
     parser.add_argument("--prompt", default="continue", help="name of a prompt or a text with {speech}")
     parser.add_argument("--system-prompt", default="")
     parser.add_argument("--chat-template", default="", help="file with a Jinja chat template")

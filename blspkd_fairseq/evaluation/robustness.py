@@ -11,7 +11,7 @@ while somebody speaks. Nothing is clipped or scaled to [-1, 1] afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
@@ -43,6 +43,7 @@ _KINDS = {
     "speed": _Kind("factor", 0.25, 4),
     "8khz": _Kind(),
 }
+RANDOM_KINDS = frozenset({"white", "babble", "reverb"})  # another seed gives another sound
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,17 @@ class Condition:
 
 
 class Voices(NamedTuple):
-    """Utterances for babble. Attributes: ``ids``; ``load``: id to ``[samples]`` float32 at 16 kHz."""
+    """Utterances for babble.
+
+    Attributes:
+        ids: of the utterances.
+        load: id to ``[samples]`` float32 at 16 kHz.
+        speakers: by id, as far as they are known; nobody babbles behind himself.
+    """
 
     ids: Sequence[str]
     load: Callable[[str], np.ndarray]
+    speakers: Mapping[str, str] = {}
 
 
 def known_conditions() -> str:
@@ -113,7 +121,8 @@ def degrade(
         condition: what to do to them.
         utterance: its id, on which the random draws depend.
         seed: of the draws, with the id.
-        voices: other utterances, for babble only; the utterance itself (by its id) is never among those drawn.
+        voices: other utterances, for babble only; neither the utterance itself (by its id) nor another of its speaker
+            is among those drawn.
 
     Returns:
         ``[samples]`` float32 without NaN, as long as the input except for another speed. A silent utterance stays
@@ -178,8 +187,10 @@ def _with_noise(speech: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndar
 def _babble(length: int, utterance: str, rng: np.random.Generator, voices: Voices | None) -> np.ndarray:
     """Sum of equally loud voices, each repeated from a random point on."""
     total = np.zeros(length)
-    if voices is None or not (ids := _draw_others(voices.ids, utterance, rng)):
-        raise ValueError(f"there is no other utterance to make the babble behind {utterance} of: give more of them")
+    if voices is None or not (ids := _draw_others(voices, utterance, rng)):
+        raise ValueError(
+            f"there is no other utterance to make the babble behind {utterance} of: give some, by other speakers"
+        )
     for voice in ids:
         samples = np.asarray(voices.load(voice), dtype=np.float64)
         repeated = np.resize(np.roll(samples, -int(rng.integers(len(samples)))), length)
@@ -187,9 +198,15 @@ def _babble(length: int, utterance: str, rng: np.random.Generator, voices: Voice
     return total
 
 
-def _draw_others(ids: Sequence[str], utterance: str, rng: np.random.Generator) -> list[str]:
-    drawn = rng.permutation(len(ids)) if len(ids) <= BABBLE_VOICES else rng.choice(len(ids), BABBLE_VOICES + 1, False)
-    return [ids[index] for index in drawn if ids[index] != utterance][:BABBLE_VOICES]
+def _draw_others(voices: Voices, utterance: str, rng: np.random.Generator) -> list[str]:
+    speaker, drawn = voices.speakers.get(utterance, ""), []
+    for index in rng.permutation(len(voices.ids)):
+        name = voices.ids[index]
+        if name != utterance and not (speaker and voices.speakers.get(name) == speaker):
+            drawn.append(name)
+        if len(drawn) == BABBLE_VOICES:
+            break
+    return drawn
 
 
 def _reverberate(speech: np.ndarray, rt60: float, rng: np.random.Generator) -> np.ndarray:

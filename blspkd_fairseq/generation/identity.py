@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from blspkd_fairseq.data.chat import TEMPLATE_DATE
-from blspkd_fairseq.modules.build import SpeechLlmConfig, read_chat_template, refuse_peft_adapter
+from blspkd_fairseq.modules.build import SpeechLlmConfig, read_chat_template
+from blspkd_fairseq.modules.pretrained import refuse_peft_adapter
 
 # Of a folder: configuration, tokenizer, template, weights. Not among them: pictures, a README, code.
 _MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".pt", ".gguf", ".model", ".tiktoken", ".jinja", ".txt"})
@@ -56,16 +57,16 @@ def model_identity(name: str, option: str = "llm") -> str:
 
 
 def _hub_identity(name: str) -> str:
-    from transformers import AutoConfig
+    from transformers.utils import hub
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        file = hub.cached_file(name, "config.json")  # and not the configuration, which may bring code
     except (OSError, ValueError) as error:
         raise ValueError(
             f"there is no model {name!r}: give a local directory or the name of a Hugging Face model that this "
             f"machine can reach. {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
-    return f"{name}@{getattr(config, '_commit_hash', None) or 'unknown'}"
+    return f"{name}@{hub.extract_commit_hash(file, None) or 'unknown'}"
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

@@ -52,6 +52,7 @@ class ResponseSettings:
         system_prompt, chat_template: as in training.
         max_new_tokens: length limit, the end of turn included.
         sampling: draw from the distribution, shaped by ``temperature`` and ``top_p``; ``seed`` makes it repeatable.
+        trust_remote_code: run code that comes with the LLM's files.
     """
 
     llm: str
@@ -64,10 +65,13 @@ class ResponseSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 1
+    trust_remote_code: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What binds a store: the same settings, with what is in the files in place of where they are."""
-        return {**asdict(self), **llm_identity(self.config())}
+        settings = asdict(self)
+        del settings["trust_remote_code"]  # says who is trusted, not what is answered
+        return {**settings, **llm_identity(self.config())}
 
     def config(self) -> SpeechLlmConfig:
         """The options that load the LLM."""
@@ -76,6 +80,7 @@ class ResponseSettings:
             llm_dtype=self.llm_dtype,
             system_prompt=self.system_prompt,
             chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code,
         )
 
 
@@ -189,7 +194,12 @@ class VllmBackend:
             ) from error
         self.settings = settings
         self.chat = load_chat_format(settings.config())
-        self.llm = vllm.LLM(model=settings.llm, dtype=settings.llm_dtype, enable_prefix_caching=True)
+        self.llm = vllm.LLM(
+            model=settings.llm,
+            dtype=settings.llm_dtype,
+            enable_prefix_caching=True,
+            trust_remote_code=settings.trust_remote_code,
+        )
         self.sampling = vllm.SamplingParams(
             temperature=settings.temperature if settings.sampling else 0.0,
             top_p=settings.top_p if settings.sampling else 1.0,

@@ -1,11 +1,8 @@
 """Options of the model, and the model built from them and from pretrained parts."""
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
+from blspkd_fairseq.modules.pretrained import load_pretrained
 from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
 
@@ -161,35 +159,9 @@ def read_chat_template(config: SpeechLlmConfig) -> str | None:
         raise ValueError(f"--chat-template {config.chat_template} cannot be read: {error.strerror}") from error
 
 
-def refuse_peft_adapter(name: str, option: str) -> None:
-    """Refuses a folder that peft has written: transformers would load the base model and put the adapter on it.
-
-    What is trained here is named by the LLM's own modules and its frozen weights, which are then others.
-
-    Raises:
-        ValueError: names the option and the remedy.
-    """
-    file = Path(name).expanduser() / "adapter_config.json"
-    if not file.is_file():
-        return
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        base = None
-    raise _is_adapter(name, option, base)
-
-
-def _is_adapter(name: str, option: str, base: str | None = None) -> ValueError:
-    of_base = f" of {base}" if base else ""
-    return ValueError(
-        f"--{option} {name} is a PEFT adapter{of_base} and no whole model: merge it into its base model (peft's "
-        "merge_and_unload, then save_pretrained of model and tokenizer) and give the folder of that"
-    )
-
-
 def load_tokenizer(config: SpeechLlmConfig, option: str = "llm") -> Any:
     """The tokenizer of the LLM that the options name; ``option`` is the one that an error names."""
-    return _from_pretrained(AutoTokenizer, config.llm, option, "tokenizer", trust_remote_code=config.trust_remote_code)
+    return load_pretrained(AutoTokenizer, config.llm, option, "tokenizer", config.trust_remote_code)
 
 
 def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> PreTrainedModel:
@@ -200,16 +172,9 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
     Raises:
         ValueError: it cannot be loaded, embeds fewer tokens than its tokenizer has, or its head is of an unknown kind.
     """
-    llm = _from_pretrained(
-        AutoModelForCausalLM,
-        config.llm,
-        option,
-        "LLM",
-        dtype=DTYPES[config.llm_dtype],
-        trust_remote_code=config.trust_remote_code,
+    llm = load_pretrained(
+        AutoModelForCausalLM, config.llm, option, "LLM", config.trust_remote_code, dtype=DTYPES[config.llm_dtype]
     )
-    if getattr(llm, "_hf_peft_config_loaded", False):  # of the hub, whose files are seen when they are loaded
-        raise _is_adapter(config.llm, option)
     if len(chat.tokenizer) > llm.get_input_embeddings().num_embeddings:
         raise ValueError(
             f"the tokenizer of {config.llm} has {len(chat.tokenizer)} words but the LLM embeds only "
@@ -223,26 +188,14 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
 
 
 def _load_speech_encoder(config: SpeechLlmConfig) -> SpeechEncoder:
-    return _from_pretrained(
+    return load_pretrained(
         SpeechEncoder,
         config.speech_encoder,
         "speech-encoder",
         "speech encoder",
+        can_trust=False,
         pad_to_30s=config.pad_to_30s,
     )
-
-
-def _from_pretrained(cls: Any, name: str, option: str, what: str, **options: Any) -> Any:
-    refuse_peft_adapter(name, option)
-    try:
-        with compat.without_progress_bars():
-            return cls.from_pretrained(os.path.expanduser(name), **options)
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            f"cannot load the {what} {name!r}: give --{option} (or, for a checkpoint that names it, --model-overrides "
-            f"\"{{'{option.replace('-', '_')}': 'DIRECTORY'}}\") a local directory or the name of a Hugging Face model "
-            f"that this machine can reach. {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
 
 
 def _check(config: SpeechLlmConfig) -> None:

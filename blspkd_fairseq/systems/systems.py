@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, WhisperForConditionalGeneration
 from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPER_LANGUAGES
 
-from blspkd_fairseq import compat
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.languages import code_of
@@ -25,6 +24,7 @@ from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, a
 from blspkd_fairseq.generation.identity import llm_identity, model_identity
 from blspkd_fairseq.hub import BlspKd, read_options
 from blspkd_fairseq.modules.build import SpeechLlmConfig, load_chat_format, load_llm
+from blspkd_fairseq.modules.pretrained import load_pretrained
 from blspkd_fairseq.modules.speech_llm import ChatLLM
 
 
@@ -78,15 +78,17 @@ class CheckpointSystem:
 
     Args:
         path: of the checkpoint.
+        trust_remote_code: run code that comes with the LLM's files.
         overrides: options of the model in place of the checkpoint's, such as ``{"llm": "/models/qwen"}``.
     """
 
     hears = True
 
-    def __init__(self, path: Path, **overrides: Any) -> None:
+    def __init__(self, path: Path, trust_remote_code: bool = False, **overrides: Any) -> None:
         if not path.exists():
             raise ValueError(f"no checkpoint at {path}")
         self.path = path
+        self.trust_remote_code = trust_remote_code
         self.overrides = overrides
         self._model: BlspKd | None = None
 
@@ -109,7 +111,8 @@ class CheckpointSystem:
 
     def load(self) -> None:
         if self._model is None:
-            self._model = BlspKd.from_pretrained(self.path, **self.overrides)
+            trust = self.trust_remote_code
+            self._model = BlspKd.from_pretrained(self.path, trust_remote_code=trust, **self.overrides)
 
     def unload(self) -> None:
         self._model = None
@@ -153,7 +156,11 @@ class TextSystem:
 
 
 class CascadeSystem(TextSystem):
-    """Whisper transcribes, the LLM reads that. For speech recognition, Whisper's transcript is the answer."""
+    """Whisper transcribes, the LLM reads that, both with the same beam.
+
+    For speech recognition, Whisper's transcript is the answer. ``whisper`` may be a Whisper that was trained further on
+    the same data as the systems it stands beside.
+    """
 
     hears = True
 
@@ -177,35 +184,37 @@ class CascadeSystem(TextSystem):
     def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
         waveforms = [utterance.waveform for utterance in batch if utterance.waveform is not None]
         assert self._transcriber is not None
-        heard = self._transcriber.transcribe(waveforms, [u.language for u in batch])
+        heard = self._transcriber.transcribe(waveforms, [u.language for u in batch], options.beam)
         answers = heard if is_asr else self._read(heard, batch, options)
         return [Answer(answer, text) for answer, text in zip(answers, heard, strict=True)]
 
 
 class WhisperTranscriber:
-    """Whisper as OpenAI decodes it (greedy, no timestamps), in float32 on the CPU and float16 on a GPU."""
+    """Whisper without timestamps, in float32 on the CPU and float16 on a GPU."""
 
     def __init__(self, name: str) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
         try:
-            kind = AutoConfig.from_pretrained(name).model_type
+            kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
             raise ValueError(f"there is no model {name!r}: give a Whisper by Hugging Face name or directory") from error
         if kind != "whisper":
             raise ValueError(
                 f"{name} is a {kind} model and no Whisper: give a Whisper by Hugging Face name or directory"
             )
-        self.processor = AutoProcessor.from_pretrained(name)
-        with compat.without_progress_bars():
-            self.model: Any = WhisperForConditionalGeneration.from_pretrained(name, dtype=dtype).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        loaded = load_pretrained(
+            WhisperForConditionalGeneration, name, "cascade", "Whisper", can_trust=False, dtype=dtype
+        )
+        self.model: Any = loaded.to(device).eval()
 
     @torch.no_grad()
-    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str]) -> list[str]:
+    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str], beam: int = 1) -> list[str]:
         """Transcripts of utterances of up to 30 s; a language code makes a multilingual Whisper listen for it."""
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"num_beams": beam}
         if self.model.generation_config.is_multilingual:
-            options = {"task": "transcribe", "language": [_whisper_language(code) for code in languages]}
+            options |= {"task": "transcribe", "language": [_whisper_language(code) for code in languages]}
             if not all(options["language"]):
                 options["language"] = None
         ids = self.model.generate(**self._features(waveforms), **options)
