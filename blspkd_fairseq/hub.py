@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blspkd_fairseq.data.audio import load_audio, prepare_waveform
+from blspkd_fairseq.data.audio import AudioError, decode_audio, load_audio, prepare_waveform, warn_of_flaw
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import AudioPart, one_turn, read_messages
@@ -23,8 +23,10 @@ from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained, write_trained
 from blspkd_fairseq.modules.whisper_encoder import FRAMES_PER_SECOND
 
-Audio = str | Path | tuple[Any, int]
-"""A path (or ``shard.zip:offset:length``), or samples [S] (numpy, torch or list) with their rate in Hz."""
+Audio = str | Path | tuple[Any, int] | Mapping[str, Any]
+"""A path (or ``shard.zip:offset:length``); samples [S] (numpy, torch or list) with their rate in Hz; or an element of
+an audio column of Hugging Face's data sets: ``{"array": ..., "sampling_rate": ...}``, ``{"bytes": ..., "path": ...}``,
+or a decoder of torchcodec."""
 
 
 class AlignedToken(NamedTuple):
@@ -119,7 +121,7 @@ class BlspKd:
         """Answers speech.
 
         Args:
-            audio: one utterance of up to 30 s, or a list of them.
+            audio: one utterance of up to 30 s, or a list of them. Digital silence and other flaws are warned about.
             instruction: text with a ``{speech}`` slot (else the speech follows it), or the name of a prompt; by
                 default the speech itself is what the user says.
             batch_size: utterances at a time; it does not change the answers.
@@ -233,25 +235,53 @@ def read_options(checkpoint_or_dir: str | os.PathLike[str]) -> Mapping[str, Any]
 
 
 def _is_single(audio: Any) -> bool:
-    if isinstance(audio, (str, os.PathLike)):
+    if isinstance(audio, (str, os.PathLike, Mapping)) or hasattr(audio, "get_all_samples"):
         return True
     return isinstance(audio, tuple) and len(audio) == 2 and isinstance(audio[1], (int, float, np.number))
 
 
 def _as_list(audio: Any) -> list[Any]:
     if audio is None:
-        raise ValueError("there is no audio: give a path, or samples with their rate: (array, 16000)")
+        raise ValueError(f"there is no audio: {_ACCEPTED}")
     return [audio] if _is_single(audio) else list(audio)
 
 
+_ACCEPTED = 'give a path, samples with their rate, (array, 16000), or {"array": ..., "sampling_rate": 16000}'
+
+
 def _samples(audio: Audio) -> np.ndarray:
+    """``[S]`` float32 at 16 kHz; warns if nothing can be heard in it."""
+    name, waveform = _read_mapping(audio) if isinstance(audio, Mapping) else _read_audio(audio)
+    warn_of_flaw(waveform, name)
+    return waveform
+
+
+def _read_audio(audio: Any) -> tuple[str, np.ndarray]:
+    """Its name, and the waveform."""
     if isinstance(audio, (str, os.PathLike)):
-        return load_audio(audio)
+        return str(audio), load_audio(os.fspath(audio))
+    if hasattr(audio, "get_all_samples"):
+        decoded = audio.get_all_samples()
+        audio = (decoded.data, decoded.sample_rate)
     if not _is_single(audio):
-        raise ValueError("give a path, or samples with their rate: (array, 16000)")
+        raise ValueError(_ACCEPTED)
     if not np.isfinite(audio[1]) or audio[1] != int(audio[1]):
         raise ValueError(f"the rate of audio must be a whole number of Hz, got {audio[1]}")
-    return prepare_waveform(audio[0], int(audio[1]))
+    return "audio", prepare_waveform(audio[0], int(audio[1]))
+
+
+def _read_mapping(audio: Mapping[str, Any]) -> tuple[str, np.ndarray]:
+    """Decoded or not, as a column of audio has it."""
+    name = str(audio.get("path") or "audio")
+    if audio.get("array") is not None:
+        if audio.get("sampling_rate") is None:
+            raise AudioError(f'{name} has an "array" and no "sampling_rate": give its number of samples per second')
+        return name, _read_audio((audio["array"], audio["sampling_rate"]))[1]
+    if audio.get("bytes") is not None:
+        return name, decode_audio(audio["bytes"], name)
+    if audio.get("path"):
+        return _read_audio(audio["path"])
+    raise AudioError(f"a mapping with {', '.join(map(repr, audio)) or 'nothing'} in it is no audio: {_ACCEPTED}")
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

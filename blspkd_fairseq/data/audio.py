@@ -12,6 +12,8 @@ import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +40,7 @@ __all__ = [
     "Flaw",
     "Reason",
     "audio_identity",
+    "decode_audio",
     "find_flaw",
     "find_zip_entry",
     "load_audio",
@@ -95,17 +98,30 @@ def load_audio(
             or far out of [-1, 1]; its ``reason`` says which.
     """
     name = str(spec)
-    try:
-        with _open(name, root) as file:
-            samples, rate = _decode(file, name, max_seconds)
-    except (OSError, ValueError) as error:
-        if isinstance(error, AudioError):
-            raise
-        raise AudioError(f"{name} cannot be read: {error}") from error
-    waveform = _to_mono_16k(samples, rate, name, max_seconds)
+    with _reading(name), _open(name, root) as file:
+        waveform = _to_mono_16k(*_decode(file, name, max_seconds), name, max_seconds)
     if declared_samples is not None:
         _check_length(len(waveform), declared_samples, SAMPLE_RATE, name, "the manifest declares")
     return waveform
+
+
+def decode_audio(content: bytes, name: str = "audio", max_seconds: float | None = MAX_SECONDS) -> np.ndarray:
+    """Reads the bytes of a file as :func:`load_audio` does the file."""
+    if not content:
+        raise AudioError(f"{name} is empty: remove its row or restore the file", Reason.EMPTY)
+    with _reading(name):
+        return _to_mono_16k(*_decode(io.BytesIO(content), name, max_seconds), name, max_seconds)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Names the file in what the system and the decoders say."""
+    try:
+        yield
+    except AudioError:
+        raise
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{name} cannot be read: {error}") from error
 
 
 def find_flaw(waveform: np.ndarray) -> Flaw | None:
