@@ -35,7 +35,7 @@ from blspkd_fairseq.generation.decoding import DecodingOptions
 from blspkd_fairseq.hub import read_options
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig
 from blspkd_fairseq.systems.answers import CLEAN, Questions, answer_all
-from blspkd_fairseq.systems.boundaries import compare_boundaries
+from blspkd_fairseq.systems.boundaries import calibrate, compare_boundaries
 from blspkd_fairseq.systems.systems import CascadeSystem, CheckpointSystem, System, TextSystem, WhisperTranscriber
 
 logger = logging.getLogger("blspkd_fairseq.evaluate")
@@ -373,6 +373,7 @@ def align(args: argparse.Namespace, systems: Mapping[str, System], report: Repor
     """Boundaries of every checkpoint with CIF, on the first test set."""
     kind = next(kind for kind in PROMPTS if getattr(args, kind))
     whisper = WhisperTranscriber(named_cascades(args)[0][1])
+    whisper_itself = calibrate(whisper, questions(args, kind))
     for name, system in systems.items():
         if isinstance(system, CheckpointSystem):
             system.load()
@@ -381,6 +382,7 @@ def align(args: argparse.Namespace, systems: Mapping[str, System], report: Repor
                 whisper,
                 questions(args, kind),
                 args.out / f"alignment-{name}.png",
+                whisper_itself,
                 args.samples,
                 args.seed,
             )
