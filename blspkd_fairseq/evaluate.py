@@ -36,6 +36,7 @@ from blspkd_fairseq.hub import read_options
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig
 from blspkd_fairseq.systems.answers import CLEAN, Questions, answer_all
 from blspkd_fairseq.systems.boundaries import calibrate, compare_boundaries
+from blspkd_fairseq.systems.cost import measure_costs
 from blspkd_fairseq.systems.systems import CascadeSystem, CheckpointSystem, System, TextSystem, WhisperTranscriber
 
 logger = logging.getLogger("blspkd_fairseq.evaluate")
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             export_voicebench(args.out / "voicebench", given)
     if args.align:
         align(args, systems, report)
+    if args.cost:
+        report.costs = measure_costs(systems, questions(args, kinds[0]), args.cost)
     write_report(report, args.out)
     print((args.out / "report.md").read_text(encoding="utf-8"))
 

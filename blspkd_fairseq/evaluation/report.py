@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from blspkd_fairseq.evaluation.alignment import BoundarySummary, Calibration
+from blspkd_fairseq.evaluation.cost import Cost, cost_section
 from blspkd_fairseq.evaluation.plain import plain
 from blspkd_fairseq.evaluation.plots import plot_robustness, plot_scores
 from blspkd_fairseq.evaluation.scoring import TaskReport
@@ -31,10 +32,11 @@ TITLES = {"asr": "Speech recognition", "translation": "Speech translation", "qa"
 
 @dataclass
 class Report:
-    """Attributes: tasks by their kind; boundary errors of systems with CIF; settings."""
+    """Attributes: tasks by their kind; boundary errors of systems with CIF; costs by system; settings."""
 
     tasks: dict[str, TaskReport] = field(default_factory=dict)
     alignment: dict[str, BoundaryFigures] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,6 +57,8 @@ def markdown(report: Report) -> str:
     parts += [_task_section(task) for task in report.tasks.values()]
     if report.alignment:
         parts.append(_alignment_section(report.alignment))
+    if report.costs:
+        parts.append(cost_section(report.costs))
     settings = "".join(f"- {name}: `{value}`\n" for name, value in report.settings.items())
     return "\n".join([*parts, "## Settings\n", settings])
 
@@ -207,7 +211,7 @@ def _alignment_section(alignment: Mapping[str, BoundaryFigures]) -> str:
     heading = ["system", "mean absolute difference (ms)", "median", "bias", "without the bias", "words", "not matched"]
     pictures = "".join(f"\n![boundaries of {system}](alignment-{system}.png)\n" for system in alignment)
     whisper = next(iter(alignment.values()))[2]
-    text = "CIF's token boundaries against the word ends of Whisper's cross-attention, which is forced onto the transcript."
+    text = "CIF's token boundaries against the word ends of Whisper's cross-attention, forced onto the transcript."
     if whisper.known:
         text += (
             f" Where word ends are known ({whisper.known} joined recordings), Whisper itself is {whisper.error_ms:.0f}"
