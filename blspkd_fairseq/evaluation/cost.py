@@ -14,7 +14,7 @@ class Cost(NamedTuple):
     Attributes:
         real_time_factor: seconds of computing per second of speech, median of the turns; lowest and highest of them.
         first_token_ms: from having the audio to the first token, median of the utterances; a cascade transcribes first.
-        peak_mib: memory at most, weights included (on a CPU, of the whole process); None where the system does not tell.
+        peak_mib: memory at most, weights included (on a CPU, of the whole process); None where nothing tells it.
         rows, turns: what was measured. device: where.
     """
 
