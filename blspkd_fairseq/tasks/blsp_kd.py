@@ -10,11 +10,12 @@ from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask, register_task
-from omegaconf import MISSING
+from omegaconf import II, MISSING
 from torch import Tensor
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.audio import load_audio
+from blspkd_fairseq.data.augment import Augmenter, parse_augmentation
 from blspkd_fairseq.data.batch import SpeechLengths
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset, load_manifest, transcripts_of
@@ -59,6 +60,14 @@ class BlspKdConfig(FairseqDataclass):
         default=False,
         metadata={"help": "leave out training rows whose audio is too long, missing or unreadable, and say so"},
     )
+    augment: str = field(
+        default="",
+        metadata={
+            "help": "change the sound of training speech anew in every epoch: all, or kinds with a probability, such "
+            "as speed:0.5,reverb:0.25,noise:0.3,babble:0.3,band:0.15,gain:1 (which is all)"
+        },
+    )
+    augment_seed: int = II("common.seed")
     pretrained_model: str = field(
         default="",
         metadata={
@@ -93,6 +102,7 @@ class BlspKdTask(FairseqTask):
     def __init__(self, cfg: BlspKdConfig, **_: Any) -> None:
         super().__init__(cfg)
         self.dictionary = LlmDictionary()
+        self._augmenter = Augmenter(parse_augmentation(cfg.augment), cfg.augment_seed) if cfg.augment else None
         self._needed_texts: tuple[str, ...] = ()
         self._reads_responses = True
         self._loaded_split = ""
@@ -137,6 +147,11 @@ class BlspKdTask(FairseqTask):
         self._keeps_features = cfg.cache_encoder_features
         if self.cfg.feature_store and not self._keeps_features and not from_checkpoint:
             raise ValueError("--feature-store is the folder of --cache-encoder-features: give both or none of them")
+        if self._augmenter is not None and self._keeps_features and not from_checkpoint:
+            raise ValueError(
+                "--augment changes the sound in every epoch, and --cache-encoder-features has each utterance heard "
+                "once: leave out one of them"
+            )
         model = super().build_model(cfg, from_checkpoint)
         if self.cfg.pretrained_model and not from_checkpoint:
             load_trained_state_dict(model.speech_llm, read_trained(Path(self.cfg.pretrained_model))[1])
@@ -176,6 +191,7 @@ class BlspKdTask(FairseqTask):
             lengths=SpeechLengths() if self._model is None else self._model.speech_lengths,
             with_response=self._reads_responses,
             share_prefix=self._model is None or self._model.share_prefix,
+            augmenter=self._augmenter if is_train else None,
         )
         self._loaded_split = split
         if is_train:
