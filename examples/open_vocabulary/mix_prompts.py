@@ -45,6 +45,7 @@ def asked(row: Mapping[str, object], prompt: str, is_speech: bool) -> dict[str, 
 def make(data: Path, rows: int, held_out: int, nothing: int, mix: Mapping[str, float]) -> None:
     """Everything in the module's text."""
     voices = Manifest.load(data / "train.tsv")
+    (data / "asked").mkdir(exist_ok=True)
     silent = {name: share for name, share in mix.items() if name in TEACHER_TEXTS} or {"chat": 1.0}
     for split in ("train", *HELD_OUT):
         if split in HELD_OUT and not (data / f"{split}.tsv").exists():
@@ -59,10 +60,8 @@ def make(data: Path, rows: int, held_out: int, nothing: int, mix: Mapping[str, f
             made += [asked(row, prompt_of(str(row["id"]), silent), False) for row in clips]
             made = [dict(row) for row in chosen(made, 0)]
         write_manifest(data / "asked" / f"{split}.tsv", made, COLUMNS)
-        counts = Counter(str(row["prompt"]) for row in made)
-        print(
-            f"{data / 'asked' / split}.tsv: {len(made)} rows: {', '.join(f'{n} {p}' for p, n in counts.most_common())}"
-        )
+        counts = Counter(str(row["prompt"]) for row in made).most_common()
+        print(f"{data / 'asked' / split}.tsv: {len(made)} rows: {', '.join(f'{n} {prompt}' for prompt, n in counts)}")
     clips = write_clips(data, "test", nothing and 100, voices)
     write_manifest(data / "asked" / "nothing.tsv", [asked(row, "chat", False) for row in clips], COLUMNS)
 

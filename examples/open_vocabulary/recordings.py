@@ -3,9 +3,9 @@
     python examples/open_vocabulary/recordings.py --out DIR --whisper WHISPER --rows 200
 
 DIR/phone.tsv are prompts of the Asterisk project (one voice, CC-BY-SA-3.0), DIR/game.tsv lines of "Flight of the
-Amazon Queen" (may be distributed and changed, not sold alone), of four words or more. The game has singing and monsters,
-too: a line of which Whisper gets more than 30 % of the words wrong is left out, and DIR/game-filter.json counts them.
-Neither is part of this repository. It needs apt-get and dpkg, but no root.
+Amazon Queen" (may be distributed and changed, not sold alone), of four words or more. The game has singing and
+monsters, too: a line of which Whisper gets more than 30 % of the words wrong is left out, and DIR/game-filter.json
+counts them. Neither is part of this repository. It needs apt-get and dpkg, but no root.
 """
 
 import argparse
