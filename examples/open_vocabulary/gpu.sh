@@ -51,12 +51,16 @@ pack() {
     [ -n "$to" ] || fail "pack needs --to DIR"
     [ ! -e "$to" ] || fail "$to exists: remove it or give another folder"
     [ "$piece_mib" -gt 0 ] || fail "--piece-mib must be at least 1"
-    local bundle name number=0
-    bundle=$(mktemp -d); trap 'rm -rf "$bundle"' EXIT
-    mkdir -p "$bundle/wheels" "$bundle/cache" "$bundle/out" "$to"
+    local name number=0 limit=0 pieces
+    # Beside the pieces, which appear when they are complete.
+    mkdir -p "$(dirname "$to")"
+    unfinished=$(mktemp -d "$(dirname "$to")/.pack.XXXXXX"); trap 'rm -rf "$unfinished"' EXIT
+    local bundle=$unfinished/bundle
+    pieces=$unfinished/pieces
+    mkdir -p "$bundle/wheels" "$bundle/cache" "$bundle/out" "$pieces"
     if [ -z "$quick" ]; then fetch_wheels "$bundle/wheels"; fi
-    "$python" "$here/gather_sentences.py" --out "$bundle/out/sentences" --cache "$cache" --limit "$([ -z "$quick" ] || echo 200)" |
-        tail -2
+    [ -z "$quick" ] || limit=200
+    "$python" "$here/gather_sentences.py" --out "$bundle/out/sentences" --cache "$cache" --limit "$limit"
     touch "$bundle/out/.done-2"
     "$python" - "$root" "$cache" <<'PYTHON'
 import sys
@@ -68,15 +72,16 @@ fetch_recordings.fetch_debian(cache / "flite", voices.FLITE_PACKAGES)
 PYTHON
     cp -r "$cache/flite" "$bundle/cache/"
     if [ -n "$speech" ]; then cp -r "$speech" "$bundle/speech"; chmod -R u+w "$bundle/speech"; fi
-    tar -C "$bundle" -cf - . | split -b "${piece_mib}M" -d - "$to/part-"
-    for name in "$to"/part-*; do
-        mkdir "$to/${name##*-}"; mv "$name" "$to/${name##*-}/part"; number=$((number + 1))
+    tar -C "$bundle" -cf - . | split -b "${piece_mib}M" -d - "$pieces/part-"
+    for name in "$pieces"/part-*; do
+        mkdir "$pieces/${name##*-}"; mv "$name" "$pieces/${name##*-}/part"; number=$((number + 1))
     done
-    for name in "$to"/[0-9]*; do
+    for name in "$pieces"/[0-9]*; do
         echo "$number $(sha256sum <"$name/part" | cut -d' ' -f1)" >"$name/piece"
-        echo "$name: $(du -m "$name/part" | cut -f1) MiB"
+        echo "$to/${name##*/}: $(du -m "$name/part" | cut -f1) MiB"
     done
-    echo "$number pieces: carry each to the machine and run: gpu.sh load N --from DIR (with N = ${to##*/}'s folders)"
+    mv "$pieces" "$to"
+    echo "$number pieces: carry each to the machine, and run gpu.sh load N --from DIR there"
 }
 
 fetch_wheels() { # FOLDER
