@@ -57,7 +57,8 @@ class World:
     def train(
         self, save_dir: Path, *options: Any, kill: Kill | None = None, data: Path | None = None
     ) -> tuple[list[Step], str | None]:
-        """What a training did, and its log, or None if it was killed."""
+        """What a training did, and its log, or None if it was killed; SAVE_DIR in an option is ``save_dir``."""
+        options = tuple(str(option).replace("SAVE_DIR", str(save_dir)) for option in options)
         with recorded(kill) as steps:
             try:
                 log = train(data or self.data, save_dir, self.llm, self.whisper, *options)

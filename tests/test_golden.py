@@ -1,4 +1,4 @@
-"""What earlier releases have saved is loaded, answers as it did, and is trained on (tests/golden/make.py makes it)."""
+"""What earlier releases have saved is loaded, answers as it did, and is trained on (golden/make_golden.py makes it)."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from blspkd_fairseq.checkpoint_files import check_whole, updates_of
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 
-import make  # noqa: E402
+import make_golden  # noqa: E402
 
 RELEASES = sorted(path.parent for path in GOLDEN.glob("*/expected.json"))
 
@@ -37,11 +37,11 @@ def test_there_is_one() -> None:
 def test_it_answers_as_it_did(release: Path, tmp_path: Path, name: str) -> None:
     base = {part: str(release / part) for part in ("llm", "speech_encoder")}
     model = BlspKd.from_pretrained(release / name, device="cpu", **base)
-    assert make.answers(model, tmp_path) == expected(release)["answers"]
+    assert make_golden.answers(model, tmp_path) == expected(release)["answers"]
 
 
 def test_it_is_validated_as_it_was(release: Path, tmp_path: Path) -> None:
-    figures = make.figures(release / "checkpoint.pt", release, tmp_path)
+    figures = make_golden.figures(release / "checkpoint.pt", release, tmp_path)
     assert figures == pytest.approx(expected(release)["figures"], abs=2e-3, rel=2e-3)
 
 

@@ -1,6 +1,6 @@
 """Makes what later releases must still load, tests/golden/VERSION: tiny base models, a checkpoint and a saved model.
 
-    PYTHONPATH=.:tests python tests/golden/make.py
+    PYTHONPATH=.:tests python tests/golden/make_golden.py
 
 Run once for each release, before its version is raised, and committed; never made again.
 """
