@@ -1,7 +1,8 @@
 """Trainings that are interrupted anywhere, in this process, and what they did to every utterance."""
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +57,8 @@ class World:
     def train(
         self, save_dir: Path, *options: Any, kill: Kill | None = None, data: Path | None = None
     ) -> tuple[list[Step], str | None]:
-        """What a training did, and its log, or None if it was killed."""
+        """What a training did, and its log, or None if it was killed; SAVE_DIR in an option is ``save_dir``."""
+        options = tuple(str(option).replace("SAVE_DIR", str(save_dir)) for option in options)
         with recorded(kill) as steps:
             try:
                 log = train(data or self.data, save_dir, self.llm, self.whisper, *options)
@@ -65,9 +67,16 @@ class World:
         return steps, log
 
 
+def die() -> None:
+    """Ends this process, as far as a test can do that to its own."""
+    raise Killed
+
+
 @contextmanager
-def recorded(kill: Kill | None) -> Iterator[list[Step]]:
-    """Notes every step of training, up to where it is killed."""
+def recorded(
+    kill: Kill | None, end: Callable[[], None] = die, note: Callable[[Step], None] | None = None
+) -> Iterator[list[Step]]:
+    """Notes every step of training, up to where it is killed by calling ``end``."""
     blspkd_fairseq.register()
     from blspkd_fairseq.tasks.blsp_kd import BlspKdTask
 
@@ -77,15 +86,17 @@ def recorded(kill: Kill | None) -> Iterator[list[Step]]:
 
     def step(self: Any, sample: Any, *args: Any, update_num: int, **kwargs: Any) -> Any:
         if kill == Kill(update_num):
-            raise Killed
+            end()
         events[0] = 0
         result = train_step(self, sample, *args, update_num=update_num, **kwargs)
         steps.append(Step(update_num, tuple(row["id"] for row in sample["rows"]), float(result[0].detach())))
+        if note is not None:
+            note(steps[-1])
         return result
 
     def event() -> None:
         if kill is not None and kill.event == events[0] and steps and steps[-1].update == kill.update:
-            raise Killed
+            end()
         events[0] += 1
 
     def synced(path: Path) -> None:
@@ -113,6 +124,11 @@ def train_through(
     for kill in (*kills, None):
         steps, log = world.train(save_dir, *options, kill=kill, data=data)
         assert (log is None) == (kill is not None), f"{kill} did not happen"
-        first = steps[0].update if steps else len(lineage)
-        lineage = [step for step in lineage if step.update < first] + steps
+        lineage = gone_on(lineage, steps)
     return lineage
+
+
+def gone_on(before: list[Step], steps: list[Step]) -> list[Step]:
+    """The steps that made a model which was trained on from one of those before."""
+    first = steps[0].update if steps else math.inf
+    return [step for step in before if step.update < first] + steps

@@ -192,6 +192,17 @@ def test_other_commands_refuse_a_damaged_one(world: World, folder: Path, tmp_pat
     assert not (tmp_path / "mean.pt").exists()
 
 
+@pytest.mark.parametrize("name", ["empty", "half", "zeros at the end", "a text", "a flipped bit"])
+def test_a_damaged_folder_of_save_pretrained_is_refused(saved: Path, tmp_path: Path, name: str) -> None:
+    BlspKd.from_pretrained(saved / LAST).save_pretrained(tmp_path)
+    assert BlspKd.from_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    flip(weights, 8 * weights.stat().st_size - 99) if name == "a flipped bit" else DAMAGES[name](weights)
+    with pytest.raises(DamagedCheckpointError, match="is damaged") as error:
+        BlspKd.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 

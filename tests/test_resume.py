@@ -32,6 +32,32 @@ def some_kills(updates: int, end_of_epoch: int, seed: int) -> list[Kill]:
         pytest.param(("--max-epoch", 3, "--num-workers", 2), 18, 6, 1, id="workers"),
         pytest.param(("--max-epoch", 4, "--update-freq", "2,4"), 9, 5, 1, id="several batches an update"),
         pytest.param(("--max-epoch", 3, "--update-freq", 2, "--num-workers", 2), 8, 5, 2, id="a folder an epoch"),
+        pytest.param(
+            ("--max-epoch", 2, "--cache-encoder-features", "--feature-store", "SAVE_DIR/features"),
+            12,
+            6,
+            1,
+            id="stored frames",
+        ),
+        pytest.param(
+            (
+                *(
+                    "--max-epoch",
+                    2,
+                    "--criterion",
+                    "on_policy_distillation",
+                    "--rollouts",
+                    2,
+                    "--rollout-max-tokens",
+                    4,
+                ),
+                *("--adapter-dropout", 0, "--lora-dropout", 0),
+            ),
+            12,
+            6,
+            1,
+            id="roll-outs",
+        ),
         pytest.param(("--max-epoch", 3, "--skip-remainder-batch", "--curriculum", 1), 15, 5, 1, id="curriculum"),
     ],
 )
