@@ -28,14 +28,20 @@ def guard_updates() -> None:
 
 
 def _guarded(train_step: Any) -> Any:
+    import torch
+
     @functools.wraps(train_step)
     def step(self: Any, samples: Any, raise_oom: bool = False) -> Any:
         guard = getattr(self.task, "guard", None)
         if guard is None:
             return train_step(self, samples, raise_oom)
+        is_first = True
 
         def step_with(some: Any) -> Any:
-            self.has_gradient = False
+            nonlocal is_first
+            if self.cuda and not is_first:  # what the try before has held
+                torch.cuda.empty_cache()
+            is_first = self.has_gradient = False
             try:
                 return train_step(self, some, True)
             except RuntimeError as error:
