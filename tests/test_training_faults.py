@@ -333,12 +333,13 @@ def test_what_is_not_finite_makes_no_update_and_is_named(
     assert not (tmp_path / "crash.pt").exists()
 
 
-def test_of_several_batches_that_of_the_loss_is_named(
-    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("place", ["in_the_loss", "in_the_gradient"])
+def test_of_several_batches_the_one_is_named(
+    world: World, monkeypatch: pytest.MonkeyPatch, states: list[Any], tmp_path: Path, place: str
 ) -> None:
-    Numbers(monkeypatch, math.nan, "train-5").in_the_loss()
+    getattr(Numbers(monkeypatch, math.nan, "train-5"), place)()
     log = world.train(tmp_path, "--batch-size", 1, "--update-freq", 4)
-    assert "a loss of nan in the batch of train-5: no update" in log and updates(tmp_path) == 2
+    assert " in the batch of train-5: no update" in log and updates(tmp_path) == 2 and states == [True]
 
 
 def test_too_many_in_a_row_end_training(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -455,7 +456,7 @@ def hang() -> None:
 
 
 STUCK = {
-    "ends": (end_at_once, r"a loader process has died while it read .*train.tsv line 9 \(id train-7\), .*train-7.flac"),
+    "ends": (end_at_once, r"a loader process has died while it read .*tsv line 9 \(id train-7\), .*train-7.flac"),
     "is killed": (be_killed, r"a loader process has died while it read .*\(id train-7\).*--num-workers"),
     "hangs": (
         hang,
@@ -587,6 +588,7 @@ C.forward = spoiled
     assert updates(tmp_path) == 2
     assert sum("a loss of nan in the batch of" in output for _, output in results) == 1
     assert all(": no update (1 so far" in output for _, output in results)
+    assert sum("NaN or Inf in the gradient of another process" in output for _, output in results) == 1
 
 
 @pytest.mark.slow
