@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,12 @@ from blspkd_fairseq.generation import fairseq_generator, fairseq_rows
 from blspkd_fairseq.generation.results import UnansweredError
 
 blspkd_fairseq.register()
+
+
+# What libraries say of themselves, in the midst of a command's own lines.
+OF_LIBRARIES = re.compile(
+    r"Traceback|deprecated|Warning|DEBUG|Loading weights|can_reuse_epoch_itr|creating new batches"
+)
 
 
 class World:
@@ -115,9 +122,9 @@ def spoil(rows: list[dict[str, Any]], data: Path) -> dict[str, str]:
         "empty": ({"audio": "empty.flac"}, "empty file"),
         "noise": ({"audio": "noise.flac"}, "cannot be decoded"),
         "half": ({"audio": "half.flac"}, "half.flac"),
-        "outside": ({"audio": "../out.flac"}, "leads out of"),
+        "outside": ({"audio": "../out.flac"}, "the audio root"),
         "declared": ({"n_frames": 10 * int(one["n_frames"])}, "the manifest declares"),
-        "long": ({"audio": "long.flac", "n_frames": samples}, "longer than 30 s"),
+        "long": ({"audio": "long.flac", "n_frames": samples}, "the limit is 30 s"),
         "text": ({"src_text": "word " * 400}, "not the text of this audio"),
         "cut": ({"cut": "perhaps"}, "cut is 'perhaps'"),
         "talk": ({"conversation": "[1]"}, ""),
@@ -143,8 +150,8 @@ def test_a_row_that_cannot_be_read_is_an_error_of_its_own(
         world.generate(data, results)
     records = {record["id"]: record for record in read_jsonl(results / "generate-test.jsonl")}
     assert list(records) == [row["id"] for row in rows]
-    for name, reason in said.items():
-        assert reason in records[name]["error"] and "hypothesis" not in records[name], name
+    assert not {name: records[name] for name, reason in said.items() if reason not in records[name]["error"]}
+    assert not any("hypothesis" in records[name] for name in said)
     assert [records[name]["hypothesis"] for name in good] == [record["hypothesis"] for record in answers]
 
     text = results / "generate-test.txt"
@@ -175,7 +182,7 @@ def test_interactive_answers_the_other_lines_and_exits_1(world: World, tmp_path:
     paths[2].write_bytes(b"RIFF")
     command = [*program("interactive"), *arguments(
         "interactive", world.data, "--path", world.checkpoint, "--beam", 1, "--max-len-b", 4, "--batch-size", 2,
-        "--buffer-size", 3,
+        "--buffer-size", 3, "--no-repeat-ngram-size", 2,
     )]  # fmt: skip
     done = subprocess.run(
         command, input="".join(f"{path}\n" for path in paths), text=True, capture_output=True, timeout=PATIENCE
@@ -184,7 +191,7 @@ def test_interactive_answers_the_other_lines_and_exits_1(world: World, tmp_path:
     assert [name for name, *_ in hypotheses] == [f"D-{i}" for i in range(6)]
     assert [score for _, score, _ in hypotheses].index("-inf") == 2
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    assert not OF_LIBRARIES.search(done.stdout + done.stderr), done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("fairseq-interactive: 1 of 6 rows have no answer") and "2.wav" in last
 
@@ -310,7 +317,7 @@ def test_a_limit_that_is_too_small_names_the_row(world: World, tmp_path: Path) -
     with pytest.raises(ValueError, match=message):
         fairseq("validate", world.data, "--path", world.checkpoint, "--valid-subset", "test", *limit)
     lines = "".join(f"{world.data}/audio/test-{i}.flac\n" for i in range(6))
-    with pytest.raises(UnansweredError, match="4 of 6 rows .* --max-tokens, which counts them, is 15000"):
+    with pytest.raises(UnansweredError, match="3 of 6 rows .* --max-tokens, which counts them, is 15000"):
         world.interactive(lines, tmp_path / "lines", "--max-tokens", 15_000)
 
 

@@ -142,19 +142,29 @@ _FAIRSEQ_WARNINGS = (
     r"'pin_memory' argument is set as true but no accelerator is found",
 )
 
+# What the trainer and the task of fairseq log at each epoch, and at each buffer of lines, whatever happens.
+_FAIRSEQ_LOGS = (
+    "detected shared parameter",
+    "can_reuse_epoch_itr = ",
+    "reuse_dataloader = ",
+    "rebuild_batches = ",
+    "creating new batches for epoch",
+)
+
 
 def silence_fairseq() -> None:
     """Hides what fairseq says of itself: hundreds of lines before anything happens.
 
     Those are warnings about its use of deprecated interfaces; hydra's debugging messages, as one of its models makes
-    all libraries print theirs; and a line for each bias that an LLM does not have, since its trainer takes all that are
-    None for one shared parameter.
+    all libraries print theirs; how it makes batches; and a line for each bias that an LLM does not have, since its
+    trainer takes all that are None for one shared parameter.
     """
     for message in _FAIRSEQ_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("hydra").setLevel(logging.INFO)
-    logging.getLogger("fairseq.trainer").addFilter(_is_not_on_shared_parameters)
+    for name in ("fairseq.trainer", "fairseq.tasks.fairseq_task"):
+        logging.getLogger(name).addFilter(_is_worth_reading)
 
 
-def _is_not_on_shared_parameters(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("detected shared parameter")
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_FAIRSEQ_LOGS)

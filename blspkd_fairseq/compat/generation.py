@@ -13,6 +13,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _after_input: list[Callable[[], None]] = []  # of the command that runs
+_at_end: list[Callable[[], None]] = []
 
 
 def attend_generation() -> None:
@@ -20,19 +21,24 @@ def attend_generation() -> None:
     for name, module in list(sys.modules.items()):
         if name in ("__main__", "fairseq_cli.generate", "fairseq_cli.interactive"):
             _wrap(module, "buffered_read", _then_call_back)
-            if Path(getattr(module, "__file__", None) or "").stem == "generate":
-                _wrap(module, "main", _with_results_of_its_own)
+            _wrap(module, "main", _with_an_end)
 
 
 def _wrap(module: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
     function = getattr(module, name, None)
     if not inspect.isfunction(function):
         return
-    file = inspect.unwrap(function).__code__.co_filename
-    if Path(file).parent.name == "fairseq_cli" and not getattr(function, "_attends_generation", False):
+    file = Path(inspect.unwrap(function).__code__.co_filename)
+    is_generation = file.parent.name == "fairseq_cli" and file.stem in ("generate", "interactive")
+    if is_generation and not getattr(function, "_attends_generation", False):
         wrapped = wrapper(function)
         wrapped._attends_generation = True
         setattr(module, name, wrapped)
+
+
+def at_end(callback: Callable[[], None]) -> None:
+    """Calls back when the command ends, however it does."""
+    _at_end.append(callback)
 
 
 def after_input(callback: Callable[[], None]) -> None:
@@ -55,14 +61,19 @@ def shard_folder(shard: int, shards: int) -> str:
     return f"shard-{shard}-of-{shards}" if shards > 1 else ""
 
 
-def _with_results_of_its_own(main: Any) -> Any:
+def _with_an_end(main: Any) -> Any:
     """fairseq-generate ignores --num-shards, and would let each shard overwrite the results of the others."""
 
     @functools.wraps(main)
-    def run(args: Any) -> Any:
-        if getattr(args, "task", "") == "blsp_kd" and getattr(args, "results_path", None):
-            args.results_path = str(Path(args.results_path) / shard_folder(args.shard_id, args.num_shards))
-        return main(args)
+    def run(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(cfg, "task", None) == "blsp_kd" and getattr(cfg, "results_path", None):
+            cfg.results_path = str(Path(cfg.results_path) / shard_folder(cfg.shard_id, cfg.num_shards))
+        try:
+            return main(cfg, *args, **kwargs)
+        finally:
+            _after_input.clear()
+            while _at_end:
+                _at_end.pop()()
 
     return run
 

@@ -87,6 +87,11 @@ class Results:
         """Notes why a row has no answer."""
         self.failures[row_id] = reason
 
+    def close(self) -> None:
+        """Lets another command have the store."""
+        if self._store is not None:
+            self._store.close()
+
     def finish(self, rows: Iterable[tuple[str, Mapping[str, str]]]) -> None:
         """Writes the file, with a record for each of the rows (id, cells).
 
@@ -96,7 +101,7 @@ class Results:
         lines = [self._line(*row) for row in rows]
         if self._store is not None and self.path is not None:
             write_whole(self.path, "".join(lines))
-            self._store.close()
+            self.close()
             if not self.failures:
                 for name in (self._store.path, self._store.path.with_name(self._store.path.name + ".settings.json")):
                     name.unlink()

@@ -89,6 +89,7 @@ class AnsweringTask(FairseqTask):
             compat_generation.after_input(self._finish)
         seed = None if args.no_seed_provided else self.command.common.seed
         results = Results(self._results_path(), lambda: self._identity(options, seed))
+        compat_generation.at_end(results.close)
         rows.known = results.known
         self._generator = LlmGenerator(self.chat, options, results, rows, seed)
         return self._generator
