@@ -36,7 +36,8 @@ from blspkd_fairseq.generation.decoding import DecodingOptions
 from blspkd_fairseq.hub import read_options
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig
 from blspkd_fairseq.systems.answers import CLEAN, Questions, answer_all
-from blspkd_fairseq.systems.boundaries import compare_boundaries
+from blspkd_fairseq.systems.boundaries import calibrate, compare_boundaries
+from blspkd_fairseq.systems.cost import measure_costs
 from blspkd_fairseq.systems.systems import CascadeSystem, CheckpointSystem, System, TextSystem, WhisperTranscriber
 
 logger = logging.getLogger("blspkd_fairseq.evaluate")
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             export_voicebench(args.out / "voicebench", given)
     if args.align:
         align(args, systems, report)
+    if args.cost:
+        report.costs = measure_costs(systems, questions(args, kinds[0]), args.cost)
     write_report(report, args.out)
     print((args.out / "report.md").read_text(encoding="utf-8"))
 
@@ -378,6 +381,7 @@ def align(args: argparse.Namespace, systems: Mapping[str, System], report: Repor
     """Boundaries of every checkpoint with CIF, on the first test set."""
     kind = next(kind for kind in PROMPTS if getattr(args, kind))
     whisper = WhisperTranscriber(named_cascades(args)[0][1])
+    whisper_itself = calibrate(whisper, questions(args, kind))
     for name, system in systems.items():
         if isinstance(system, CheckpointSystem):
             system.load()
@@ -386,6 +390,7 @@ def align(args: argparse.Namespace, systems: Mapping[str, System], report: Repor
                 whisper,
                 questions(args, kind),
                 args.out / f"alignment-{name}.png",
+                whisper_itself,
                 args.samples,
                 args.seed,
             )

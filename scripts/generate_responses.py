@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from blspkd_fairseq.data.manifest import Manifest, write_manifest
+from blspkd_fairseq.data.manifest import Manifest, read_by_teacher, write_manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.record_store import RecordStore
 from blspkd_fairseq.generation.responses import (
@@ -127,7 +127,7 @@ def requests(args: argparse.Namespace, settings: ResponseSettings, manifest: Man
 def request(settings: ResponseSettings, row: dict[str, str]) -> Request:
     own = row.get("prompt", "")
     prompt = resolve_prompt(own, row.get("src_lang", ""), row.get("tgt_lang", "")) if own else settings.prompt
-    return Request(row["id"], row["src_text"], prompt)
+    return Request(row["id"], read_by_teacher(row), prompt)
 
 
 def fill(args: argparse.Namespace, settings: ResponseSettings, manifest: Manifest, store: RecordStore) -> None:

@@ -15,7 +15,7 @@ from commands import arguments, fairseq, program, train
 from tiny import PATIENCE, read_jsonl, save_llm, save_whisper, write_speech, write_split
 
 import blspkd_fairseq
-from blspkd_fairseq import compat_errors
+from blspkd_fairseq.compat import errors
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.data.record_store import StoreError
 from blspkd_fairseq.generation import fairseq_generator, fairseq_rows
@@ -347,7 +347,7 @@ def test_errors_of_commands_are_one_sentence(world: World, tmp_path: Path, monke
         "no checkpoint": (lambda: world.generate(world.data, tmp_path, "--path", "/no.pt"), "fairseq-generate: "),
         "damaged": (
             lambda: world.generate(world.data, tmp_path, "--path", damaged),
-            f"fairseq-generate: {damaged} is no checkpoint of this project, or is damaged",
+            f"fairseq-generate: {damaged} is damaged: it is cut, overwritten or no checkpoint",
         ),
         "interactive": (lambda: world.interactive("", tmp_path, "--path", damaged), "fairseq-interactive: "),
         "validate": (lambda: fairseq("validate", world.data, "--path", damaged, *limit), "fairseq-validate: "),
@@ -396,7 +396,7 @@ def test_errors_of_other_processes_are_read_from_their_text(last: str, expected:
     error = Exception(
         f"-- Process 0 terminated with the following error:\nTraceback (most recent call last):\n{last}\n"
     )
-    assert compat_errors.sentence(error) == expected
+    assert errors.sentence(error) == expected
 
 
 def test_real_commands_exit_1_with_one_sentence(world: World, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from tiny import save_llm, save_whisper, write_split
 
 import blspkd_fairseq
 from blspkd_fairseq import BlspKd, evaluate
-from blspkd_fairseq.generation.responses import ResponseSettings, model_identity
+from blspkd_fairseq.generation.identity import model_identity
+from blspkd_fairseq.generation.responses import ResponseSettings
 from blspkd_fairseq.modules.pretrained import CodeRefusedError
 from blspkd_fairseq.modules.trained_state import read_trained
 
@@ -64,7 +65,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(autouse=True)
 def no_code_runs(world: World) -> Any:
     yield
-    assert not world.canary.exists()
+    has_run = world.canary.exists()
+    world.canary.unlink(missing_ok=True)
+    assert not has_run
 
 
 class Payload:
@@ -111,7 +114,11 @@ def with_model(world: World, folder: Path) -> None:
     code(world, folder)
 
 
-@pytest.fixture(scope="module", params=[with_config, with_tokenizer, with_model], ids=lambda make: make.__name__)
+@pytest.fixture(
+    scope="module",
+    params=[with_config, *(pytest.param(make, marks=pytest.mark.slow) for make in (with_tokenizer, with_model))],
+    ids=lambda make: make.__name__,
+)
 def evil(request: pytest.FixtureRequest, world: World) -> Path:
     folder = world.root / request.param.__name__
     shutil.copytree(world.llm, folder)
@@ -160,19 +167,21 @@ def test_no_way_of_loading_runs_code_that_a_file_asks_for(world: World, evil: Pa
 
 def test_the_user_may_switch_it_on(world: World, tmp_path: Path) -> None:
     """And only so; the refusal names the option."""
-    folder = tmp_path / "llm"
-    shutil.copytree(world.llm, folder)
-    with_config(world, folder)
-    shared = world.shared(tmp_path / "shared.pt", llm=str(folder))
-    with pytest.raises(Exception):  # noqa: B017  (what the file's code leads to)
-        BlspKd.from_pretrained(shared, trust_remote_code=True)
-    assert world.canary.exists()
-    world.canary.unlink()
-    for command in ("generate", "interactive", "validate"):
+
+    def load(way: str, shared: Path) -> None:
         overrides = ("--path", shared, "--batch-size", 1, "--model-overrides", "{'trust_remote_code': True}")
-        with pytest.raises(Exception):  # noqa: B017
-            fairseq(command, world.data, *overrides)
-        assert world.canary.exists(), command
+        if way == "from_pretrained":
+            BlspKd.from_pretrained(shared, trust_remote_code=True)
+        else:
+            fairseq(way, world.data, *overrides)
+
+    for way in ("from_pretrained", "generate", "interactive", "validate"):
+        folder = tmp_path / way  # of its own: Python imports a file once
+        shutil.copytree(world.llm, folder)
+        with_config(world, folder)
+        with pytest.raises(Exception):  # noqa: B017  (what the file's code leads to)
+            load(way, world.shared(tmp_path / "shared.pt", llm=str(folder)))
+        assert world.canary.exists(), way
         world.canary.unlink()
 
 
@@ -244,7 +253,7 @@ def test_an_adapter_is_no_llm(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     shutil.copytree(world.llm, folder)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/else"}))
-    message = "--llm .*adapter is an adapter of peft for another model: merge it"
+    message = "--llm .*adapter is a PEFT adapter of someone/else and no whole model: merge it"
     with pytest.raises(ValueError, match=message):
         BlspKd.from_pretrained(world.checkpoint, llm=str(folder))
     with pytest.raises(ValueError, match=message):
@@ -273,10 +282,10 @@ def test_pickles_are_read_as_data(world: World, tmp_path: Path) -> None:
             lambda: world.train(tmp_path / "a", "--pretrained-model", path),  # noqa: B023
             lambda: average_checkpoints.average([path]),  # noqa: B023
         ):
-            with pytest.raises(ValueError, match="is no checkpoint of this project, or is damaged"):
+            with pytest.raises(ValueError, match="is damaged|is no checkpoint of|or is damaged"):
                 load()
         for option in ("--finetune-from-model", "--restore-file"):
-            with pytest.raises(Exception, match="[Ww]eights.only"):
+            with pytest.raises(ValueError, match="is damaged|is no checkpoint of"):
                 world.train(tmp_path / "b", option, path)
 
 
@@ -293,7 +302,7 @@ def test_templates_run_in_a_sandbox(world: World, tmp_path: Path) -> None:
     [
         ("criterion", {"_name": "ctc", "wer_args": "__import__('os').system('touch CANARY')"}),
         ("model", {"_name": "wav2vec_ctc", "w2v_path": "evil.pt"}),
-        ("task", {"_name": "audio_finetuning", "eval_wer_config": "x"}),
+        ("task", {"_name": "audio_finetuning", "eval_wer": True}),
     ],
 )
 def test_nothing_else_of_fairseq_is_built_from_a_checkpoint(

@@ -10,7 +10,6 @@ from blspkd_fairseq.compat.checkpoints import (
 )
 from blspkd_fairseq.compat.commands import (
     attend_commands,
-    default_results_jsonl,
     refuse_precision,
     refuse_precision_of_command,
 )
@@ -54,7 +53,6 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "checkpoint_activations",
-    "default_results_jsonl",
     "distrust_checkpoints",
     "end_in_one_sentence",
     "fairseq_distributions",

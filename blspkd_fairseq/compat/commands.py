@@ -194,16 +194,3 @@ def refuse_precision(command: Any) -> None:
             "--ddp-backend fully_sharded cannot hold blsp_kd's trained parameters beside a frozen LLM: use "
             "--ddp-backend pytorch_ddp or legacy_ddp"
         )
-
-
-def default_results_jsonl(subset: str) -> str:
-    """``generate-SUBSET.jsonl`` in the folder of fairseq-generate's --results-path; "" when it has none.
-
-    fairseq tells a task everything about generation but where the results go, so this reads the command line.
-    """
-    import argparse
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--results-path", default="")
-    folder = parser.parse_known_args()[0].results_path
-    return str(Path(folder) / f"generate-{subset}.jsonl") if folder else ""

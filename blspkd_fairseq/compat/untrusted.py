@@ -52,12 +52,7 @@ def _checked_reading(builds_task: bool) -> Iterator[None]:
     read = checkpoint_utils.load_checkpoint_to_cpu
 
     def read_checked(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> Any:
-        try:
-            state = read(path, arg_overrides, *args, **kwargs)
-        except OSError:
-            raise
-        except Exception as error:  # torch and pickle raise many kinds
-            raise ValueError(_is_none(path, f"or is damaged ({type(error).__name__})")) from error
+        state = read(path, arg_overrides, *args, **kwargs)
         check_state(state, str(path), trusts=bool((arg_overrides or {}).get("trust_remote_code", False)))
         _show(state["cfg"], str(path), builds_task)
         return state
@@ -90,8 +85,7 @@ def check_state(state: Mapping[str, Any], path: str, trusts: bool) -> None:
             raise ValueError(_is_none(path, f"whose {part} is {' or '.join(own)}: it names {name!r}"))
     with open_dict(cfg):
         cfg.model.trust_remote_code = trusts
-        if "trust_remote_code" in cfg.criterion:  # of a teacher
-            cfg.criterion.trust_remote_code = trusts
+        cfg.criterion.pop("trust_remote_code", None)  # of versions that kept it there
 
 
 def _show(cfg: Any, path: str, builds_criterion: bool) -> None:

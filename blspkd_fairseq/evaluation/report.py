@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from blspkd_fairseq.evaluation.alignment import BoundarySummary
+from blspkd_fairseq.evaluation.alignment import BoundarySummary, Calibration
+from blspkd_fairseq.evaluation.cost import Cost, cost_section
 from blspkd_fairseq.evaluation.plain import plain
 from blspkd_fairseq.evaluation.plots import plot_robustness, plot_scores
 from blspkd_fairseq.evaluation.scoring import TaskReport
@@ -25,15 +26,17 @@ from blspkd_fairseq.evaluation.tables import (
 )
 from blspkd_fairseq.files import write_whole
 
+BoundaryFigures = tuple[BoundarySummary, Interval, Calibration]
 TITLES = {"asr": "Speech recognition", "translation": "Speech translation", "qa": "Spoken question answering"}
 
 
 @dataclass
 class Report:
-    """Attributes: tasks by their kind; boundary errors of systems with CIF; settings."""
+    """Attributes: tasks by their kind; boundary errors of systems with CIF; costs by system; settings."""
 
     tasks: dict[str, TaskReport] = field(default_factory=dict)
-    alignment: dict[str, tuple[BoundarySummary, Interval]] = field(default_factory=dict)
+    alignment: dict[str, BoundaryFigures] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,6 +57,8 @@ def markdown(report: Report) -> str:
     parts += [_task_section(task) for task in report.tasks.values()]
     if report.alignment:
         parts.append(_alignment_section(report.alignment))
+    if report.costs:
+        parts.append(cost_section(report.costs))
     settings = "".join(f"- {name}: `{value}`\n" for name, value in report.settings.items())
     return "\n".join([*parts, "## Settings\n", settings])
 
@@ -190,22 +195,29 @@ def _sacrebleu_table(test: SacrebleuTest) -> str:
     return markdown_table(heading, rows) + "\n" + signatures
 
 
-def _alignment_section(alignment: Mapping[str, tuple[BoundarySummary, Interval]]) -> str:
+def _alignment_section(alignment: Mapping[str, BoundaryFigures]) -> str:
     rows = [
         [
             system,
             format_score(interval, 0),
             f"{summary.median_ms:.0f}",
             f"{summary.bias_ms:+.0f}",
+            f"{summary.centred_ms:.0f}",
             str(summary.matched),
             str(summary.unmatched),
         ]
-        for system, (summary, interval) in alignment.items()
+        for system, (summary, interval, _) in alignment.items()
     ]
-    heading = ["system", "mean absolute difference (ms)", "median (ms)", "bias (ms)", "words", "words not matched"]
+    heading = ["system", "mean absolute difference (ms)", "median", "bias", "without the bias", "words", "not matched"]
     pictures = "".join(f"\n![boundaries of {system}](alignment-{system}.png)\n" for system in alignment)
-    text = "CIF's token boundaries against the word ends of Whisper's cross-attention.\n\n"
-    return "## Alignment\n\n" + text + markdown_table(heading, rows) + pictures
+    whisper = next(iter(alignment.values()))[2]
+    text = "CIF's token boundaries against the word ends of Whisper's cross-attention, forced onto the transcript."
+    if whisper.known:
+        text += (
+            f" Where word ends are known ({whisper.known} joined recordings), Whisper itself is {whisper.error_ms:.0f}"
+            f" ms off, with a bias of {whisper.bias_ms:+.0f} ms."
+        )
+    return f"## Alignment\n\n{text}\n\n" + markdown_table(heading, rows) + pictures
 
 
 def _has_conditions(task: TaskReport) -> bool:

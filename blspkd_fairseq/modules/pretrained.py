@@ -13,6 +13,8 @@ from blspkd_fairseq import compat
 
 logger = logging.getLogger(__name__)
 
+_ITS_CODE = "code that comes with its files"
+
 
 def is_local(name: str) -> bool:
     """Whether a model is a folder of this machine, and not a name on the Hugging Face hub."""
@@ -54,7 +56,7 @@ def load_pretrained(
     refuse_peft_adapter(path, option)
     try:
         if not trust_remote_code:
-            _refuse_kernels(path, what, can_trust)
+            _refuse_code(path, name, what, can_trust)
         with compat.without_progress_bars():
             if can_trust:  # explicitly, in both cases: by default, transformers asks at the terminal
                 options["trust_remote_code"] = trust_remote_code
@@ -66,8 +68,8 @@ def load_pretrained(
             f"that this machine can reach. {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
     except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise CodeRefusedError(_refusal(name, what, "code that comes with its files", can_trust)) from error
+        if "trust_remote_code" in str(error) and not isinstance(error, CodeRefusedError):
+            raise CodeRefusedError(_refusal(name, what, _ITS_CODE, can_trust)) from error
         raise
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _is_adapter(name, option)  # of the hub, whose files are seen when they are loaded
@@ -114,14 +116,17 @@ def _is_adapter(name: str, option: str, base: str | None = None) -> ValueError:
     )
 
 
-def _refuse_kernels(path: str, what: str, can_trust: bool) -> None:
-    """A configuration may name kernels on the hub, whose code transformers fetches and runs without being asked."""
-    from transformers import PretrainedConfig
+def _refuse_code(path: str, name: str, what: str, can_trust: bool) -> None:
+    """Refuses a configuration of a kind that only code in its files knows, or that names kernels on the hub, whose code
+    transformers would fetch and run without being asked."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
 
     config = PretrainedConfig.get_config_dict(path)[0]  # reads, and makes nothing of it
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+        raise CodeRefusedError(_refusal(name, what, _ITS_CODE, can_trust))
     for key, value in _entries(config):
         if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
-            raise CodeRefusedError(_refusal(path, what, f"the kernels {value} of the Hugging Face hub", can_trust))
+            raise CodeRefusedError(_refusal(name, what, f"the kernels {value} of the Hugging Face hub", can_trust))
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from blspkd_fairseq import compat
+from blspkd_fairseq.checkpoint_files import read_checkpoint
 from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.modules.cformer import ALIGNMENTS
 from blspkd_fairseq.modules.fingerprint import fingerprint, same_fingerprint
@@ -106,7 +106,7 @@ def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     Whether the base models' own code may run is no option of a file: that is left out.
 
     Raises:
-        ValueError: there is no model at this path.
+        ValueError: there is no model at this path, or it is damaged.
     """
     if path.is_dir():
         if (path / _WEIGHTS).exists() and (path / _CONFIG).exists():
@@ -115,14 +115,11 @@ def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         if not found:
             raise ValueError(f"{path} holds neither {_CONFIG} and {_WEIGHTS} nor {' or '.join(_CHECKPOINTS)}")
         path = found[0]
-    if not path.exists():
-        raise ValueError(f"no checkpoint at {path}")
-    compat.allow_safe_checkpoint_globals()
+    checkpoint = read_checkpoint(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return without_trust(checkpoint["cfg"]["model"]), checkpoint["model"]
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no checkpoint of this project: it lacks {error}") from error
 
 
 def without_trust(options: Mapping[str, Any]) -> dict[str, Any]:

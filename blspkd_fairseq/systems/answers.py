@@ -146,7 +146,7 @@ def _plan(manifest: Manifest, batch_size: int) -> Iterator[list[_Row]]:
 
 
 def _answer_batch(system: System, questions: Questions, batch: Sequence[_Row], store: RecordStore) -> int:
-    utterances = [_utterance(system, questions, row) for row in batch]
+    utterances = [utterance_of(system, questions, row.place) for row in batch]
     answers = system.answer(utterances, questions.options, questions.kind == "asr")
     records = [_record(*group) for group in zip(batch, utterances, answers, strict=True)]
     new = [record for record in records if record["id"] not in store]
@@ -166,9 +166,10 @@ def _record(row: _Row, utterance: Utterance, answer: Answer) -> Record:
     return record if answer.heard is None else {**record, "heard": answer.heard}
 
 
-def _utterance(system: System, questions: Questions, row: _Row) -> Utterance:
-    cells = row.cells
-    waveform = read_waveform(questions, row.place) if system.hears else None
+def utterance_of(system: System, questions: Questions, index: int) -> Utterance:
+    """What a system is given of a row."""
+    cells = questions.manifest[index]
+    waveform = read_waveform(questions, index) if system.hears else None
     return Utterance(waveform, cells["src_text"], questions.row_prompt(cells), cells.get("src_lang", ""))
 
 

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, WhisperForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    WhisperForConditionalGeneration,
+)
 from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPER_LANGUAGES
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE
@@ -221,17 +228,25 @@ class WhisperTranscriber:
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     @torch.no_grad()
-    def word_ends(self, waveform: np.ndarray) -> list[tuple[str, float]]:
+    def word_ends(self, waveform: np.ndarray, transcript: str = "") -> list[tuple[str, float]]:
         """Words and the seconds at which they end, from cross-attention (Whisper's token timestamps).
 
+        With a transcript, Whisper is forced to say that: all words are then timed, also those that it would mishear.
         transformers gives each token the time at which it ends, but 0 to the first one: a first word of one token is
         left out. Punctuation, whose times mean nothing, is not timed.
         """
+        tokenizer = self.processor.tokenizer
+        forced: dict[str, Any] = {}
+        if transcript:
+            ids = tokenizer(f" {transcript.strip()}", add_special_tokens=False).input_ids
+            forced = {
+                "logits_processor": LogitsProcessorList([_Forced([*ids, tokenizer.eos_token_id])]),
+                "max_new_tokens": len(ids) + 1,
+            }
         out = self.model.generate(
-            **self._features([waveform]), return_token_timestamps=True, return_dict_in_generate=True
+            **self._features([waveform]), return_token_timestamps=True, return_dict_in_generate=True, **forced
         )
         duration = len(waveform) / SAMPLE_RATE
-        tokenizer = self.processor.tokenizer
         words: list[tuple[str, float]] = []
         for token, end in zip(out["sequences"][0].tolist(), out["token_timestamps"][0].tolist(), strict=True):
             if token >= tokenizer.eos_token_id:  # from here on, Whisper's vocabulary has control tokens and times only
@@ -260,6 +275,18 @@ def _whisper_language(language: str) -> str | None:
     code = code_of(language, "Whisper listens for any language")
     code = {"jv": "jw"}.get(code, code)  # it has the older one of Javanese
     return code if code in WHISPER_LANGUAGES else None
+
+
+class _Forced(LogitsProcessor):
+    """Only the next of these tokens is possible, of one utterance."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = iter(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, next(self.tokens)] = 0
+        return forced
 
 
 _NAMED = ("speech_encoder", "llm", "llm_dtype", "system_prompt", "chat_template")  # besides the weights of a checkpoint

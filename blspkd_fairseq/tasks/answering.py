@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,10 @@ class AnsweringTask(FairseqTask):
         if isinstance(dataset, SpeechTextDataset):
             options["max_positions"] = None if isinstance(dataset, RowsToAnswer) else self.max_samples
         batches = super().get_batch_iterator(dataset, *args, **options)
-        return _ThenFinish(batches, self._finish) if isinstance(dataset, RowsToAnswer) else batches
+        if isinstance(dataset, RowsToAnswer):
+            begin = batches.next_epoch_itr
+            batches.next_epoch_itr = lambda **given: _ThenFinish(lambda: begin(**given), len(batches), self._finish)
+        return batches
 
     def build_generator(self, models: Any, args: Any, *_: Any, **__: Any) -> LlmGenerator:
         """Maps fairseq's generation options to the LLM's decoding, and opens what is kept of an earlier run.
@@ -150,22 +153,20 @@ class AnsweringTask(FairseqTask):
 
 
 class _ThenFinish:
-    """An epoch's batches, and then ``finish``: before fairseq-generate gives a score."""
+    """Batches, and then ``finish``: before fairseq-generate gives a score."""
 
-    def __init__(self, epochs: Any, finish: Callable[[], None]) -> None:
-        self.epochs = epochs
+    n = 0  # for fairseq's progress bars
+
+    def __init__(self, begin: Callable[[], Iterable[Any]], count: int, finish: Callable[[], None]) -> None:
+        self.begin = begin
+        self.count = count
         self.finish = finish
-        self.n = 0
-
-    def next_epoch_itr(self, **options: Any) -> _ThenFinish:
-        self._options: Mapping[str, Any] = options
-        return self
 
     def __len__(self) -> int:
-        return len(self.epochs)
+        return self.count
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self.epochs.next_epoch_itr(**self._options)  # only now: what is answered is known
+        yield from self.begin()  # only now: what is answered already is known
         self.finish()
 
 

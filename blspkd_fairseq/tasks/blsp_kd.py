@@ -13,10 +13,11 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed.utils import get_data_parallel_world_size
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
-from omegaconf import MISSING
+from omegaconf import II, MISSING
 from torch import Tensor
 
 from blspkd_fairseq import compat
+from blspkd_fairseq.data.augment import Augmenter, parse_augmentation
 from blspkd_fairseq.data.batch import SpeechLengths
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import SpeechTextDataset, load_manifest, transcripts_of
@@ -77,6 +78,14 @@ class BlspKdConfig(FaultLimits, FairseqDataclass):
             "that is said (0: never)"
         },
     )
+    augment: str = field(
+        default="",
+        metadata={
+            "help": "change the sound of training speech anew in every epoch: all, or kinds with a probability, such "
+            "as speed:0.5,reverb:0.25,noise:0.3,babble:0.3,band:0.15,gain:1 (which is all)"
+        },
+    )
+    augment_seed: int = II("common.seed")
     pretrained_model: str = field(
         default="",
         metadata={
@@ -111,6 +120,8 @@ class BlspKdTask(AnsweringTask):
     def __init__(self, cfg: BlspKdConfig, **_: Any) -> None:
         super().__init__(cfg)
         self.dictionary = LlmDictionary()
+        self.trust_remote_code = False  # of the user, for a teacher as for the student
+        self._augmenter = Augmenter(parse_augmentation(cfg.augment), cfg.augment_seed) if cfg.augment else None
         self._needed_texts: tuple[str, ...] = ()
         self._reads_responses = True
         self._loaded_split = ""
@@ -162,6 +173,12 @@ class BlspKdTask(AnsweringTask):
         self._keeps_features = cfg.cache_encoder_features
         if self.cfg.feature_store and not self._keeps_features and not from_checkpoint:
             raise ValueError("--feature-store is the folder of --cache-encoder-features: give both or none of them")
+        self.trust_remote_code = cfg.trust_remote_code
+        if self._augmenter is not None and self._keeps_features and not from_checkpoint:
+            raise ValueError(
+                "--augment changes the sound in every epoch, and --cache-encoder-features has each utterance heard "
+                "once: leave out one of them"
+            )
         model = super().build_model(cfg, from_checkpoint)
         if self.cfg.pretrained_model and not from_checkpoint:
             load_trained_state_dict(model.speech_llm, read_trained(Path(self.cfg.pretrained_model))[1])
@@ -202,6 +219,7 @@ class BlspKdTask(AnsweringTask):
             with_response=self._reads_responses,
             share_prefix=self._model is None or self._model.share_prefix,
             max_response_tokens=self.cfg.max_response_tokens,
+            augmenter=self._augmenter if is_train else None,
             **options,
         )
         self._loaded_split = split
