@@ -58,6 +58,7 @@ EXTRAS = {
     # jiwer and rouge-score are what the tests of the metrics compare with.
     "dev": [
         "av>=14,<19",
+        "hypothesis==6.170.17",
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",
         "ruff==0.17.5",
