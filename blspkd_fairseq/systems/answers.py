@@ -208,4 +208,4 @@ def _load(questions: Questions, index: int) -> np.ndarray:
     try:
         return load_audio(audio, root, int(manifest.n_frames[index]))
     except AudioError as error:
-        raise AudioError(f"{manifest.location(index)}: {error}") from error
+        raise AudioError(f"{manifest.location(index)}: {error}", error.reason) from error
