@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, audio_identity, load_audio
+from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, audio_identity, load_audio, warn_of_flaw
 from blspkd_fairseq.data.batch import pad_ids
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset, Utterance
@@ -94,9 +94,12 @@ class RowsToAnswer(SpeechTextDataset):
         if row["id"] in self.known:
             return Absent(place, "")
         try:
-            return self._read(place, row)
+            utterance = self._read(place, row)
         except (ValueError, OSError) as error:  # of the audio, the texts, the prompt or the conversation
             return Absent(place, str(error))
+        for waveform in utterance.waveforms:
+            warn_of_flaw(waveform.numpy(), self.manifest.location(place))
+        return utterance
 
     def collater(self, samples: Sequence[Utterance | Absent]) -> dict[str, Any]:  # type: ignore[override]
         """A batch of all rows.
@@ -228,6 +231,7 @@ class LinesToAnswer:
         except AudioError as error:
             self._failures[number] = str(error)
             return torch.zeros(0)
+        warn_of_flaw(waveform, line)
         return torch.from_numpy(waveform)
 
     def dataset(self, waveforms: Sequence[Tensor], lengths: Sequence[int]) -> SpeechDataset:
