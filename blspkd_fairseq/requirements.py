@@ -54,10 +54,11 @@ EXTRAS = {
     # And liger-kernel, which would pull triton beside a CPU torch: scripts/venv.sh installs it by itself.
     "bench": ["torch-cif==0.2.0"],
     "ray": ["ray[data]>=2.40,<3"],  # scripts/generate_responses.py on many machines
-    "recordings": ["av>=14,<19"],  # decodes what scripts/fetch_recordings.py fetches
+    "recordings": ["av>=14,<19"],  # decodes M4A, AAC, WebM, and what scripts/fetch_recordings.py fetches
     # jiwer and rouge-score are what the tests of the metrics compare with.
     "dev": [
         "av>=14,<19",
+        "hypothesis==6.170.17",
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",
         "ruff==0.17.5",

@@ -12,7 +12,11 @@ from tiny import save_llm, save_whisper, write_speech
 
 from blspkd_fairseq import BlspKd
 from blspkd_fairseq.data.audio import AudioError, AudioWarning
+from blspkd_fairseq.data.dataset import Utterance
+from blspkd_fairseq.data.manifest import Manifest, write_manifest
+from blspkd_fairseq.generation.fairseq_rows import LinesToAnswer, RowsToAnswer
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
+from blspkd_fairseq.systems.answers import Questions, read_waveform
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,16 @@ def test_speech_is_not(model: BlspKd, wav: Path) -> None:
         warnings.simplefilter("error", AudioWarning)
         answer = model.generate((samples, rate), max_new_tokens=8)
         assert model.generate((np.stack([samples, -samples]), rate), max_new_tokens=8) == answer
+
+
+def test_silence_is_warned_about_by_the_commands(model: BlspKd, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(8000), 16_000)
+    row = {"id": "u", "audio": "a.wav", "n_frames": 8000, "src_text": "hello"}
+    write_manifest(tmp_path / "test.tsv", [row])
+    manifest = Manifest.load(tmp_path / "test.tsv")
+    with pytest.warns(AudioWarning, match="test.tsv line 2 .id u. is audio with a flaw .digital silence"):
+        read_waveform(Questions("asr", manifest, "repeat"), 0)
+    with pytest.warns(AudioWarning, match="test.tsv line 2 .id u. is audio with a flaw .digital silence"):
+        assert isinstance(RowsToAnswer(manifest, model.chat, 30.0)[0], Utterance)
+    with pytest.warns(AudioWarning, match="a.wav is audio with a flaw .digital silence"):
+        LinesToAnswer("{speech}", tmp_path, 30.0, None).read(["a.wav"])

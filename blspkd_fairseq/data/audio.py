@@ -39,7 +39,9 @@ __all__ = [
     "AudioWarning",
     "Flaw",
     "Reason",
+    "audio_bytes",
     "audio_identity",
+    "audio_size",
     "decode_audio",
     "find_flaw",
     "find_zip_entry",
@@ -151,6 +153,26 @@ def audio_identity(spec: str | Path, root: Path | None = None) -> str:
     stat = path.stat()
     part = "" if entry is None else f"{entry[2]}:{entry[3]}"
     return f"{path.resolve()}\0{part}\0{stat.st_size}\0{stat.st_mtime_ns}"
+
+
+def audio_size(spec: str | Path, root: Path | None = None) -> int:
+    """Bytes of a file or of a member of an archive.
+
+    Raises:
+        AudioError: missing, or outside of ``root``.
+    """
+    path, entry = _locate(str(spec), root)
+    return path.stat().st_size if entry is None else int(entry[3])
+
+
+def audio_bytes(spec: str | Path, root: Path | None = None) -> bytes:
+    """What a file or a member of an archive holds.
+
+    Raises:
+        AudioError: missing, outside of ``root``, or not readable.
+    """
+    with _reading(str(spec)), _open(str(spec), root) as file:
+        return file.read()
 
 
 def prepare_waveform(

@@ -196,7 +196,7 @@ class SpeechTextDataset(FairseqDataset):
             keys, stored = self._find_stored(pieces, n_frames)
             waveforms = [] if stored else self._changed(self._load(pieces, n_frames), index, row)
         except AudioError as error:
-            raise AudioError(f"{where}: {error}") from error
+            raise AudioError(f"{where}: {error}", error.reason) from error
         transcripts = [self.chat.encode_text(piece.transcript) for piece in pieces]
         samples = [one.samples for one in stored] or [len(waveform) for waveform in waveforms]
         for count, transcript in zip(samples, transcripts, strict=True):

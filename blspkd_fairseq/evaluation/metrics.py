@@ -45,7 +45,7 @@ def word_errors(hypothesis: str, reference: str, language: str = "", normalize: 
         language: code such as "en" or "zh-CN", or English name; decides between words and letters.
         normalize: lower case, no punctuation, no bracketed remarks (Whisper's language-independent normaliser).
     """
-    letters = _base(language) in _LETTER_LANGUAGES
+    letters = is_unspaced(language)
     if not letters:
         _check_spaces("WER", language, [reference])
     pair = [hypothesis, reference]
@@ -112,6 +112,11 @@ def bleu_tokenizer(language: str) -> str:
 def _base(language: str) -> str:
     """The code of a language, by whatever code or name; "" for none, or for one that is unknown, which is said."""
     return code_of(language, "BLEU takes sacreBLEU's tokenizer 13a, WER words and Whisper's basic normaliser")
+
+
+def is_unspaced(language: str) -> bool:
+    """Whether a language is written without spaces between words, so that letters are counted."""
+    return _base(language) in _LETTER_LANGUAGES
 
 
 def _check_spaces(unit: str, language: str, references: Sequence[str]) -> None:
@@ -205,7 +210,7 @@ def transcription_metrics(
     Raises:
         ValueError: no rows, or not as many hypotheses as references.
     """
-    units = ["CER"] if _base(language) in _LETTER_LANGUAGES else ["WER", "CER"]
+    units = ["CER"] if is_unspaced(language) else ["WER", "CER"]
     return [
         error_rate(hypotheses, references, unit, language, normalize, spelling)
         for unit in units
@@ -280,7 +285,7 @@ def error_rate(
     _check_rows(hypotheses, references)
     if unit not in ("WER", "CER"):
         raise ValueError(f"unit {unit!r} is unknown: choose WER or CER")
-    if unit == "WER" and _base(language) not in _LETTER_LANGUAGES:
+    if unit == "WER" and not is_unspaced(language):
         _check_spaces("WER", language, references)
     tokens = tokens_of(unit, language, normalize, spelling)
     counts = [_count_errors(tokens(h), tokens(r)) for h, r in zip(hypotheses, references, strict=True)]
@@ -299,7 +304,7 @@ def tokens_of(
 ) -> Callable[[str], list[str]]:
     """The words or letters of a text that an error rate counts; arguments as :func:`error_rate`."""
     clean, _ = _cleaner(language, normalize, spelling)
-    split = str.split if unit == "WER" else _letters_only if _base(language) in _LETTER_LANGUAGES else _letters
+    split = str.split if unit == "WER" else _letters_only if is_unspaced(language) else _letters
     return lambda text: split(clean(text))
 
 
@@ -410,7 +415,7 @@ def _count_errors(hypothesis: Sequence[str], reference: Sequence[str]) -> ErrorC
 def _rouge_tokenizer(language: str) -> tuple[str, Callable[[str], list[str]]]:
     if _base(language) == "en":
         return "ascii-words", _ascii_words
-    return ("letters", _letter_tokens) if _base(language) in _LETTER_LANGUAGES else ("words", _words)
+    return ("letters", _letter_tokens) if is_unspaced(language) else ("words", _words)
 
 
 def _ascii_words(text: str) -> list[str]:
@@ -446,7 +451,7 @@ def _lcs_length(left: Sequence[str], right: Sequence[str]) -> int:
 
 
 def _token_pairs(answers: Sequence[str], references: Sequence[str], language: str) -> list[tuple[list[str], list[str]]]:
-    tokenize = _letter_tokens if _base(language) in _LETTER_LANGUAGES else _words
+    tokenize = _letter_tokens if is_unspaced(language) else _words
     return [(tokenize(answer), tokenize(reference)) for answer, reference in zip(answers, references, strict=True)]
 
 

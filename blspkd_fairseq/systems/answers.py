@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio
+from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio, warn_of_flaw
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.record_store import Record, RecordStore, StoreError
@@ -206,6 +206,8 @@ def _load(questions: Questions, index: int) -> np.ndarray:
     if root is None and not Path(audio).is_absolute():
         root = manifest.path.parent
     try:
-        return load_audio(audio, root, int(manifest.n_frames[index]))
+        waveform = load_audio(audio, root, int(manifest.n_frames[index]))
     except AudioError as error:
-        raise AudioError(f"{manifest.location(index)}: {error}") from error
+        raise AudioError(f"{manifest.location(index)}: {error}", error.reason) from error
+    warn_of_flaw(waveform, manifest.location(index))
+    return waveform

@@ -137,12 +137,14 @@ def _find_quotes(path: Path, _: int) -> str:
         CorpusError: they make sense both ways, and differ.
     """
     with open_text(path) as file:
-        if not any('"' in line for _, line in text_lines(file, path)):
+        lines = text_lines(file, path)
+        header = next(lines, (1, ""))[1]
+        if '"' not in header and not any('"' in line for _, line in lines):
             return "raw"
     if not _fits(read_csv(path, delimiter="\t")):
         return "raw"  # quotes that do not close are part of the text
-    if not _fits(read_table(path)):
-        return "csv"
+    if '"' in header or not _fits(read_table(path)):
+        return "csv"  # they are no part of a column's name
     for raw, quoted in zip(read_table(path), read_csv(path, delimiter="\t"), strict=True):
         assert isinstance(raw, dict) and isinstance(quoted, dict)
         example = next((cell for name, cell in raw.items() if cell != quoted.get(name)), None)
