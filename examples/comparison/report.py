@@ -244,7 +244,10 @@ class Report:
         )
 
     def interval(self, name: str, set_name: str, measure: str) -> Interval | None:
-        """The mean of the seeds with a t interval over seeds and clusters; without one where nothing can be said."""
+        """The mean of the seeds with a t interval over seeds and clusters, cut off at what no figure exceeds.
+
+        Without an interval where nothing can be said.
+        """
         by_seed = self.by_seed(name, [set_name], measure)
         if not by_seed:
             return None
@@ -253,7 +256,8 @@ class Report:
             found = _runs({name: by_seed}, self.clusters([set_name])).score(name)
         except VarianceError as error:
             return Interval(mean, float("nan"), float("nan"), str(error))
-        return Interval(mean, *found.interval(), found.note)
+        low, high = found.interval()
+        return Interval(mean, max(0.0, low), high if _ALL[measure].less_is_better else min(100.0, high), found.note)
 
     def cell(self, name: str, set_name: str, measure: str, with_range: bool = True) -> str:
         """The mean of the seeds with its interval, and their range."""
