@@ -15,6 +15,7 @@ class Row(NamedTuple):
         data_divisor: 4 trains on the first quarter of the training set.
         rate_of: of rows that begin from scratch, the row on which their learning rate was searched.
         on_policy: trained on its own roll-outs.
+        trains_encoder: so that the encoder's frames cannot be kept.
     """
 
     title: str
@@ -25,6 +26,7 @@ class Row(NamedTuple):
     data_divisor: int = 1
     rate_of: str = "kl"
     on_policy: bool = False
+    trains_encoder: bool = False
 
 
 _CNN = "--adapter cnn --input-kl-weight 0"
@@ -51,7 +53,7 @@ ROWS: dict[str, Row] = {
     "kl": Row("CFormer, response KL", f"{_RESPONSE} {_FROZEN}"),
     "kl_input": Row("CFormer, response + input KL", _FROZEN),
     "blsp_kd": Row("BLSP-KD: + Partial LoRA", "--lora-scope speech"),
-    "unfrozen": Row("BLSP-KD + encoder trained", _UNFROZEN),
+    "unfrozen": Row("BLSP-KD + encoder trained", _UNFROZEN, trains_encoder=True),
     "lora_all": Row("CFormer, both KL, LoRA everywhere", "--lora-scope all"),
     "warm_up": Row("token cross-entropy alone", f"{_WARM_UP} {_FROZEN}", transcripts=True),
     "warm_half": Row("(half of it, where the next begin)", f"{_WARM_UP} {_FROZEN}", share=0.5, transcripts=True),
@@ -59,7 +61,7 @@ ROWS: dict[str, Row] = {
     "warm_kl": Row("warm-up, then response KL", f"{_RESPONSE} {_FROZEN}", "warm_half", 0.5),
     "warm_kl_input": Row("warm-up, then response + input KL", _FROZEN, "warm_half", 0.5),
     "warm_blsp_kd": Row("warm-up, then BLSP-KD", "--lora-scope speech", "warm_half", 0.5),
-    "warm_unfrozen": Row("warm-up, then BLSP-KD + encoder trained", _UNFROZEN, "warm_half", 0.5),
+    "warm_unfrozen": Row("warm-up, then BLSP-KD + encoder trained", _UNFROZEN, "warm_half", 0.5, trains_encoder=True),
     "warm_lora_all": Row("warm-up, then both KL, LoRA everywhere", "--lora-scope all", "warm_half", 0.5),
     "deep_half": Row("(half of it, two layers)", f"{_WARM_UP} {_FROZEN} {_DEEP}", share=0.5, transcripts=True),
     "deep": Row(
