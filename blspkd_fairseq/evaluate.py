@@ -125,6 +125,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--align", action="store_true", help="CIF's boundaries against the word ends of --cascade's Whisper")
     add(
+        "--cost",
+        type=int,
+        default=0,
+        metavar="ROWS",
+        help="time so many rows of the first test set: real-time factor, time to first token, peak memory",
+    )
+    add(
         "--judged",
         action="append",
         default=[],
@@ -139,6 +146,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--language {args.language} is unknown: give a code (ISO 639, BCP 47, FLORES) or an English name")
     if args.align and not args.cascade:
         parser.error("--align needs --cascade, whose Whisper tells when words end")
+    if args.cost < 0:
+        parser.error("--cost must be a number of rows")
     if args.judged and not args.qa:
         parser.error("--judged needs --qa, the questions whose answers were judged")
     if min(args.batch_size, args.beam, args.samples, args.trials, args.seed, args.noise_seeds) < 1:

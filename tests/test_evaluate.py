@@ -120,7 +120,7 @@ def read(out: Path, *parts: str) -> list[dict[str, Any]]:
 def test_all_systems_tasks_and_conditions_in_one_report(
     setting: Setting, cascade: list[Any], tmp_path: Path, pictures: None
 ) -> None:
-    options = [*setting.checkpoints(), *cascade, "--text", "--conditions", "white:0", "8khz", "--align"]
+    options = [*setting.checkpoints(), *cascade, "--text", "--conditions", "white:0", "8khz", "--align", "--cost", 2]
     evaluate.main(setting.arguments(tmp_path, *options))
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["tasks"]) == {"asr", "translation", "qa"}
@@ -142,7 +142,9 @@ def test_all_systems_tasks_and_conditions_in_one_report(
     assert set(report["tasks"]["translation"]["sacrebleu"]) == {"bs", "ar"}
     assert "Self-BLEU" not in report["tasks"]["qa"]["scores"]["text"]
     assert report["alignment"]["a"]["summary"]["matched"] > 0 and (tmp_path / "alignment-a.png").exists()
+    assert set(report["costs"]) == names and all(cost["real_time_factor"] > 0 for cost in report["costs"].values())
     text = (tmp_path / "report.md").read_text()
+    assert "## Cost" in text and "systems in turns (3 each)" in text
     assert "corpus BLEU against the text answers" in text and "Self-BLEU" not in text
     for heading in (
         "Differences of these systems",

@@ -222,7 +222,10 @@ def plot_power(tables: Mapping[str, Mapping[int, Mapping[int, float]]], target: 
                 list(by_rows), [100 * one for one in by_rows.values()], marker="o", markersize=3, label=f"{seeds}"
             )
         axis.axhline(100 * target, color="black", linestyle="--", linewidth=0.8)
+        rows = list(next(iter(by_seeds.values())))
         axis.set(xscale="log", xlabel="rows", ylim=(0, 101))
+        axis.minorticks_off()
+        axis.set_xticks(rows, [f"{one:,}" for one in rows], fontsize=8)
         axis.set_title(textwrap.fill(name, 45), fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("power (%)")

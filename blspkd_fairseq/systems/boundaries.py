@@ -28,7 +28,7 @@ from blspkd_fairseq.systems.systems import WhisperTranscriber
 _PAUSE = 0.3  # seconds between two joined recordings
 _LONGEST = 13.0  # seconds of a recording that is joined with another: Whisper hears 30
 _SILENT = 0.02  # of the loudest sample
-_JOINS = 50
+_JOINS = 30
 
 
 class BoundaryComparison(NamedTuple):
@@ -77,7 +77,7 @@ def compare_boundaries(
 def calibrate(whisper: WhisperTranscriber, questions: Questions) -> Calibration:
     """Whisper on pairs of recordings, cut to where they sound and joined by a pause: it is known where the first ends.
 
-    Rows of up to 13 s, 50 pairs at most.
+    Rows of up to 13 s, 30 pairs at most.
     """
     manifest = questions.manifest
     short = [i for i in range(len(manifest)) if int(manifest.n_frames[i]) <= _LONGEST * SAMPLE_RATE]
