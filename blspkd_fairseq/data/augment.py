@@ -38,12 +38,12 @@ class Others(NamedTuple):
     """Utterances to make babble of.
 
     Attributes:
-        count: how many there are.
+        total: how many there are.
         load: ``[samples]`` of one, by its number; none if it cannot be used.
         own: the number of the utterance itself.
     """
 
-    count: int
+    total: int
     load: Callable[[int], np.ndarray]
     own: int
 
@@ -136,7 +136,7 @@ def _babble(length: int, rng: np.random.Generator, others: Others | None) -> np.
     low, high = BABBLE_VOICES
     if others is None:
         return np.zeros(length)
-    drawn = {int(number) for number in rng.integers(others.count, size=int(rng.integers(low, high + 1)))}
+    drawn = {int(number) for number in rng.integers(others.total, size=int(rng.integers(low, high + 1)))}
     loaded = (np.asarray(others.load(number), np.float64) for number in sorted(drawn - {others.own}))
     voices = [voice for voice in loaded if voice.any()]
     if len(voices) < low:
