@@ -39,6 +39,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["blspkd_fairseq", "blspkd_fairseq.*"]),
     package_data={"blspkd_fairseq": ["pretrained/*/*"]},
+    entry_points={"console_scripts": ["blspkd = blspkd_fairseq.cli.main:run"]},
     python_requires=NEEDS["PYTHON"],
     cmdclass={"build_py": BuildWithGuard},
     install_requires=NEEDS["REQUIRED"],

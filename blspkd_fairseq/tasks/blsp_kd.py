@@ -30,6 +30,7 @@ from blspkd_fairseq.faults.limits import FaultLimits, check_limits
 from blspkd_fairseq.faults.update import UpdateGuard
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, speech_of
 from blspkd_fairseq.generation.fairseq_generator import LlmDictionary
+from blspkd_fairseq.modules.build import adopt_options
 from blspkd_fairseq.modules.fingerprint import identity
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained
@@ -89,8 +90,8 @@ class BlspKdConfig(FaultLimits, FairseqDataclass):
     pretrained_model: str = field(
         default="",
         metadata={
-            "help": "begin with the trained parts of this model: a folder of save_pretrained or a checkpoint, of the "
-            "same adapter and LoRA"
+            "help": "begin with the trained parts of this model: a folder of save_pretrained or a checkpoint; options "
+            "of adapter, LoRA and base models that are not given are its own"
         },
     )
     eval_wer: bool = field(
@@ -179,9 +180,15 @@ class BlspKdTask(AnsweringTask):
                 "--augment changes the sound in every epoch, and --cache-encoder-features has each utterance heard "
                 "once: leave out one of them"
             )
+        begin = "" if from_checkpoint else self.cfg.pretrained_model
+        trained = read_trained(Path(begin)) if begin else None
+        if trained is not None:
+            adopted = adopt_options(cfg, trained[0])
+            options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in adopted.items())
+            logger.info(f"of --pretrained-model: {options or 'no option'}")
         model = super().build_model(cfg, from_checkpoint)
-        if self.cfg.pretrained_model and not from_checkpoint:
-            load_trained_state_dict(model.speech_llm, read_trained(Path(self.cfg.pretrained_model))[1])
+        if trained is not None:
+            load_trained_state_dict(model.speech_llm, trained[1])
         self.dictionary.chat = model.chat
         self._model = model.speech_llm
         return model
