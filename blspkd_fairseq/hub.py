@@ -2,28 +2,33 @@
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blspkd_fairseq.data.audio import load_audio, prepare_waveform
+from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio, prepare_waveform
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import AudioPart, one_turn, read_messages
 from blspkd_fairseq.data.prompts import resolve_prompt
+from blspkd_fairseq.data.windows import cut_windows
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
+from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained, write_trained
 from blspkd_fairseq.modules.whisper_encoder import FRAMES_PER_SECOND
 
-Audio = str | Path | tuple[Any, int]
-"""A path (or ``shard.zip:offset:length``), or samples [S] (numpy, torch or list) with their rate in Hz."""
+Audio = str | Path | bytes | tuple[Any, int] | Mapping[str, Any]
+"""A path (or ``shard.zip:offset:length``), the bytes of a file, or samples [S] (numpy, torch or list) with their rate
+in Hz: ``(array, rate)`` or ``{"array": array, "sampling_rate": rate}``."""
 
 
 class AlignedToken(NamedTuple):
@@ -48,12 +53,12 @@ class BlspKd:
         ])
 
     Attributes:
-        model: the torch module. chat: the chat format of its LLM. config: its options.
+        model: the torch module. chat_format: the chat format of its LLM. config: its options.
     """
 
     def __init__(self, model: SpeechLLM, chat: ChatFormat, config: SpeechLlmConfig) -> None:
         self.model = model.eval()
-        self.chat = chat
+        self.chat_format = chat
         self.config = config
 
     # ---- loading and saving ------------------------------------------------------------------------------------
@@ -136,8 +141,8 @@ class BlspKd:
         answers: list[Any] = []
         for batch in _batches(asked, batch_size):
             speech = self._collate([piece.audio for _, pieces in batch for piece in pieces])
-            conversations = [self.chat.render(conversation) for conversation, _ in batch]
-            groups = answer_speech(self.model, self.chat, *speech, conversations, options)
+            conversations = [self.chat_format.render(conversation) for conversation, _ in batch]
+            groups = answer_speech(self.model, self.chat_format, *speech, conversations, options)
             answers += [[h.text for h in group] if options.n_best > 1 else group[0].text for group in groups]
         return answers[0] if single else answers
 
@@ -153,6 +158,51 @@ class BlspKd:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.adapter.parameters()).device
+
+    # ---- conversations -----------------------------------------------------------------------------------------
+
+    @overload
+    def chat(self, messages: Sequence[Any], stream: Literal[False] = False, **sampling: Any) -> str: ...
+
+    @overload
+    def chat(self, messages: Sequence[Any], stream: Literal[True], **sampling: Any) -> Iterator[str]: ...
+
+    def chat(self, messages: Sequence[Any], stream: bool = False, **sampling: Any) -> str | Iterator[str]:
+        """Answers the last turn of a conversation; what it shares with earlier calls is not read again.
+
+        Args:
+            messages: as for :meth:`generate`; a piece of audio may have any length that the LLM has room for.
+            stream: return an iterator of pieces of the answer, as they come; closing it ends the answer.
+            sampling: fields of :class:`Sampling` such as ``max_new_tokens=64, temperature=0.7, top_p=0.9, seed=1``.
+
+        Raises:
+            AudioError: audio that cannot be used; ConversationError: other messages; ValueError: no room for it all.
+        """
+        request = self.request(messages, Sampling(**sampling))
+        pieces = (delta.text for delta in self._decoder.stream(request) if delta.text)
+        return pieces if stream else "".join(pieces)
+
+    def request(self, messages: Sequence[Any], sampling: Sampling | None = None) -> Request:
+        """A conversation, checked, rendered, its audio decoded and cut into windows, for a :class:`StreamingDecoder`.
+
+        Runs no model, so that it may be called from any thread.
+        """
+        conversation, pieces = read_messages(messages)
+        speech = [self.windows(piece.audio) for piece in pieces]
+        return Request(self.chat_format.render(conversation), speech, sampling or Sampling())
+
+    def windows(self, audio: Audio) -> list[np.ndarray]:
+        """Audio of any length as windows ``[samples]`` that the speech encoder can hear."""
+        longest = self.model.speech_encoder.max_samples / SAMPLE_RATE
+        return cut_windows(_samples(audio, max_seconds=None), longest)
+
+    def streaming_decoder(self, **options: Any) -> StreamingDecoder:
+        """A decoder that several requests share; ``options`` are those of :class:`StreamingDecoder`."""
+        return StreamingDecoder(self.model, self.chat_format, **options)
+
+    @cached_property
+    def _decoder(self) -> StreamingDecoder:
+        return self.streaming_decoder()
 
     # ---- alignment ---------------------------------------------------------------------------------------------
 
@@ -183,12 +233,12 @@ class BlspKd:
         return aligned[0] if single else aligned
 
     def _align(self, audio: Audio, transcript: str | None) -> list[AlignedToken]:
-        ids = None if transcript is None else self.chat.encode_text(transcript)
+        ids = None if transcript is None else self.chat_format.encode_text(transcript)
         adapted = self.adapt(audio, None if ids is None else len(ids))
         if adapted.boundaries is None:
             raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
         ends = (adapted.boundaries[0] / FRAMES_PER_SECOND).tolist()
-        tokens = [self.chat.tokenizer.decode([i]) for i in ids or self.nearest_tokens(adapted.embeddings[0])]
+        tokens = [self.chat_format.tokenizer.decode([i]) for i in ids or self.nearest_tokens(adapted.embeddings[0])]
         return [AlignedToken(*row) for row in zip([0.0, *ends[:-1]], ends, tokens, strict=True)]
 
     @torch.no_grad()
@@ -224,8 +274,10 @@ def read_options(checkpoint_or_dir: str | os.PathLike[str]) -> Mapping[str, Any]
 
 
 def _is_single(audio: Any) -> bool:
-    if isinstance(audio, (str, os.PathLike)):
+    if isinstance(audio, (str, os.PathLike, bytes)):
         return True
+    if isinstance(audio, Mapping):
+        return isinstance(audio.get("sampling_rate"), (int, float, np.number)) and "array" in audio
     return isinstance(audio, tuple) and len(audio) == 2 and isinstance(audio[1], (int, float, np.number))
 
 
@@ -235,14 +287,28 @@ def _as_list(audio: Any) -> list[Any]:
     return [audio] if _is_single(audio) else list(audio)
 
 
-def _samples(audio: Audio) -> np.ndarray:
+def _samples(audio: Audio, max_seconds: float | None = MAX_SECONDS) -> np.ndarray:
     if isinstance(audio, (str, os.PathLike)):
-        return load_audio(audio)
+        return load_audio(audio, max_seconds=max_seconds)
+    if isinstance(audio, bytes):
+        return _decode_bytes(audio, max_seconds)
     if not _is_single(audio):
         raise ValueError("give a path, or samples with their rate: (array, 16000)")
-    if not np.isfinite(audio[1]) or audio[1] != int(audio[1]):
-        raise ValueError(f"the rate of audio must be a whole number of Hz, got {audio[1]}")
-    return prepare_waveform(audio[0], int(audio[1]))
+    samples, rate = (audio["array"], audio["sampling_rate"]) if isinstance(audio, Mapping) else audio
+    if not np.isfinite(rate) or rate != int(rate):
+        raise ValueError(f"the rate of audio must be a whole number of Hz, got {rate}")
+    return prepare_waveform(samples, int(rate), max_seconds=max_seconds)
+
+
+def _decode_bytes(content: bytes, max_seconds: float | None) -> np.ndarray:
+    """Decodes a file in memory. Its name is not the client's: nothing that it says is opened."""
+    with tempfile.NamedTemporaryFile(prefix="blspkd-") as file:
+        file.write(content)
+        file.flush()
+        try:
+            return load_audio(file.name, max_seconds=max_seconds)
+        except AudioError as error:
+            raise AudioError(str(error).replace(file.name, "the audio")) from error
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -114,7 +114,7 @@ class CheckpointSystem:
     def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
         waveforms, lengths = _collate(batch, self.model.device)
         prompts = [utterance.prompt for utterance in batch]
-        groups = answer_speech(self.model.model, self.model.chat, waveforms, lengths, prompts, options)
+        groups = answer_speech(self.model.model, self.model.chat_format, waveforms, lengths, prompts, options)
         return [Answer(group[0].text) for group in groups]
 
 
