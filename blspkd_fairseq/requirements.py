@@ -54,8 +54,21 @@ EXTRAS = {
     "bench": ["torch-cif==0.2.0"],
     "ray": ["ray[data]>=2.40,<3"],  # scripts/generate_responses.py on many machines
     "recordings": ["av>=14,<19"],  # decodes what scripts/fetch_recordings.py fetches
-    # jiwer and rouge-score are what the tests of the metrics compare with.
+    # blspkd serve and blspkd demo; python-multipart reads uploads.
+    "serve": [
+        "fastapi>=0.120,<1",
+        "uvicorn>=0.38,<1",
+        "python-multipart>=0.0.20,<1",
+        "prometheus-client>=0.20,<1",
+    ],
+    # jiwer and rouge-score are what the tests of the metrics compare with; openai is the client of the server's.
     "dev": [
+        "fastapi==0.165.0",
+        "uvicorn==0.54.0",
+        "python-multipart==0.0.34",
+        "prometheus-client==0.26.0",
+        "openai==3.57.0",
+        "playwright==1.65.2",
         "av>=14,<19",
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",

@@ -34,20 +34,21 @@ def join_tokens(ids: Sequence[int], times: Sequence[tuple[float, float]], chat: 
     words: list[Span] = []
     is_apart = True
     begin: float | None = None  # of tokens whose character is not complete
-    for token, (start, end) in zip(ids, times, strict=True):
+    for index, (token, (start, end)) in enumerate(zip(ids, times, strict=True), start=1):
         begin = start if begin is None else begin
-        text = stream.push(token)
+        text = stream.push(token) + (stream.finish() if index == len(ids) else "")
         if not text:
             continue
-        if is_apart or text[0].isspace():
-            words.append(Span(begin, end, text.strip()))
-        else:
-            words[-1] = Span(words[-1].start, end, words[-1].text + text.rstrip())
-        is_apart, begin = text[-1].isspace(), None
-    rest = stream.finish().strip()
-    if rest and words:
-        words[-1] = Span(words[-1].start, times[-1][1], words[-1].text + rest)
-    return [word for word in words if word.text]
+        parts = text.split()
+        seconds = (end - begin) / max(1, len(parts))
+        for number, part in enumerate(parts):
+            span = Span(begin + number * seconds, begin + (number + 1) * seconds, part)
+            if number or is_apart or text[0].isspace():
+                words.append(span)
+            else:
+                words[-1] = Span(words[-1].start, span.end, words[-1].text + part)
+        is_apart, begin = text[-1].isspace() or not words, None
+    return words
 
 
 def cut_into_lines(words: Iterable[Span]) -> list[Span]:

@@ -51,10 +51,17 @@ class Answers:
         make: makes their requests, in the engine's thread.
         count: number of them.
         seconds: until the last of them must be there.
+        close: ends them.
+        on_first: is told the seconds after which the first text came.
     """
 
     def __init__(
-        self, make: Callable[[], Sequence[Request]], count: int, seconds: float, close: Callable[[Answers], None]
+        self,
+        make: Callable[[], Sequence[Request]],
+        count: int,
+        seconds: float,
+        close: Callable[[Answers], None],
+        on_first: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.make = make
         self.count = count
@@ -62,6 +69,7 @@ class Answers:
         self.seconds = seconds
         self.started = time.perf_counter()
         self._close = close
+        self._on_first: Callable[[float], None] | None = on_first
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, Delta] | Exception] = asyncio.Queue()
 
@@ -80,6 +88,9 @@ class Answers:
                 raise timed_out(self.seconds) from None
             if isinstance(news, Exception):
                 raise news
+            if self._on_first is not None:
+                self._on_first(time.perf_counter() - self.started)
+                self._on_first = None
             unfinished -= news[1].finish is not None
             yield news
 
@@ -101,6 +112,7 @@ class Engine:
         make_decoder: makes the decoder, and another one after a failure, whose state nobody knows.
         most: answers that are decoded or wait; more are refused.
         on_step: is told of the deltas of each step.
+        on_first: is told the seconds from each question to its first text.
     """
 
     def __init__(
@@ -108,10 +120,12 @@ class Engine:
         make_decoder: Callable[[], Decoder],
         most: int,
         on_step: Callable[[Sequence[Delta]], None] = lambda deltas: None,
+        on_first: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.most = most
         self._make_decoder = make_decoder
         self._on_step = on_step
+        self._on_first = on_first
         self._changed = threading.Condition()  # guards what follows
         self._new: deque[Answers] = deque()
         self._closed: deque[Answers] = deque()
@@ -154,7 +168,7 @@ class Engine:
         with self._changed:
             if self._stopping or self.active + count > self.most:
                 raise overloaded()
-            answers = Answers(make, count, seconds, self._close)
+            answers = Answers(make, count, seconds, self._close, self._on_first)
             self._new.append(answers)
             self._changed.notify()
         return answers

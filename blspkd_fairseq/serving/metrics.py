@@ -22,17 +22,22 @@ class Metrics:
     """
 
     def __init__(self, active: Callable[[], int], rows: int) -> None:
-        self.registry = CollectorRegistry()
-        new = {"registry": self.registry, "namespace": "blspkd"}
-        self._requests = Counter("requests", "Requests answered.", ["path", "status"], **new)
-        self._seconds = Histogram("request_seconds", "From request to end of answer.", ["path"], buckets=_SECONDS, **new)
-        self._first = Histogram("first_token_seconds", "From the whole request to the first text.", buckets=_SECONDS, **new)
-        self._prompt = Counter("prompt_tokens", "Tokens of prompts, speech included.", **new)
-        self._reused = Counter("reused_tokens", "Those whose keys and values were known.", **new)
-        self._answer = Counter("answer_tokens", "Tokens of answers.", **new)
-        self._audio = Counter("audio_seconds", "Seconds of audio received.", **new)
-        Gauge("answers_running", "Answers that are decoded.", **new).set_function(lambda: min(active(), rows))
-        Gauge("answers_waiting", "Answers that wait for a place.", **new).set_function(lambda: max(0, active() - rows))
+        self.registry = one = CollectorRegistry()
+        self._requests = Counter("blspkd_requests", "Requests answered.", ["path", "status"], registry=one)
+        self._seconds = Histogram(
+            "blspkd_request_seconds", "From request to end of answer.", ["path"], buckets=_SECONDS, registry=one
+        )
+        self._first = Histogram(
+            "blspkd_first_token_seconds", "From the whole request to the first text.", buckets=_SECONDS, registry=one
+        )
+        self._prompt = Counter("blspkd_prompt_tokens", "Tokens of prompts, speech included.", registry=one)
+        self._reused = Counter("blspkd_reused_tokens", "Those whose keys and values were known.", registry=one)
+        self._answer = Counter("blspkd_answer_tokens", "Tokens of answers.", registry=one)
+        self._audio = Counter("blspkd_audio_seconds", "Seconds of audio received.", registry=one)
+        running = Gauge("blspkd_answers_running", "Answers that are decoded.", registry=one)
+        running.set_function(lambda: min(active(), rows))
+        waiting = Gauge("blspkd_answers_waiting", "Answers that wait for a place.", registry=one)
+        waiting.set_function(lambda: max(0, active() - rows))
 
     def note_request(self, path: str, status: int, seconds: float) -> None:
         """A request has ended."""

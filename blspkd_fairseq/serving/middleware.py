@@ -61,7 +61,9 @@ class Guard:
         guarded = scope["type"] == "http" and scope["path"].startswith(("/v1/", "/demo/"))
         if self.key is None or not guarded or self._is_right(dict(scope["headers"]).get(b"authorization", b"")):
             return await self.app(scope, receive, send)
-        error = ApiError(401, "the API key is missing or wrong", "invalid_api_key", None, {"WWW-Authenticate": "Bearer"})
+        error = ApiError(
+            401, "the API key is missing or wrong", "invalid_api_key", None, {"WWW-Authenticate": "Bearer"}
+        )
         await error.response()(scope, receive, send)
 
     def _is_right(self, header: bytes) -> bool:

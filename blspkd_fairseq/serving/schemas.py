@@ -51,9 +51,7 @@ class Message(_Request):
     """A turn. ``name`` is taken and ignored; clients send earlier answers back whole, with fields that are empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[Annotated[TextPart | AudioPart, Field(discriminator="type")]], BeforeValidator(_as_parts)
-    ]
+    content: Annotated[list[Annotated[TextPart | AudioPart, Field(discriminator="type")]], BeforeValidator(_as_parts)]
     name: str | None = None
     refusal: _only() = None  # type: ignore[valid-type]
     annotations: _only([]) = None  # type: ignore[valid-type]
@@ -129,7 +127,7 @@ class SpeechRequest(_Request):
     language: str | None = None
     response_format: ResponseFormat = "json"
     temperature: float = Field(0.0, ge=0, le=2)
-    timestamp_granularities: list[Granularity] = Field(default_factory=lambda: ["segment"])
+    timestamp_granularities: list[Granularity] = ["segment"]
     stream: bool = False
     prompt: _only("") = None  # type: ignore[valid-type]
     chunking_strategy: _only("auto") = None  # type: ignore[valid-type]

@@ -39,7 +39,9 @@ def listen(host: str, port: int) -> socket.socket:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(address)
     except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen on {host} port {port} ({error}): choose others with --host and --port") from error
+        raise ValueError(
+            f"cannot listen on {host} port {port} ({error}): choose others with --host and --port"
+        ) from error
     return server
 
 

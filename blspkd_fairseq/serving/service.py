@@ -41,6 +41,7 @@ class Service:
             lambda: model.streaming_decoder(most_rows=limits.rows),
             limits.rows + limits.waiting,
             lambda deltas: self.metrics.note_step(deltas),
+            lambda seconds: self.metrics.note_first_text(seconds),
         )
         self.metrics = Metrics(lambda: self.engine.active, limits.rows)
 
@@ -80,9 +81,7 @@ class Service:
         finally:
             watch.cancel()
 
-    def stream(
-        self, events: AsyncIterator[dict[str, Any]], request: Request, answers: Answers
-    ) -> StreamingResponse:
+    def stream(self, events: AsyncIterator[dict[str, Any]], request: Request, answers: Answers) -> StreamingResponse:
         """Events of the answers, as the server-sent events of the API."""
 
         async def lines() -> AsyncIterator[str]:

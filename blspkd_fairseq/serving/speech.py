@@ -101,7 +101,9 @@ async def _answer(request: Request, task: str, prompt: str) -> Response:
     service.check_model(body.model)
     has_times = body.response_format in ("srt", "vtt", "verbose_json")
     if has_times and not service.has_times:
-        raise invalid("this model's adapter cuts no tokens, so there are no times: ask for json or text", "response_format")
+        raise invalid(
+            "this model's adapter cuts no tokens, so there are no times: ask for json or text", "response_format"
+        )
     if has_times and body.stream:
         raise invalid("only json and text can be streamed", "stream")
     samples = await run_in_threadpool(decode_audio, content, service.limits.audio_seconds, "file")
@@ -153,9 +155,7 @@ def _ask(service: Service, windows: Sequence[np.ndarray], prompt: str, temperatu
     before, _, after = prompt.partition(SPEECH_SLOT)
     texts = [{"type": "text", "text": text} for text in (before, after)]
     speeches = [{"type": "audio", "audio": (window, SAMPLE_RATE)} for window in windows]
-    return service.ask(
-        [([{"role": "user", "content": [texts[0], speech, texts[1]]}], sampling) for speech in speeches]
-    )
+    return service.ask([([{"role": "user", "content": [texts[0], speech, texts[1]]}], sampling) for speech in speeches])
 
 
 async def _events(transcript: _Transcript, answers: Answers) -> AsyncIterator[dict[str, Any]]:
