@@ -33,12 +33,14 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: the address cannot be used.
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"cannot listen on {host} port {port}: choose one up to 65535 with --port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         server = socket.socket(family, kind, protocol)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(
             f"cannot listen on {host} port {port} ({error}): choose others with --host and --port"
         ) from error
