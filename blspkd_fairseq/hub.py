@@ -3,8 +3,9 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -13,13 +14,17 @@ import torch
 from torch import Tensor
 
 from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio, prepare_waveform
+from blspkd_fairseq.data.audio_stream import Window, stream_windows
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import AudioPart, one_turn, read_messages
 from blspkd_fairseq.data.prompts import resolve_prompt
-from blspkd_fairseq.data.windows import cut_windows
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
+from blspkd_fairseq.data.transcript import Segment, Transcript, words_of
+from blspkd_fairseq.data.vad import speech_windows
+from blspkd_fairseq.data.windows import cut_windows, starts
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows
 from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
+from blspkd_fairseq.generation.text_stream import TextStream
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
@@ -110,24 +115,28 @@ class BlspKd:
         instruction: str = "chat",
         batch_size: int = 16,
         messages: Sequence[Any] | None = None,
+        vad: str | None = None,
         **generation: Any,
     ) -> Any:
         """Answers speech.
 
         Args:
-            audio: one utterance of up to 30 s, or a list of them.
+            audio: one utterance, or a list of them. One longer than the speech encoder's window is heard in several,
+                and is one piece of speech for the LLM.
             instruction: text with a ``{speech}`` slot (else the speech follows it), or the name of a prompt; by
                 default the speech itself is what the user says.
             batch_size: utterances at a time; it does not change the answers.
             messages: in place of audio and instruction, a conversation as chat LLMs take it, or a list of them; a part
                 ``{"type": "audio", "audio": AUDIO}`` is a piece of speech.
+            vad: "energy" or "silero": hear only where somebody speaks, and answer "" where nobody does.
             generation: fields of :class:`DecodingOptions` such as ``beam=4, max_new_tokens=64``.
 
         Returns:
             A string, or a list of strings for a list; with ``n_best`` > 1, a list of strings for each utterance.
 
         Raises:
-            AudioError: audio that cannot be used; PromptError: an unknown prompt; ConversationError: other messages.
+            AudioError: audio that cannot be used; PromptError: an unknown prompt; ConversationError: other messages;
+            ValueError: more tokens than the LLM can read.
         """
         if messages is not None:
             if audio is not None or instruction != "chat":
@@ -140,15 +149,88 @@ class BlspKd:
         options = DecodingOptions(**generation)
         answers: list[Any] = []
         for batch in _batches(asked, batch_size):
-            speech = self._collate([piece.audio for _, pieces in batch for piece in pieces])
-            conversations = [self.chat_format.render(conversation) for conversation, _ in batch]
-            groups = answer_speech(self.model, self.chat_format, *speech, conversations, options)
-            answers += [[h.text for h in group] if options.n_best > 1 else group[0].text for group in groups]
+            speech = [[self.windows(piece.audio, vad) for piece in pieces] for _, pieces in batch]
+            spoken = [i for i, one in enumerate(speech) if not (vad and one and not any(one))]
+            given: list[Any] = [[""] * options.n_best if options.n_best > 1 else ""] * len(batch)
+            if spoken:
+                heard = hear_windows(self.model, [windows for i in spoken for windows in speech[i]])
+                conversations = [self.chat_format.render(batch[i][0]) for i in spoken]
+                groups = answer_heard(self.model, self.chat_format, heard, conversations, options)
+                for i, group in zip(spoken, groups, strict=True):
+                    given[i] = [h.text for h in group] if options.n_best > 1 else group[0].text
+            answers += given
         return answers[0] if single else answers
 
     def transcribe(self, audio: Audio | Sequence[Audio], **generation: Any) -> Any:
-        """:meth:`generate` with the prompt ``transcribe``."""
-        return self.generate(audio, "transcribe", **generation)
+        """What is said, of any length: the text of :meth:`transcripts`."""
+        texts = [one.text for one in self.transcripts(_as_list(audio), with_words=False, **generation)]
+        return texts[0] if _is_single(audio) else texts
+
+    def transcripts(
+        self,
+        audio: Sequence[Audio],
+        prompt: str = "transcribe",
+        vad: str | None = None,
+        with_words: bool = True,
+        batch_size: int = 16,
+        progress: Callable[[float], Any] | None = None,
+        **generation: Any,
+    ) -> list[Transcript]:
+        """What is said and when, of recordings of any length, heard and written window by window.
+
+        Args:
+            audio: recordings.
+            prompt: asks for the words; see :meth:`generate`.
+            vad: as for :meth:`generate`.
+            with_words: find the time of each word, by CIF.
+            batch_size: windows at a time.
+            progress: called with the seconds of audio that were done since the last call.
+            generation: fields of :class:`DecodingOptions`; ``max_new_tokens`` is for one window.
+
+        Raises:
+            AudioError: audio that cannot be used.
+        """
+        found: list[list[Segment]] = [[] for _ in audio]
+        lengths = [0.0] * len(audio)
+        parts = ((index, window) for index, one in enumerate(audio) for window in self._stream(one))
+        while batch := list(islice(parts, batch_size)):
+            spoken = []
+            for index, window in batch:
+                lengths[index] = window.start + len(window.samples) / SAMPLE_RATE
+                inside = speech_windows(window.samples, vad) if vad else [(0, window.samples)]
+                spoken += [(index, Window(window.start + b / SAMPLE_RATE, samples)) for b, samples in inside]
+            speech = [(window.samples, SAMPLE_RATE) for _, window in spoken]
+            texts = self.generate(speech, prompt, batch_size, **generation) if speech else []
+            for (index, window), text in zip(spoken, texts, strict=True):
+                if text.strip():
+                    found[index].append(self._segment(window, text.strip(), with_words))
+            if progress is not None:
+                progress(sum(len(window.samples) for _, window in batch) / SAMPLE_RATE)
+        return [Transcript(seconds, tuple(one)) for seconds, one in zip(lengths, found, strict=True)]
+
+    def _stream(self, audio: Audio) -> Iterator[Window]:
+        """Windows of a recording, decoded while they are needed if it is a file."""
+        if isinstance(audio, (str, os.PathLike)):
+            return stream_windows(audio, self.window_seconds)
+        windows = self.windows(audio)
+        return (Window(*one) for one in zip(starts(windows), windows, strict=True))
+
+    def _segment(self, window: Window, text: str, with_words: bool) -> Segment:
+        end = window.start + len(window.samples) / SAMPLE_RATE
+        if not with_words or not getattr(self.model.adapter, "one_to_one", False):
+            return Segment(window.start, end, text, ())
+        ids = self.chat_format.encode_text(text)
+        boundaries = self.adapt((window.samples, SAMPLE_RATE), len(ids)).boundaries
+        assert boundaries is not None
+        ends = (window.start + boundaries[0] / FRAMES_PER_SECOND).tolist()
+        words = words_of(text, self._pieces(ids), ends, window.start)
+        return Segment(window.start, end, text, words)
+
+    def _pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token adds."""
+        stream = TextStream(self.chat_format)
+        pieces = [stream.push(token) for token in ids]
+        return [*pieces[:-1], pieces[-1] + stream.finish()] if pieces else []
 
     def translate(self, audio: Audio | Sequence[Audio], target: str = "German", **generation: Any) -> Any:
         """:meth:`generate` with the prompt ``translate``; ``target`` is a language's name or code."""
@@ -162,39 +244,59 @@ class BlspKd:
     # ---- conversations -----------------------------------------------------------------------------------------
 
     @overload
-    def chat(self, messages: Sequence[Any], stream: Literal[False] = False, **sampling: Any) -> str: ...
+    def chat(
+        self, messages: Sequence[Any], stream: Literal[False] = False, vad: str | None = None, **sampling: Any
+    ) -> str: ...
 
     @overload
-    def chat(self, messages: Sequence[Any], stream: Literal[True], **sampling: Any) -> Iterator[str]: ...
+    def chat(
+        self, messages: Sequence[Any], stream: Literal[True], vad: str | None = None, **sampling: Any
+    ) -> Iterator[str]: ...
 
-    def chat(self, messages: Sequence[Any], stream: bool = False, **sampling: Any) -> str | Iterator[str]:
+    def chat(
+        self, messages: Sequence[Any], stream: bool = False, vad: str | None = None, **sampling: Any
+    ) -> str | Iterator[str]:
         """Answers the last turn of a conversation; what it shares with earlier calls is not read again.
 
         Args:
             messages: as for :meth:`generate`; a piece of audio may have any length that the LLM has room for.
             stream: return an iterator of pieces of the answer, as they come; closing it ends the answer.
+            vad: "energy" or "silero": hear only where somebody speaks; a last turn in which nobody does, and nothing is
+                written, is answered by "".
             sampling: fields of :class:`Sampling` such as ``max_new_tokens=64, temperature=0.7, top_p=0.9, seed=1``.
 
         Raises:
             AudioError: audio that cannot be used; ConversationError: other messages; ValueError: no room for it all.
         """
-        request = self.request(messages, Sampling(**sampling))
+        request = self.request(messages, Sampling(**sampling), vad)
         pieces = (delta.text for delta in self._decoder.stream(request) if delta.text)
         return pieces if stream else "".join(pieces)
 
-    def request(self, messages: Sequence[Any], sampling: Sampling | None = None) -> Request:
+    def request(self, messages: Sequence[Any], sampling: Sampling | None = None, vad: str | None = None) -> Request:
         """A conversation, checked, rendered, its audio decoded and cut into windows, for a :class:`StreamingDecoder`.
 
-        Runs no model, so that it may be called from any thread.
+        Runs no model, so that it may be called from any thread. Arguments and errors are those of :meth:`chat`.
         """
         conversation, pieces = read_messages(messages)
-        speech = [self.windows(piece.audio) for piece in pieces]
-        return Request(self.chat_format.render(conversation), speech, sampling or Sampling())
+        speech = [self.windows(piece.audio, vad) for piece in pieces]
+        silent = not any(isinstance(part, str) or speech[part.piece] for part in conversation[-1].parts)
+        return Request(self.chat_format.render(conversation), speech, sampling or Sampling(), silent)
 
-    def windows(self, audio: Audio) -> list[np.ndarray]:
-        """Audio of any length as windows ``[samples]`` that the speech encoder can hear."""
+    def windows(self, audio: Audio, vad: str | None = None) -> list[np.ndarray]:
+        """Audio of any length as windows ``[samples]`` that the speech encoder can hear.
+
+        Args:
+            audio: as for :meth:`generate`, of one utterance.
+            vad: leave out what is no speech; nothing may be left.
+        """
+        windows = cut_windows(_samples(audio, max_seconds=None), self.window_seconds)
+        return windows if vad is None else [part for one in windows for _, part in speech_windows(one, vad)]
+
+    @property
+    def window_seconds(self) -> float:
+        """The longest speech that is heard at once."""
         longest = self.model.speech_encoder.max_samples / SAMPLE_RATE
-        return cut_windows(_samples(audio, max_seconds=None), longest)
+        return min(self.config.window_seconds or longest, longest)
 
     def streaming_decoder(self, **options: Any) -> StreamingDecoder:
         """A decoder that several requests share; ``options`` are those of :class:`StreamingDecoder`."""
@@ -233,13 +335,35 @@ class BlspKd:
         return aligned[0] if single else aligned
 
     def _align(self, audio: Audio, transcript: str | None) -> list[AlignedToken]:
+        windows = self.windows(audio)
         ids = None if transcript is None else self.chat_format.encode_text(transcript)
-        adapted = self.adapt(audio, None if ids is None else len(ids))
-        if adapted.boundaries is None:
+        counts: Sequence[int | None] = [None] * len(windows)
+        if ids is not None and len(windows) > 1:
+            counts = self._share(windows, len(ids))
+        elif ids is not None:
+            counts = [len(ids)]
+        aligned: list[AlignedToken] = []
+        for begin, window, count in zip(starts(windows), windows, counts, strict=True):
+            if count == 0:
+                continue
+            adapted = self.adapt((window, SAMPLE_RATE), count)
+            if adapted.boundaries is None:
+                raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
+            ends = (begin + adapted.boundaries[0] / FRAMES_PER_SECOND).tolist()
+            tokens = self.nearest_tokens(adapted.embeddings[0])
+            if ids is not None:
+                tokens = ids[len(aligned) : len(aligned) + len(ends)]
+            texts = [self.chat_format.tokenizer.decode([token]) for token in tokens]
+            aligned += [AlignedToken(*row) for row in zip([begin, *ends[:-1]], ends, texts, strict=True)]
+        return aligned
+
+    def _share(self, windows: Sequence[np.ndarray], tokens: int) -> list[int]:
+        """Divides the tokens of a transcript among windows, by what CIF hears in each."""
+        sums = [self.adapt((window, SAMPLE_RATE)).alpha_sum for window in windows]
+        if any(one is None for one in sums):
             raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
-        ends = (adapted.boundaries[0] / FRAMES_PER_SECOND).tolist()
-        tokens = [self.chat_format.tokenizer.decode([i]) for i in ids or self.nearest_tokens(adapted.embeddings[0])]
-        return [AlignedToken(*row) for row in zip([0.0, *ends[:-1]], ends, tokens, strict=True)]
+        heard = np.cumsum([float(one) for one in sums if one is not None])
+        return np.diff(np.rint(heard / heard[-1] * tokens).astype(int), prepend=0).tolist()
 
     @torch.no_grad()
     def adapt(self, audio: Audio, tokens: int | None = None) -> AdapterOutput:

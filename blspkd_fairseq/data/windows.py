@@ -1,35 +1,37 @@
-"""Long audio cut into windows that a speech encoder can hear, at the quietest places, while it comes in."""
+"""Long audio cut into windows that a speech encoder can hear, in pauses or at quiet places, while it comes in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 
+PAUSE = 0.24
+"""Seconds; stops inside of words are shorter."""
+
 _HOP = SAMPLE_RATE // 100
-"""Energy is looked at each 10 ms."""
-_SMOOTHING = 25
-"""... as the mean of that many: a quiet consonant is shorter than a quarter of a second, a pause is not."""
+_PAUSE_HOPS = round(PAUSE * SAMPLE_RATE / _HOP)
+_QUIET = 10**-3.5
+"""A pause has this share of the power of the loudest place before it in the window (-35 dB)."""
 
 
 class WindowCutter:
-    """Cuts a stream of samples into windows that together are the stream, no sample lost or heard twice.
+    """Cuts a stream of samples into windows that together are the stream: no sample is lost or heard twice.
 
-    A window is closed as soon as more than ``longest`` seconds have come in, at the quietest place (of the last ones as
-    quiet) between ``shortest`` and ``longest``; so the cuts do not depend on how the stream was portioned.
+    A window ends in the first pause after ``shortest`` seconds; where nobody pauses for ``longest`` seconds, at the
+    quietest place of their second half. The cuts do not depend on the portions in which the stream came in.
 
     Args:
-        longest: seconds of a window.
-        shortest: seconds of a window, but for the last; half of ``longest`` by default.
+        longest, shortest: seconds of a window; shortest is a third of the longest by default. The last may be shorter.
 
     Attributes:
         start: samples in the windows that were given so far.
     """
 
     def __init__(self, longest: float = 30.0, shortest: float | None = None) -> None:
-        shortest = longest / 2 if shortest is None else shortest
-        if not 0.02 <= shortest <= longest:
-            raise ValueError(f"windows need 0.02 <= shortest <= longest seconds, got {shortest:g} and {longest:g}")
+        shortest = longest / 3 if shortest is None else shortest
+        if not PAUSE <= shortest <= longest:
+            raise ValueError(f"windows need {PAUSE} <= shortest <= longest seconds, got {shortest:g} and {longest:g}")
         self.longest = int(longest * SAMPLE_RATE)
         self.shortest = int(shortest * SAMPLE_RATE)
         self.start = 0
@@ -39,13 +41,22 @@ class WindowCutter:
         """Takes in ``[samples]`` float32 at 16 kHz and returns the windows that they complete."""
         self._buffer = np.concatenate([self._buffer, samples])
         windows = []
-        while len(self._buffer) > self.longest:
-            windows.append(self._take(quietest_place(self._buffer, self.shortest, self.longest)))
+        while (end := self._find_end()) is not None:
+            windows.append(self._take(end))
         return windows
 
     def flush(self) -> list[np.ndarray]:
         """The last window, if anything is left."""
         return [self._take(len(self._buffer))] if len(self._buffer) else []
+
+    def _find_end(self) -> int | None:
+        if len(self._buffer) <= self.shortest:
+            return None
+        heard = self._buffer[: self.longest]
+        pause = first_pause(heard, self.shortest)
+        if pause is not None or len(self._buffer) <= self.longest:
+            return pause
+        return quietest_place(heard, self.longest // 2)
 
     def _take(self, samples: int) -> np.ndarray:
         window, self._buffer = self._buffer[:samples], self._buffer[samples:]
@@ -54,12 +65,14 @@ class WindowCutter:
 
 
 def cut_windows(waveform: np.ndarray, longest: float = 30.0, shortest: float | None = None) -> list[np.ndarray]:
-    """All windows of ``[samples]``; see :class:`WindowCutter`. Audio that fits one is one."""
+    """All windows of ``[samples]``; see :class:`WindowCutter`. Audio that fits one window is one."""
+    if len(waveform) <= longest * SAMPLE_RATE:
+        return [waveform]
     cutter = WindowCutter(longest, shortest)
     return [*cutter.feed(waveform), *cutter.flush()]
 
 
-def starts(windows: list[np.ndarray]) -> Iterator[float]:
+def starts(windows: Sequence[np.ndarray]) -> Iterator[float]:
     """The second at which each of successive windows begins."""
     begin = 0
     for window in windows:
@@ -67,25 +80,33 @@ def starts(windows: list[np.ndarray]) -> Iterator[float]:
         begin += len(window)
 
 
-def quietest_place(waveform: np.ndarray, first: int, last: int) -> int:
-    """The sample between ``first`` and ``last`` around which there is least energy, the middle of the last such pause.
+def first_pause(waveform: np.ndarray, after: int) -> int | None:
+    """The sample in the midst of the first pause that is complete behind the sample ``after``; None if there is none.
 
-    Args:
-        waveform: ``[samples]`` with at least ``last`` of them.
+    The end of a pause is not waited for: the place is half of :data:`PAUSE` behind its begin, or behind ``after``.
     """
-    level = _levels(waveform[:last])
-    low, high = -(-first // _HOP), last // _HOP
-    if high <= low:
-        return last
-    choice = level[low:high]
-    quiet = np.flatnonzero(choice <= choice.min() + 1e-12)
-    # In digital silence all are as quiet: the middle of the last run of them.
-    run = quiet[np.flatnonzero(np.diff(quiet, prepend=-2) > 1)[-1] :]
-    return int((low + (run[0] + run[-1] + 1) / 2) * _HOP)
+    power = _powers(waveform)
+    loudest = np.maximum.accumulate(power)
+    quiet = power < loudest * _QUIET
+    quiet[: -(-after // _HOP)] = False
+    # Quiet for so many frames up to here: the distance to the last one that was not.
+    frames = np.arange(len(quiet))
+    run = frames - np.maximum.accumulate(np.where(quiet, -1, frames))
+    complete = np.flatnonzero(run >= _PAUSE_HOPS)
+    return int((complete[0] + 1 - _PAUSE_HOPS // 2) * _HOP) if len(complete) else None
 
 
-def _levels(waveform: np.ndarray) -> np.ndarray:
-    """Smoothed power at each multiple of 10 ms."""
+def quietest_place(waveform: np.ndarray, after: int) -> int:
+    """The sample behind ``after`` around which there is least energy; the last of several."""
+    width = _PAUSE_HOPS
+    power = np.convolve(_powers(waveform), np.ones(width) / width, mode="same")[-(-after // _HOP) : -1]
+    if not len(power):
+        return len(waveform)
+    return int((-(-after // _HOP) + len(power) - np.argmin(power[::-1])) * _HOP)
+
+
+def _powers(waveform: np.ndarray) -> np.ndarray:
+    """Power of each 10 ms."""
     frames = len(waveform) // _HOP
-    power = np.square(waveform[: frames * _HOP].reshape(frames, _HOP), dtype=np.float64).mean(1)
-    return np.convolve(power, np.ones(_SMOOTHING) / _SMOOTHING, mode="same")
+    power: np.ndarray = np.square(waveform[: frames * _HOP].reshape(frames, _HOP), dtype=np.float64).mean(1)
+    return power

@@ -23,6 +23,10 @@ What a row gives does not depend on the rows beside it: each has its own generat
 conversation that goes on from an earlier one reads only what is new: keys and values of the longest common beginning
 are kept (``kept_bytes``), found by content, so that nobody has to name a session. A long request is heard and read in
 portions between the steps of the others.
+
+What was said, with times, of recordings of any length, is :meth:`BlspKd.transcripts`, whose formats are those of
+:mod:`blspkd_fairseq.data.transcript` (``as_dict`` is OpenAI's ``verbose_json``). A server that lets transcriptions
+share the steps asks ``model.request([{"role": "user", "content": [TEXT, AUDIO]}], ...)`` for each window by itself.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from blspkd_fairseq import compat
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
+from blspkd_fairseq.generation.decoding import check_context, context_of
 from blspkd_fairseq.generation.kv_cache import (
     cache_bytes,
     can_cut,
@@ -97,11 +102,13 @@ class Request(NamedTuple):
         speech: for each piece of speech its windows, one after another, each ``[samples]`` float32 at 16 kHz, no
             longer than the speech encoder's.
         sampling: how to answer.
+        silent: nobody spoke, and the answer is "": the LLM is not asked, so that it cannot invent what was said.
     """
 
     segments: Sequence[Segment]
     speech: Sequence[Sequence[np.ndarray]]
     sampling: Sampling = Sampling()
+    silent: bool = False
 
 
 class Usage(NamedTuple):
@@ -355,6 +362,10 @@ class StreamingDecoder:
 
     def _compose(self, row: _Row, deltas: list[Delta]) -> None:
         """The prompt's embeddings, and as much of its keys and values as an earlier conversation has left."""
+        if row.request.silent:
+            self._waiting.remove(row)
+            deltas.append(Delta(row.number, "", "stop", Usage(0, 0, 0)))
+            return
         parts: list[Tensor] = []
         places: list[int] = []
         for segment in row.request.segments:
@@ -370,24 +381,16 @@ class StreamingDecoder:
                 row.signature += segment
         row.embeds = torch.cat(parts)
         row.prompt = len(row.signature)
-        row.next_id = int(row.request.segments[-1][-1])  # type: ignore[arg-type]
+        row.next_id = int(row.request.segments[-1][-1])
         row.speech = torch.tensor(places, dtype=torch.long)
-        context = self._context
-        if context is not None and row.prompt >= context:
-            message = (
-                f"the conversation has {row.prompt} tokens, speech included, and the LLM reads {context} with its "
-                "answer: shorten the audio or leave out earlier turns"
-            )
+        try:
+            check_context(self.model, row.prompt)
+        except ValueError as error:
             self._waiting.remove(row)
-            deltas.append(Delta(row.number, "", "error", Usage(row.prompt, 0, 0), ValueError(message)))
+            deltas.append(Delta(row.number, "", "error", Usage(row.prompt, 0, 0), error))
             return
         self._reuse(row)
         self._forget_speech()
-
-    @property
-    def _context(self) -> int | None:
-        """Most tokens that the LLM was made for."""
-        return getattr(self.model.llm.config.get_text_config(), "max_position_embeddings", None)
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
@@ -512,7 +515,7 @@ class StreamingDecoder:
             text = row.text.push(token)
             if row.text.stopped:
                 finish = "stop"
-            elif row.answered >= row.request.sampling.max_new_tokens or row.length == self._context:
+            elif row.answered >= row.request.sampling.max_new_tokens or row.length == context_of(self.model):
                 finish = "length"
         if finish is None:
             return Delta(row.number, text)

@@ -66,6 +66,9 @@ class SpeechLlmConfig:
     unfreeze_speech_encoder: bool = _option(False, "train the speech encoder, too")
     gradient_checkpointing: bool = _option(False, "recompute the LLM's activations in backward: less memory, slower")
     pad_to_30s: bool = _option(False, "give the encoder 30 s of input as published, not only the batch's speech")
+    window_seconds: float = _option(
+        0.0, "in use, longer speech is heard in windows of at most this, cut in pauses (0: what the encoder takes)"
+    )
     cache_encoder_features: bool = _option(
         False, "keep the frozen encoder's output of all training speech on disk: it hears each utterance once"
     )
