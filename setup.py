@@ -20,7 +20,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["blspkd_fairseq", "blspkd_fairseq.*"]),
-    package_data={"blspkd_fairseq": ["pretrained/*/*"]},
+    package_data={"blspkd_fairseq": ["pretrained/*/*", "demo/static/*"]},
     python_requires=NEEDS["PYTHON"],
     install_requires=NEEDS["REQUIRED"],
     extras_require=NEEDS["EXTRAS"],

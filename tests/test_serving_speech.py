@@ -28,7 +28,7 @@ def server(model: BlspKd) -> Iterator[Served]:
 
 def test_it_writes_what_the_model_writes(server: Served, model: BlspKd) -> None:
     heard = server.client.audio.transcriptions.create(model=NAME, file=UPLOAD)
-    text = model.transcribe(SPEECH, max_new_tokens=16).strip()
+    text = model.transcribe(SPEECH, max_new_tokens=16)
     assert heard.text == text and text
     assert server.client.audio.transcriptions.create(model=NAME, file=UPLOAD, response_format="text").strip() == text
     english = server.client.audio.translations.create(model=NAME, file=UPLOAD)

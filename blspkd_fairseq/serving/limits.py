@@ -19,6 +19,7 @@ class Limits:
         answer_seconds: time from the whole request to the end of the answer.
         new_tokens: tokens of an answer, and of those that ask for no number of their own.
         choices: answers of one request (``n``).
+        kept_mib: memory for keys and values of earlier conversations, which those that go on do not read again.
     """
 
     rows: int = 16
@@ -29,6 +30,7 @@ class Limits:
     answer_seconds: float = 300.0
     new_tokens: int = 512
     choices: int = 8
+    kept_mib: float = 256.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

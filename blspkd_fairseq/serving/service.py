@@ -9,9 +9,13 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
+from blspkd_fairseq.data.audio import SAMPLE_RATE
+from blspkd_fairseq.data.audio_stream import Window
+from blspkd_fairseq.data.vad import speech_windows
 from blspkd_fairseq.generation.streaming import Sampling
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.serving.engine import Answers, Engine, as_api_error
@@ -27,18 +31,20 @@ class Service:
         model: which one.
         name: by which clients ask for it.
         limits: of requests.
+        vad: hear only where somebody speaks: "energy" or "silero".
 
     Attributes:
         engine: answers. metrics: counts. created: seconds since 1970.
     """
 
-    def __init__(self, model: BlspKd, name: str, limits: Limits) -> None:
+    def __init__(self, model: BlspKd, name: str, limits: Limits, vad: str | None = None) -> None:
         self.model = model
         self.name = name
         self.limits = limits
+        self.vad = vad
         self.created = int(time.time())
         self.engine = Engine(
-            lambda: model.streaming_decoder(most_rows=limits.rows),
+            lambda: model.streaming_decoder(most_rows=limits.rows, kept_bytes=int(limits.kept_mib * 2**20)),
             limits.rows + limits.waiting,
             lambda deltas: self.metrics.note_step(deltas),
             lambda seconds: self.metrics.note_first_text(seconds),
@@ -55,7 +61,17 @@ class Service:
     @property
     def has_times(self) -> bool:
         """Whether the adapter cuts tokens."""
-        return self.model.config.adapter == "cformer"
+        return bool(getattr(self.model.model.adapter, "one_to_one", False))
+
+    def windows(self, samples: np.ndarray) -> list[Window]:
+        """Speech ``[samples]`` at 16 kHz in windows that are written down one by one; none in silence, with a VAD."""
+        found: list[Window] = []
+        start = 0
+        for window in self.model.windows((samples, SAMPLE_RATE)):
+            inside = speech_windows(window, self.vad) if self.vad else [(0, window)]
+            found += [Window((start + begin) / SAMPLE_RATE, part) for begin, part in inside]
+            start += len(window)
+        return found
 
     def ask(self, questions: Sequence[tuple[Sequence[Any], Sampling]]) -> Answers:
         """An answer to each conversation, of messages in this package's shape.
@@ -64,7 +80,7 @@ class Service:
             ApiError: too many answers are being made.
         """
         return self.engine.ask(
-            lambda: [self.model.request(messages, sampling) for messages, sampling in questions],
+            lambda: [self.model.request(messages, sampling, self.vad) for messages, sampling in questions],
             len(questions),
             self.limits.answer_seconds,
         )

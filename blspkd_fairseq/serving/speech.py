@@ -1,12 +1,10 @@
-"""``POST /v1/audio/transcriptions`` and ``/v1/audio/translations``."""
+"""``POST /v1/audio/transcriptions`` and ``/v1/audio/translations``: window by window, in one batch with all else."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -14,9 +12,10 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE
+from blspkd_fairseq.data.audio_stream import Window
 from blspkd_fairseq.data.prompts import SPEECH_SLOT, resolve_prompt
+from blspkd_fairseq.data.transcript import Transcript, as_dict, as_srt, as_vtt, join_texts
 from blspkd_fairseq.generation.streaming import Delta, Sampling, Usage
-from blspkd_fairseq.generation.transcript import Span, as_srt, as_vtt, cut_into_lines, join_tokens
 from blspkd_fairseq.serving.engine import Answers
 from blspkd_fairseq.serving.errors import as_invalid, invalid
 from blspkd_fairseq.serving.schemas import SpeechRequest
@@ -41,32 +40,54 @@ async def translate(request: Request) -> Response:
     return await _answer(request, "translate", resolve_prompt("translate", tgt_lang="English"))
 
 
-@dataclass
-class _Transcript:
-    """What is said in the windows of an utterance.
+async def _answer(request: Request, task: str, prompt: str) -> Response:
+    service = service_of(request)
+    body, content = await _read_form(request)
+    service.check_model(body.model)
+    has_times = body.response_format in ("srt", "vtt", "verbose_json")
+    if has_times and not service.has_times:
+        message = "this model's adapter cuts no tokens, so there are no times: ask for json or text"
+        raise invalid(message, "response_format")
+    if has_times and body.stream:
+        raise invalid("only json and text can be streamed", "stream")
+    samples = await run_in_threadpool(decode_audio, content, service.limits.audio_seconds, "file")
+    seconds = len(samples) / SAMPLE_RATE
+    service.metrics.note_audio(seconds)
+    said = _Said(await run_in_threadpool(service.windows, samples))
+    answers = _ask(service, said.windows, prompt, body.temperature)
+    if body.stream:
+        return service.stream(_events(said, answers), request, answers)
+    with service.leaving(request, answers):
+        async for _ in said.follow(answers):
+            pass
+    if body.response_format == "text":
+        return PlainTextResponse(f"{said.text}\n")
+    if body.response_format == "json":
+        return JSONResponse({"text": said.text, "usage": said.usage})
+    transcript = await service.engine.call(lambda: _with_words(service, said, seconds))
+    if body.response_format == "srt":
+        return PlainTextResponse(as_srt(transcript))
+    if body.response_format == "vtt":
+        return PlainTextResponse(as_vtt(transcript), media_type="text/vtt")
+    return JSONResponse(_verbose(task, body, transcript, said.usage))
+
+
+class _Said:
+    """What is said in the windows of a recording.
 
     Attributes:
-        windows: ``[samples]`` each, one after another.
-        texts: of each.
-        usages: of each that is finished.
+        windows: in order. texts: of each. usages: of those that are finished.
     """
 
-    windows: Sequence[np.ndarray]
-    texts: list[str] = field(default_factory=list)
-    usages: list[Usage] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.texts = [""] * len(self.windows)
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self.windows = windows
+        self.texts = [""] * len(windows)
+        self.usages: list[Usage] = []
 
     @property
     def text(self) -> str:
         """All of it."""
-        return " ".join(text.strip() for text in self.texts if text.strip())
-
-    @property
-    def seconds(self) -> float:
-        """Length of the utterance."""
-        return sum(map(len, self.windows)) / SAMPLE_RATE
+        return join_texts(self.texts)
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -75,17 +96,15 @@ class _Transcript:
         return {"type": "tokens", "input_tokens": read, "output_tokens": written, "total_tokens": read + written}
 
     async def follow(self, answers: Answers) -> AsyncIterator[str]:
-        """Takes the answers in; gives the text in its order, as far as it is complete or growing at its end."""
+        """Takes the answers in and gives the text in its order: windows that are complete, and the one that grows."""
         finished: set[int] = set()
         shown = 0
         async for index, delta in answers:
             self._take(index, delta)
             if delta.finish:
                 finished.add(index)
-            ready = next((i for i in range(len(self.texts)) if i not in finished), len(self.texts))
-            text = " ".join(text.strip() for text in self.texts[:ready] if text.strip())
-            if ready < len(self.texts) and (growing := self.texts[ready].strip()):
-                text = f"{text} {growing}" if text else growing
+            growing = next((i for i in range(len(self.texts)) if i not in finished), len(self.texts))
+            text = join_texts(self.texts[: growing + 1])
             yield text[shown:]
             shown = len(text)
 
@@ -93,38 +112,6 @@ class _Transcript:
         self.texts[index] += delta.text
         if delta.usage is not None:
             self.usages.append(delta.usage)
-
-
-async def _answer(request: Request, task: str, prompt: str) -> Response:
-    service = service_of(request)
-    body, content = await _read_form(request)
-    service.check_model(body.model)
-    has_times = body.response_format in ("srt", "vtt", "verbose_json")
-    if has_times and not service.has_times:
-        raise invalid(
-            "this model's adapter cuts no tokens, so there are no times: ask for json or text", "response_format"
-        )
-    if has_times and body.stream:
-        raise invalid("only json and text can be streamed", "stream")
-    samples = await run_in_threadpool(decode_audio, content, service.limits.audio_seconds, "file")
-    service.metrics.note_audio(len(samples) / SAMPLE_RATE)
-    transcript = _Transcript(await run_in_threadpool(service.model.windows, (samples, SAMPLE_RATE)))
-    answers = _ask(service, transcript.windows, prompt, body.temperature)
-    if body.stream:
-        return service.stream(_events(transcript, answers), request, answers)
-    with service.leaving(request, answers):
-        async for _ in transcript.follow(answers):
-            pass
-    if not has_times:
-        whole = {"text": transcript.text, "usage": transcript.usage}
-        return JSONResponse(whole) if body.response_format == "json" else PlainTextResponse(f"{transcript.text}\n")
-    words = await service.engine.call(lambda: find_words(service, transcript.windows, transcript.texts))
-    lines = cut_into_lines(words)
-    if body.response_format == "srt":
-        return PlainTextResponse(as_srt(lines))
-    if body.response_format == "vtt":
-        return PlainTextResponse(as_vtt(lines), media_type="text/vtt")
-    return JSONResponse(_verbose(task, body, transcript, words, lines))
 
 
 async def _read_form(request: Request) -> tuple[SpeechRequest, bytes]:
@@ -149,53 +136,31 @@ async def _read_form(request: Request) -> tuple[SpeechRequest, bytes]:
     return body, content
 
 
-def _ask(service: Service, windows: Sequence[np.ndarray], prompt: str, temperature: float) -> Answers:
+def _ask(service: Service, windows: Sequence[Window], prompt: str, temperature: float) -> Answers:
     """An answer to each window."""
     sampling = Sampling(max_new_tokens=service.limits.new_tokens, temperature=temperature)
     before, _, after = prompt.partition(SPEECH_SLOT)
     texts = [{"type": "text", "text": text} for text in (before, after)]
-    speeches = [{"type": "audio", "audio": (window, SAMPLE_RATE)} for window in windows]
+    speeches = [{"type": "audio", "audio": (window.samples, SAMPLE_RATE)} for window in windows]
     return service.ask([([{"role": "user", "content": [texts[0], speech, texts[1]]}], sampling) for speech in speeches])
 
 
-async def _events(transcript: _Transcript, answers: Answers) -> AsyncIterator[dict[str, Any]]:
-    async for text in transcript.follow(answers):
+async def _events(said: _Said, answers: Answers) -> AsyncIterator[dict[str, Any]]:
+    async for text in said.follow(answers):
         if text:
             yield {"type": "transcript.text.delta", "delta": text}
-    yield {"type": "transcript.text.done", "text": transcript.text, "usage": transcript.usage}
+    yield {"type": "transcript.text.done", "text": said.text, "usage": said.usage}
 
 
-def find_words(service: Service, windows: Sequence[np.ndarray], texts: Sequence[str]) -> list[Span]:
-    """The words of the texts of an utterance's windows, with the times at which CIF cuts them."""
-    words: list[Span] = []
-    offset = 0.0
-    chat = service.model.chat_format
-    for window, text in zip(windows, texts, strict=True):
-        if text.strip():
-            ids = chat.encode_text(text.strip())
-            tokens = service.model.align((window, SAMPLE_RATE), text.strip())
-            words += join_tokens(ids, [(offset + token.start, offset + token.end) for token in tokens], chat)
-        offset += len(window) / SAMPLE_RATE
-    return words
+def _with_words(service: Service, said: _Said, seconds: float) -> Transcript:
+    """With the times at which CIF cuts the words."""
+    spoken = [(window, text.strip()) for window, text in zip(said.windows, said.texts, strict=True) if text.strip()]
+    return Transcript(seconds, tuple(service.model.segment(window, text) for window, text in spoken))
 
 
-def _verbose(
-    task: str, body: SpeechRequest, transcript: _Transcript, words: Sequence[Span], lines: Sequence[Span]
-) -> dict[str, Any]:
-    verbose: dict[str, Any] = {
-        "task": task,
-        "language": "english" if task == "translate" else body.language or "und",
-        "duration": round(transcript.seconds, 3),
-        "text": transcript.text,
-        "usage": transcript.usage,
-    }
-    if "segment" in body.timestamp_granularities:
-        verbose["segments"] = [
-            {"id": index, "start": round(line.start, 3), "end": round(line.end, 3), "text": line.text}
-            for index, line in enumerate(lines)
-        ]
-    if "word" in body.timestamp_granularities:
-        verbose["words"] = [
-            {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)} for word in words
-        ]
-    return verbose
+def _verbose(task: str, body: SpeechRequest, transcript: Transcript, usage: dict[str, Any]) -> dict[str, Any]:
+    parts = as_dict(transcript)
+    wanted = {f"{granularity}s" for granularity in body.timestamp_granularities}
+    times = {name: parts.pop(name) for name in ("segments", "words")}
+    language = "english" if task == "translate" else body.language or "und"
+    return {"task": task, "language": language, **parts, **{n: times[n] for n in times if n in wanted}, "usage": usage}
