@@ -21,6 +21,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["blspkd_fairseq", "blspkd_fairseq.*"]),
     package_data={"blspkd_fairseq": ["pretrained/*/*", "demo/static/*"]},
+    entry_points={"console_scripts": ["blspkd = blspkd_fairseq.cli.main:run"]},
     python_requires=NEEDS["PYTHON"],
     install_requires=NEEDS["REQUIRED"],
     extras_require=NEEDS["EXTRAS"],

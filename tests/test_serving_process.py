@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ import pytest
 from serving_util import as_file, input_audio, noise, openai, tiny_model
 from tiny import PATIENCE
 
-from blspkd_fairseq.cli import serve
+from blspkd_fairseq.cli.main import run
 
 NAME = "small"
 SAID = input_audio(as_file(noise(0.6)))
@@ -34,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
-    command = [*COMMAND, "--model", str(folder), "--port", "0", *options]
+    command = [*COMMAND, "--model", str(folder), "--port", "0", "--vad", "none", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         try:
             assert running.stdout is not None and running.stderr is not None
@@ -48,9 +47,7 @@ def process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
 
 
 def serve_with(*options: str) -> int:
-    parser = argparse.ArgumentParser()
-    serve.add_arguments(parser)
-    return serve.main(parser.parse_args(options))
+    return run(["serve", *options])
 
 
 def chat(client: openai.OpenAI, **options: object) -> object:
@@ -86,6 +83,7 @@ def test_a_signal_ends_it_when_what_runs_is_finished(folder: Path, number: signa
         (["--model", "nowhere"], "nowhere"),
         (["--port", "99999"], "cannot listen on 127.0.0.1 port 99999"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+        (["--prompt", "nonsense"], "there is no prompt 'nonsense'"),
         (["--rows", "0"], "the limit rows must be at least 1"),
         (["--audio-seconds", "nan"], "the limit audio_seconds"),
     ],

@@ -10,6 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blspkd_fairseq.base_models import PUBLISHED
+from blspkd_fairseq.cli.model_arguments import add_model_arguments, add_vad_argument, chosen_vad, load_model
+from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -27,7 +30,6 @@ print(client.audio.transcriptions.create(model="hears", file=open("question.wav"
 
 NEEDED = "FastAPI and uvicorn are not installed: pip install 'blspkd-fairseq[serve]'"
 KEY_VARIABLE = "BLSPKD_API_KEY"
-PUBLISHED = Path(__file__).parents[1] / "pretrained" / "whisper-tiny.en-smollm2-135m"
 
 _LIMITS = {
     "rows": "answers that are decoded together in one batch",
@@ -49,16 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that all servers share."""
-    parser.add_argument(
-        "--model",
-        default=str(PUBLISHED),
-        help="checkpoint, or folder of save_pretrained (default: the published one)",
-    )
-    parser.add_argument("--llm", help="in place of the model's own path or name")
-    parser.add_argument("--speech-encoder", help="in place of the model's own path or name")
-    parser.add_argument("--device", help="default: the GPU if there is one")
+    add_model_arguments(parser)
     parser.add_argument("--name", help="by which clients ask for the model; by default that of its file or folder")
-    parser.add_argument("--vad", choices=["energy", "silero"], help="hear only where somebody speaks")
+    add_vad_argument(parser)
+    parser.add_argument(
+        "--prompt",
+        default="repeat",
+        help="asks the LLM for the words of a transcription: a name or a text (default: %(default)s)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
     parser.add_argument(
@@ -87,18 +87,18 @@ def main(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace, make_app: Callable[[Service, str | None], FastAPI]) -> int:
     """Loads the model and serves the application that is made of its service and the key."""
-    from blspkd_fairseq.hub import BlspKd
     from blspkd_fairseq.serving import server
     from blspkd_fairseq.serving.service import Service
 
     limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
     address = server.listen(args.host, args.port)  # before the model is loaded, which takes a while
-    overrides = {"llm": args.llm, "speech_encoder": args.speech_encoder}
-    model = BlspKd.from_pretrained(args.model, args.device, **{k: v for k, v in overrides.items() if v})
+    prompt = resolve_prompt(args.prompt)
+    model = load_model(args)
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     if key is None and not server.is_loopback(args.host):
         print(f"anybody who reaches {args.host} can use this server: --api-key asks for a key", file=sys.stderr)
-    service = Service(model, args.name or Path(args.model).stem, limits, args.vad)
+    name = args.name or Path(args.model or PUBLISHED).name.removesuffix(".pt")
+    service = Service(model, name, limits, chosen_vad(args), prompt)
     app = make_app(service, key)
     host, port = address.getsockname()[:2]
     print(f"{service.name} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

@@ -11,6 +11,8 @@ PAUSE = 0.24
 
 _HOP = SAMPLE_RATE // 100
 _PAUSE_HOPS = round(PAUSE * SAMPLE_RATE / _HOP)
+_ONSET_HOPS = 8
+"""What is left of a pause before the next word, whose first consonant may be soft."""
 _QUIET = 10**-3.5
 """A pause has this share of the power of the loudest place before it in the window (-35 dB)."""
 
@@ -18,8 +20,9 @@ _QUIET = 10**-3.5
 class WindowCutter:
     """Cuts a stream of samples into windows that together are the stream: no sample is lost or heard twice.
 
-    A window ends in the first pause after ``shortest`` seconds; where nobody pauses for ``longest`` seconds, at the
-    quietest place of their second half. The cuts do not depend on the portions in which the stream came in.
+    A window ends with the first pause after ``shortest`` seconds, for in training, too, speech is followed by silence
+    and seldom begins with it; where no pause ends for ``longest`` seconds, at the quietest place of their second half.
+    The cuts do not depend on the portions in which the stream came in.
 
     Args:
         longest, shortest: seconds of a window; shortest is a third of the longest by default. The last may be shorter.
@@ -53,7 +56,7 @@ class WindowCutter:
         if len(self._buffer) <= self.shortest:
             return None
         heard = self._buffer[: self.longest]
-        pause = first_pause(heard, self.shortest)
+        pause = end_of_pause(heard, self.shortest)
         if pause is not None or len(self._buffer) <= self.longest:
             return pause
         return quietest_place(heard, self.longest // 2)
@@ -80,20 +83,16 @@ def starts(windows: Sequence[np.ndarray]) -> Iterator[float]:
         begin += len(window)
 
 
-def first_pause(waveform: np.ndarray, after: int) -> int | None:
-    """The sample in the midst of the first pause that is complete behind the sample ``after``; None if there is none.
-
-    The end of a pause is not waited for: the place is half of :data:`PAUSE` behind its begin, or behind ``after``.
-    """
+def end_of_pause(waveform: np.ndarray, after: int) -> int | None:
+    """The sample shortly before the first pause behind the sample ``after`` ends; None if none has ended yet."""
     power = _powers(waveform)
-    loudest = np.maximum.accumulate(power)
-    quiet = power < loudest * _QUIET
+    quiet = power < np.maximum.accumulate(power) * _QUIET
     quiet[: -(-after // _HOP)] = False
-    # Quiet for so many frames up to here: the distance to the last one that was not.
+    # How many frames it has been quiet, before each frame: the distance to the last one that was not.
     frames = np.arange(len(quiet))
     run = frames - np.maximum.accumulate(np.where(quiet, -1, frames))
-    complete = np.flatnonzero(run >= _PAUSE_HOPS)
-    return int((complete[0] + 1 - _PAUSE_HOPS // 2) * _HOP) if len(complete) else None
+    ends = np.flatnonzero(~quiet[1:] & (run[:-1] >= _PAUSE_HOPS)) + 1
+    return int(ends[0] - _ONSET_HOPS) * _HOP if len(ends) else None
 
 
 def quietest_place(waveform: np.ndarray, after: int) -> int:

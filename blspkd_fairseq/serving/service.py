@@ -15,6 +15,7 @@ from fastapi.responses import StreamingResponse
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.audio_stream import Window
+from blspkd_fairseq.data.prompts import PROMPTS
 from blspkd_fairseq.data.vad import speech_windows
 from blspkd_fairseq.generation.streaming import Sampling
 from blspkd_fairseq.hub import BlspKd
@@ -32,16 +33,25 @@ class Service:
         name: by which clients ask for it.
         limits: of requests.
         vad: hear only where somebody speaks: "energy" or "silero".
+        prompt: asks for the words of a transcription, which are heard at its ``{speech}``.
 
     Attributes:
         engine: answers. metrics: counts. created: seconds since 1970.
     """
 
-    def __init__(self, model: BlspKd, name: str, limits: Limits, vad: str | None = None) -> None:
+    def __init__(
+        self,
+        model: BlspKd,
+        name: str,
+        limits: Limits,
+        vad: str | None = None,
+        prompt: str = PROMPTS["transcribe"],
+    ) -> None:
         self.model = model
         self.name = name
         self.limits = limits
         self.vad = vad
+        self.prompt = prompt
         self.created = int(time.time())
         self.engine = Engine(
             lambda: model.streaming_decoder(most_rows=limits.rows, kept_bytes=int(limits.kept_mib * 2**20)),

@@ -31,7 +31,7 @@ _MOST_FIELDS = 32
 @router.post("/v1/audio/transcriptions", response_model=None)
 async def transcribe(request: Request) -> Response:
     """Writes down what is said."""
-    return await _answer(request, "transcribe", resolve_prompt("transcribe"))
+    return await _answer(request, "transcribe", service_of(request).prompt)
 
 
 @router.post("/v1/audio/translations", response_model=None)

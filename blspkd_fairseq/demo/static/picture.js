@@ -20,10 +20,11 @@ export function draw(figure, heard, buffer) {
   cif.hidden = !heard.weights;
   if (heard.weights) drawWeights(cif, heard);
   addTokens(figure, heard, buffer);
+  addEdges(figure.querySelector(".edges"), heard);
   addAxis(figure.querySelector(".axis"), seconds);
 }
 
-function drawMel(canvas, { mel, frames, bins, seconds, tokens }) {
+function drawMel(canvas, { mel, frames, bins, seconds }) {
   const bytes = Uint8Array.from(atob(mel), (letter) => letter.charCodeAt(0));
   canvas.width = frames;
   canvas.height = bins;
@@ -35,8 +36,6 @@ function drawMel(canvas, { mel, frames, bins, seconds, tokens }) {
     }
   }
   context.putImageData(image, 0, 0);
-  context.fillStyle = "rgb(120 230 255 / .75)";
-  for (const token of tokens) context.fillRect(Math.min(frames - 1, (token.end / seconds) * frames), 0, 1, bins);
   canvas.setAttribute("aria-label", `Spectrogram of ${seconds.toFixed(1)} seconds, as the speech encoder sees it`);
 }
 
@@ -46,7 +45,7 @@ function color(value) {
   return MAGMA[index].map((low, i) => low + (MAGMA[index + 1][i] - low) * (place - index));
 }
 
-function drawWeights(canvas, { weights, seconds, tokens }) {
+function drawWeights(canvas, { weights }) {
   const scale = window.devicePixelRatio || 1;
   canvas.width = canvas.clientWidth * scale;
   canvas.height = canvas.clientHeight * scale;
@@ -58,8 +57,6 @@ function drawWeights(canvas, { weights, seconds, tokens }) {
     const height = (weight / highest) * (canvas.height - 2);
     context.fillRect(i * step, canvas.height - height, Math.ceil(step), height);
   });
-  context.fillStyle = "#1493b8";
-  for (const token of tokens) context.fillRect((token.end / seconds) * canvas.width - scale, 0, scale, canvas.height);
   canvas.setAttribute("aria-label", `CIF's weight of each of ${weights.length} frames; a token ends at each line`);
 }
 
@@ -101,6 +98,16 @@ async function playToken(figure, button, token, seconds, buffer) {
   await play(buffer, token.start, token.end);
   button.classList.remove("playing");
   cursor.hidden = true;
+}
+
+// A line where each token ends, over both pictures.
+function addEdges(layer, { tokens, seconds }) {
+  const lines = tokens.map((token) => {
+    const line = document.createElement("span");
+    line.style.left = `${(100 * token.end) / seconds}%`;
+    return line;
+  });
+  layer.replaceChildren(...lines);
 }
 
 function addAxis(axis, seconds) {
