@@ -6,7 +6,7 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ pytest.importorskip("openai", reason=REASON)
 
 import openai  # noqa: E402
 import uvicorn  # noqa: E402
+from fastapi import FastAPI  # noqa: E402
 
 from blspkd_fairseq.serving.app import create_app  # noqa: E402
 from blspkd_fairseq.serving.limits import Limits  # noqa: E402
@@ -84,11 +85,17 @@ class Served:
 
 
 @contextmanager
-def served(model: BlspKd, key: str | None = None, **limits: Any) -> Iterator[Served]:
-    """Serves a model until the block ends."""
-    service = Service(model, NAME, Limits(**limits))
+def served(
+    model: BlspKd,
+    key: str | None = None,
+    vad: str | None = None,
+    change: Callable[[FastAPI], FastAPI] = lambda app: app,
+    **limits: Any,
+) -> Iterator[Served]:
+    """Serves a model until the block ends; ``change`` adds to the application."""
+    service = Service(model, NAME, Limits(**limits), vad)
     address = listen("127.0.0.1", 0)
-    app = create_app(service, key, ["127.0.0.1", "localhost"])
+    app = change(create_app(service, key, ["127.0.0.1", "localhost"]))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, args=([address],), daemon=True)
     thread.start()

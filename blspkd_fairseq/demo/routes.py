@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE
-from blspkd_fairseq.data.windows import starts
-from blspkd_fairseq.demo.hearing import join_windows, show_window
+from blspkd_fairseq.demo.hearing import draw, hear_window
 from blspkd_fairseq.serving.errors import ApiError
 from blspkd_fairseq.serving.service import service_of
 from blspkd_fairseq.serving.uploads import decode_audio
@@ -96,12 +96,11 @@ async def hear(request: Request) -> Response:
     service = service_of(request)
     samples = await _read_samples(request)
     start = time.perf_counter()
-    windows = await run_in_threadpool(service.model.windows, (samples, SAMPLE_RATE))
-    shown = []
-    for begin, window in zip(starts(windows), windows, strict=True):
-        shown.append(await service.engine.call(lambda w=window, b=begin: show_window(service.model, w, b)))  # type: ignore[misc]
-    picture = join_windows(shown, len(samples) / SAMPLE_RATE)
-    return JSONResponse({**picture, "milliseconds": round(1000 * (time.perf_counter() - start))})
+    heard = []
+    for window in await run_in_threadpool(service.windows, samples):
+        heard.append(await service.engine.call(partial(hear_window, service.model, window)))
+    milliseconds = round(1000 * (time.perf_counter() - start))
+    return JSONResponse({**draw(heard, len(samples) / SAMPLE_RATE), "milliseconds": milliseconds})
 
 
 @router.post("/demo/transcript", response_model=None)

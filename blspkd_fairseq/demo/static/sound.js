@@ -15,7 +15,9 @@ export class Recording {
     if (!navigator.mediaDevices) {
       throw new Error("Browsers give the microphone only to pages of this machine, or over HTTPS.");
     }
-    const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
+    // As it is: what cleans a voice for people takes away what the model was trained on.
+    const raw = { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: false };
+    const stream = await navigator.mediaDevices.getUserMedia({ audio: raw });
     const audio = audioContext();
     await audio.audioWorklet.addModule("/static/recorder.js");
     const source = audio.createMediaStreamSource(stream);
