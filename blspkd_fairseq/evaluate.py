@@ -1,6 +1,6 @@
 """Answers, figures and one report for several systems on the same test sets.
 
-    python -m blspkd_fairseq.evaluate --out results \
+    blspkd evaluate --out results \
         --translation data/test.tsv --asr data/test.tsv --qa data/questions.tsv \
         --checkpoint blsp_kd=checkpoints/checkpoint_best.pt --cascade openai/whisper-small --text \
         --conditions white:20 white:10 babble:10 reverb:0.6 8khz
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m blspkd_fairseq.evaluate",
+        prog="blspkd evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -21,7 +21,7 @@ from blspkd_fairseq.data.conversation import AudioPart, one_turn, read_messages
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.transcript import Segment, Transcript, words_of
 from blspkd_fairseq.data.vad import speech_windows
-from blspkd_fairseq.data.windows import cut_windows, starts
+from blspkd_fairseq.data.windows import cut_windows, onset, starts
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows
 from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
 from blspkd_fairseq.generation.text_stream import TextStream
@@ -223,9 +223,9 @@ class BlspKd:
         ids = self.chat_format.encode_text(text)
         boundaries = self.adapt((window.samples, SAMPLE_RATE), len(ids)).boundaries
         assert boundaries is not None
-        ends = (window.start + boundaries[0] / FRAMES_PER_SECOND).tolist()
-        words = words_of(text, self._pieces(ids), ends, window.start)
-        return Segment(window.start, end, text, words)
+        begin = self._onset(window)
+        ends = [max(begin, window.start + one / FRAMES_PER_SECOND) for one in boundaries[0].tolist()]
+        return Segment(window.start, end, text, words_of(text, self._pieces(ids), ends, begin))
 
     def _pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds."""
@@ -310,13 +310,19 @@ class BlspKd:
 
     # ---- alignment ---------------------------------------------------------------------------------------------
 
-    def align(self, audio: Audio | Sequence[Audio], transcript: str | Sequence[str] | None = None) -> Any:
+    def align(
+        self,
+        audio: Audio | Sequence[Audio],
+        transcript: str | Sequence[str] | None = None,
+        vad: str | None = None,
+    ) -> Any:
         """Where CIF cuts the speech.
 
         Args:
             audio: as for :meth:`generate`.
             transcript: of each utterance, if known: CIF then cuts as many tokens as it has, and these are returned.
                 Without it, CIF counts by itself and the tokens are the nearest ones.
+            vad: as for :meth:`generate`.
 
         Returns:
             A list of :class:`AlignedToken`; a list of lists for a list of utterances.
@@ -333,35 +339,51 @@ class BlspKd:
             transcripts = [transcript] if isinstance(transcript, str) else transcript
             if len(transcripts) != len(utterances) or not all(isinstance(t, str) and t.strip() for t in transcripts):
                 raise ValueError(f"{len(utterances)} utterances need as many transcripts, none of them empty")
-        aligned = [self._align(*pair) for pair in zip(utterances, transcripts, strict=True)]
+        aligned = [self._align(*pair, vad) for pair in zip(utterances, transcripts, strict=True)]
         return aligned[0] if single else aligned
 
-    def _align(self, audio: Audio, transcript: str | None) -> list[AlignedToken]:
-        windows = self.windows(audio)
+    def _align(self, audio: Audio, transcript: str | None, vad: str | None) -> list[AlignedToken]:
+        windows = self._timed_windows(audio, vad)
         ids = None if transcript is None else self.chat_format.encode_text(transcript)
         counts: Sequence[int | None] = [None] * len(windows)
-        if ids is not None and len(windows) > 1:
-            counts = self._share(windows, len(ids))
-        elif ids is not None:
-            counts = [len(ids)]
-        aligned: list[AlignedToken] = []
-        for begin, window, count in zip(starts(windows), windows, counts, strict=True):
+        if ids is not None:
+            counts = [len(ids)] if len(windows) == 1 else self._share([one.samples for one in windows], len(ids))
+        times: list[tuple[float, float]] = []
+        heard: list[Tensor] = []
+        for window, count in zip(windows, counts, strict=True):
             if count == 0:
                 continue
-            adapted = self.adapt((window, SAMPLE_RATE), count)
+            adapted = self.adapt((window.samples, SAMPLE_RATE), count)
             if adapted.boundaries is None:
                 raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
-            ends = (begin + adapted.boundaries[0] / FRAMES_PER_SECOND).tolist()
-            tokens = self.nearest_tokens(adapted.embeddings[0])
-            if ids is not None:
-                tokens = ids[len(aligned) : len(aligned) + len(ends)]
-            texts = [self.chat_format.tokenizer.decode([token]) for token in tokens]
-            aligned += [AlignedToken(*row) for row in zip([begin, *ends[:-1]], ends, texts, strict=True)]
-        return aligned
+            begin = window.start if len(windows) == 1 and not vad else self._onset(window)
+            ends = [max(begin, window.start + end / FRAMES_PER_SECOND) for end in adapted.boundaries[0].tolist()]
+            times += zip([begin, *ends[:-1]], ends, strict=True)
+            heard.append(adapted.embeddings[0])
+        tokens = ids if ids is not None or not heard else self.nearest_tokens(torch.cat(heard))
+        texts = [self.chat_format.tokenizer.decode([token]) for token in tokens or ()]
+        return [AlignedToken(*span, text) for span, text in zip(times, texts, strict=True)]
+
+    def _timed_windows(self, audio: Audio, vad: str | None) -> list[Window]:
+        windows = self.windows(audio)
+        timed = [Window(*one) for one in zip(starts(windows), windows, strict=True)]
+        if vad is None:
+            return timed
+        return [
+            Window(window.start + begin / SAMPLE_RATE, samples)
+            for window in timed
+            for begin, samples in speech_windows(window.samples, vad)
+        ]
+
+    def _onset(self, window: Window) -> float:
+        """The second at which the first sound of a window begins: CIF's first token takes all that lies before it."""
+        return window.start + onset(window.samples) / SAMPLE_RATE
 
     def _share(self, windows: Sequence[np.ndarray], tokens: int) -> list[int]:
         """Divides the tokens of a transcript among windows, by what CIF hears in each."""
         sums = [self.adapt((window, SAMPLE_RATE)).alpha_sum for window in windows]
+        if not sums:
+            raise ValueError("nobody speaks in this audio: there is nothing to align the transcript with")
         if any(one is None for one in sums):
             raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
         heard = np.cumsum([float(one) for one in sums if one is not None])

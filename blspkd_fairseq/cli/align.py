@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from blspkd_fairseq.cli.model_arguments import add_model_arguments, load_model
+from blspkd_fairseq.cli.model_arguments import add_model_arguments, add_vad_argument, chosen_vad, load_model
 
 EXAMPLE = """\
 blspkd align question.wav
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transcript", help="what is said; without it, CIF counts and the nearest tokens are shown")
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="spectrogram, weights and tokens, as .png or .svg")
     parser.add_argument("--json", action="store_true", help="a JSON list in place of lines")
+    add_vad_argument(parser)
     add_model_arguments(parser)
 
 
@@ -33,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
         except ImportError as error:
             raise ValueError(f"--plot needs matplotlib ({error}): pip install 'blspkd-fairseq[quickstart]'") from error
     model = load_model(args)
-    tokens = model.align(args.file, args.transcript)
+    tokens = model.align(args.file, args.transcript, chosen_vad(args))
     if args.plot is not None:
         plot_alignment(model, args.file, args.transcript or "".join(one.token for one in tokens).strip(), args.plot)
     if args.json:

@@ -27,14 +27,16 @@ def stream_windows(path: str | Path, longest: float) -> Iterator[Window]:
     Raises:
         AudioError: as of :func:`load_audio`, for a damaged file maybe after some windows.
     """
-    cutter = WindowCutter(longest)
-    start = 0.0
-    for block in _blocks(path):
-        for window in cutter.feed(block):
-            yield Window(start, window)
-            start = cutter.start / SAMPLE_RATE
-    for window in cutter.flush():
-        yield Window(start, window)
+    start = 0
+    for window in _windows(_blocks(path), WindowCutter(longest)):
+        yield Window(start / SAMPLE_RATE, window)
+        start += len(window)
+
+
+def _windows(blocks: Iterator[np.ndarray], cutter: WindowCutter) -> Iterator[np.ndarray]:
+    for block in blocks:
+        yield from cutter.feed(block)
+    yield from cutter.flush()
 
 
 def seconds_of(path: str | Path) -> float | None:

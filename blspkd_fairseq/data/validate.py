@@ -1,6 +1,6 @@
 """Checks the manifests of a data directory and the audio that they name.
 
-    python -m blspkd_fairseq.data.validate DATA [--audio all|sample|none]
+    blspkd validate DATA [--audio all|sample|none]
 
 Problems (a manifest or audio that training could not use, empty texts, audio of the training set in another set) make
 it end with status 1; warnings (texts, audio or speakers that come twice) do not, unless --strict is given.
@@ -288,7 +288,7 @@ def _statistics(name: str, manifest: Manifest) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what was found; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="blspkd validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="folder of manifests")
     parser.add_argument("--audio", choices=("all", "sample", "none"), default="sample", help="what to decode")

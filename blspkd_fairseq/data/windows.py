@@ -26,9 +26,6 @@ class WindowCutter:
 
     Args:
         longest, shortest: seconds of a window; shortest is a third of the longest by default. The last may be shorter.
-
-    Attributes:
-        start: samples in the windows that were given so far.
     """
 
     def __init__(self, longest: float = 30.0, shortest: float | None = None) -> None:
@@ -37,7 +34,6 @@ class WindowCutter:
             raise ValueError(f"windows need {PAUSE} <= shortest <= longest seconds, got {shortest:g} and {longest:g}")
         self.longest = int(longest * SAMPLE_RATE)
         self.shortest = int(shortest * SAMPLE_RATE)
-        self.start = 0
         self._buffer = np.zeros(0, np.float32)
 
     def feed(self, samples: np.ndarray) -> list[np.ndarray]:
@@ -63,7 +59,6 @@ class WindowCutter:
 
     def _take(self, samples: int) -> np.ndarray:
         window, self._buffer = self._buffer[:samples], self._buffer[samples:]
-        self.start += samples
         return window
 
 
@@ -95,13 +90,20 @@ def end_of_pause(waveform: np.ndarray, after: int) -> int | None:
     return int(ends[0] - _ONSET_HOPS) * _HOP if len(ends) else None
 
 
+def onset(waveform: np.ndarray) -> int:
+    """The sample at which the first sound begins that is not 35 dB below the loudest; 0 where all is as quiet."""
+    power = _powers(waveform)
+    return int(np.argmax(power > power.max() * _QUIET)) * _HOP if len(power) else 0
+
+
 def quietest_place(waveform: np.ndarray, after: int) -> int:
     """The sample behind ``after`` around which there is least energy; the last of several."""
-    width = _PAUSE_HOPS
-    power = np.convolve(_powers(waveform), np.ones(width) / width, mode="same")[-(-after // _HOP) : -1]
-    if not len(power):
+    power, first, middle = _powers(waveform), -(-after // _HOP), _PAUSE_HOPS // 2
+    around = power[max(0, first - middle) :]
+    if len(around) < _PAUSE_HOPS:
         return len(waveform)
-    return int((-(-after // _HOP) + len(power) - np.argmin(power[::-1])) * _HOP)
+    energy = np.lib.stride_tricks.sliding_window_view(around, _PAUSE_HOPS).sum(1)
+    return (max(0, first - middle) + middle + len(energy) - 1 - int(np.argmin(energy[::-1]))) * _HOP
 
 
 def _powers(waveform: np.ndarray) -> np.ndarray:
