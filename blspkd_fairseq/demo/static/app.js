@@ -79,7 +79,7 @@ async function ask(buffer, name) {
 function addTurn(buffer, name, prompt) {
   const view = find("turn").content.firstElementChild.cloneNode(true);
   number += 1;
-  const asked = prompt === SLOT ? "" : ` – ${prompt.replace(SLOT, "🔊")}`;
+  const asked = prompt === SLOT ? "" : ` – ${prompt.replace(SLOT, "…")}`;
   view.querySelector("h2").textContent = `${number}. ${name}${asked}`;
   const player = view.querySelector("audio");
   player.src = URL.createObjectURL(new Blob([toWav(buffer)], { type: "audio/wav" }));
