@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -18,6 +19,7 @@ import pytest
 import soundfile
 from serving_util import Served, as_file, noise, served, tiny_model
 
+from blspkd_fairseq.cli.demo import _find_cascade
 from blspkd_fairseq.demo.routes import STATIC, add_demo
 from blspkd_fairseq.hub import BlspKd
 
@@ -116,6 +118,17 @@ def test_with_a_key_the_page_is_shown_and_its_requests_are_not_answered(model: B
         assert fetch(server, "/")[0] == 200 and fetch(server, "/static/app.js")[0] == 200
         assert fetch(server, "/demo/info")[0] == 401
         assert fetch(server, "/demo/info", Authorization="Bearer secret")[0] == 200
+
+
+def test_the_cascade_is_found_or_said_to_be_missing(model: BlspKd, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _find_cascade("none", model.config) is None and capsys.readouterr().err == ""
+    assert _find_cascade(None, model.config) is None  # the Whisper of the test has no tokenizer
+    assert "there is no cascade to compare with" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--cascade nowhere"):
+        _find_cascade("nowhere", model.config)
+    everywhere = dataclasses.replace(model.config, lora_scope="all")
+    with pytest.raises(ValueError, match="acts on text"):
+        _find_cascade("nowhere", everywhere)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node, which runs the page's scripts without a browser")

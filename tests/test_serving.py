@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from serving_util import NAME, Served, as_file, input_audio, noise, served, tiny_model
 
+from blspkd_fairseq.generation.streaming import Delta, StreamingDecoder
 from blspkd_fairseq.hub import BlspKd
 
 
@@ -116,3 +117,32 @@ def test_one_hundred_at_once_are_all_answered_as_each_by_itself(server: Served, 
     for i, speech in enumerate(speeches):  # as a file, since FLAC has 16 bits
         turn = {"role": "user", "content": [{"type": "audio", "audio": as_file(speech, "FLAC")}]}
         assert said[i] == model.chat([turn], max_new_tokens=3 + i % 9)
+
+
+def test_requests_that_come_together_share_the_steps(model: BlspKd, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    whole = StreamingDecoder.step
+
+    def step(self: StreamingDecoder) -> list[Delta]:
+        rows.append(self.active)
+        return whole(self)
+
+    monkeypatch.setattr(StreamingDecoder, "step", step)
+    with served(model, rows=8) as one, ThreadPoolExecutor(8) as clients:
+        replies = list(clients.map(lambda _: one.chat(SAID, max_tokens=60), range(8)))
+    tokens = sum(reply.usage.completion_tokens for reply in replies)
+    assert max(rows) > 1 and len(rows) < tokens / 2
+
+
+def test_with_a_vad_silence_has_no_answer(model: BlspKd) -> None:
+    silence = as_file(SPEECH * 0)
+    with served(model, vad="energy") as one:
+        assert one.chat(input_audio(silence)).choices[0].message.content == ""
+        assert list(one.chat(input_audio(silence), stream=True))[-1].choices[0].finish_reason == "stop"
+        assert one.chat(TEXT, input_audio(silence)).choices[0].message.content  # something was written
+        create = one.client.audio.transcriptions.create
+        upload = ("a.wav", silence, "audio/wav")
+        assert create(model=NAME, file=upload).text == ""
+        verbose = create(model=NAME, file=upload, response_format="verbose_json")
+        assert verbose.text == "" and verbose.segments == [] and verbose.duration == pytest.approx(1.1)
+        assert list(create(model=NAME, file=upload, stream=True))[-1].text == ""

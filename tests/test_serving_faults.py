@@ -256,6 +256,28 @@ def test_a_page_of_another_name_cannot_use_a_server_of_this_machine(server: Serv
     assert connection.getresponse().status == 400
 
 
+def test_a_page_of_another_site_cannot_use_it_either(server: Served) -> None:
+    for path in ("/v1/audio/transcriptions", "/v1/chat/completions"):
+        status, answer = post(server, path, b"{}", {"Origin": "https://evil.example"})
+        assert status == 403 and answer["error"]["code"] == "wrong_origin"
+    assert post(server, "/v1/chat/completions", b"{}", {"Origin": "null"})[0] == 403
+    assert post(server, "/v1/chat/completions", b"{}", {"Origin": server.url})[0] == 400  # its own page's
+
+
+def test_bodies_together_have_a_limit_and_give_back_what_they_took(server: Served, model: BlspKd) -> None:
+    with served(model, body_mib=0.001) as small:
+        held = [socket.create_connection(("127.0.0.1", int(small.url.rpartition(":")[2]))) for _ in range(17)]
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+        for one in held:
+            one.sendall(head + bytes(999))  # the last byte is still to come
+        held[-1].settimeout(60)
+        assert held[-1].recv(1 << 16).startswith(b"HTTP/1.1 503")
+        for one in held:
+            one.close()
+        body = json.dumps({"model": NAME, "max_tokens": 2, "messages": [{"role": "user", "content": "a"}]}).encode()
+        until(lambda: post(small, "/v1/chat/completions", body)[0] == 200)
+
+
 class _Failing:
     """A decoder that fails at its second step."""
 

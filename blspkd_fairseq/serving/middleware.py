@@ -17,8 +17,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_BODIES_AT_ONCE = 16  # of the largest size: what all bodies that are being received may take together
+_BODIES_AT_ONCE = 16  # of the largest size: what the bodies of all requests that are not answered yet may take
 _DRAIN_SECONDS = 5.0
+_LEFT = 499  # nginx's status for a client that left before the answer
 
 
 class Count:
@@ -31,7 +32,7 @@ class Count:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        start, status = time.perf_counter(), 499  # nginx's code for a client that left before the answer
+        start, status = time.perf_counter(), _LEFT
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -47,7 +48,7 @@ class Count:
 
 
 class Guard:
-    """Asks for the key under ``/v1`` and ``/demo``.
+    """Asks for the key under ``/v1`` and ``/demo``, and refuses what pages of other sites send from a user's browser.
 
     Args:
         key: that clients send as ``Authorization: Bearer KEY``; None: nobody is asked.
@@ -59,12 +60,17 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         guarded = scope["type"] == "http" and scope["path"].startswith(("/v1/", "/demo/"))
-        if self.key is None or not guarded or self._is_right(dict(scope["headers"]).get(b"authorization", b"")):
-            return await self.app(scope, receive, send)
-        error = ApiError(
-            401, "the API key is missing or wrong", "invalid_api_key", None, {"WWW-Authenticate": "Bearer"}
-        )
-        await error.response()(scope, receive, send)
+        error = self._problem(dict(scope["headers"])) if guarded else None
+        await (self.app if error is None else error.response())(scope, receive, send)
+
+    def _problem(self, headers: dict[bytes, bytes]) -> ApiError | None:
+        origin = headers.get(b"origin", b"").partition(b"://")[2]
+        if b"origin" in headers and origin != headers.get(b"host"):
+            return ApiError(403, "pages of other sites are not answered", "wrong_origin")
+        if self.key is None or self._is_right(headers.get(b"authorization", b"")):
+            return None
+        challenge = {"WWW-Authenticate": "Bearer"}
+        return ApiError(401, "the API key is missing or wrong", "invalid_api_key", None, challenge)
 
     def _is_right(self, header: bytes) -> bool:
         kind, _, key = header.partition(b" ")
@@ -78,57 +84,52 @@ class Body:
     def __init__(self, app: App, limits: Limits) -> None:
         self.app = app
         self.limits = limits
-        self._held = 0  # bytes of all bodies that are being received
+        self._held = 0  # bytes of the bodies of all requests that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             return await self.app(scope, receive, send)
+        body = bytearray()
+        try:
+            error = await self._problem(scope, receive, body)
+            if error is None:
+                await self.app(scope, _replay(bytes(body), receive), send)
+            elif error.status != _LEFT:
+                await error.response()(scope, receive, send)
+        finally:
+            self._held -= len(body)
+
+    async def _problem(self, scope: Scope, receive: Receive, body: bytearray) -> ApiError | None:
+        """Fills ``body``; why it cannot be had, if it cannot."""
         try:
             async with asyncio.timeout(self.limits.body_seconds):
-                body = await self._receive(scope, receive)
+                await self._receive(scope, receive, body)
         except TimeoutError:
             late = f"the request was not received within {self.limits.body_seconds:g} s"
-            return await ApiError(408, late, "request_timeout", None, _CLOSE).response()(scope, receive, send)
+            return ApiError(408, late, "request_timeout", None, _CLOSE)
         except ApiError as error:
-            await _drain(receive, self.limits.body_bytes)
-            return await error.response()(scope, receive, send)
-        if body is None:
-            return  # the client left
-        first = True
+            if error.status != _LEFT:
+                await _drain(receive, self.limits.body_bytes)
+            return error
+        return None
 
-        async def replay() -> Message:
-            nonlocal first
-            if first:
-                first = False
-                return {"type": "http.request", "body": body, "more_body": False}
-            return await receive()
-
-        await self.app(scope, replay, send)
-
-    async def _receive(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None: the client left."""
+    async def _receive(self, scope: Scope, receive: Receive, body: bytearray) -> None:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limits.body_bytes:
             raise self._too_large()
-        chunks: list[bytes] = []
-        size = 0
-        try:
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                chunk = message.get("body", b"")
-                size += len(chunk)
-                self._held += len(chunk)
-                if size > self.limits.body_bytes:
-                    raise self._too_large()
-                if self._held > _BODIES_AT_ONCE * self.limits.body_bytes:
-                    raise overloaded()
-                chunks.append(chunk)
-                if not message.get("more_body", False):
-                    return b"".join(chunks)
-        finally:
-            self._held -= size
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ApiError(_LEFT, "the client left")
+            chunk = message.get("body", b"")
+            body += chunk
+            self._held += len(chunk)
+            if len(body) > self.limits.body_bytes:
+                raise self._too_large()
+            if self._held > _BODIES_AT_ONCE * self.limits.body_bytes:
+                raise overloaded()
+            if not message.get("more_body", False):
+                return
 
     def _too_large(self) -> ApiError:
         return ApiError(
@@ -138,6 +139,16 @@ class Body:
             None,
             _CLOSE,
         )
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Gives the body at once, and then what else comes: that the client leaves."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
 
 
 async def _drain(receive: Receive, most: int) -> None:
