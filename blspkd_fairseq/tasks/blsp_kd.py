@@ -1,5 +1,6 @@
 """The fairseq task ``blsp_kd``: manifests in, answers out."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,13 @@ from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.metrics import BleuCounts, bleu_counts, bleu_score, word_errors
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, speech_of
 from blspkd_fairseq.generation.fairseq_generator import LlmDictionary, LlmGenerator
+from blspkd_fairseq.modules.build import adopt_options
 from blspkd_fairseq.modules.fingerprint import identity
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained
 from blspkd_fairseq.modules.whisper_encoder import SAMPLES_PER_FRAME
+
+logger = logging.getLogger(__name__)
 
 _BLEU_ORDER = 4
 
@@ -62,8 +66,8 @@ class BlspKdConfig(FairseqDataclass):
     pretrained_model: str = field(
         default="",
         metadata={
-            "help": "begin with the trained parts of this model: a folder of save_pretrained or a checkpoint, of the "
-            "same adapter and LoRA"
+            "help": "begin with the trained parts of this model: a folder of save_pretrained or a checkpoint; options "
+            "of adapter, LoRA and base models that are not given are its own"
         },
     )
     eval_wer: bool = field(
@@ -137,9 +141,15 @@ class BlspKdTask(FairseqTask):
         self._keeps_features = cfg.cache_encoder_features
         if self.cfg.feature_store and not self._keeps_features and not from_checkpoint:
             raise ValueError("--feature-store is the folder of --cache-encoder-features: give both or none of them")
+        begin = "" if from_checkpoint else self.cfg.pretrained_model
+        trained = read_trained(Path(begin)) if begin else None
+        if trained is not None:
+            adopted = adopt_options(cfg, trained[0])
+            options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in adopted.items())
+            logger.info(f"of --pretrained-model: {options or 'no option'}")
         model = super().build_model(cfg, from_checkpoint)
-        if self.cfg.pretrained_model and not from_checkpoint:
-            load_trained_state_dict(model.speech_llm, read_trained(Path(self.cfg.pretrained_model))[1])
+        if trained is not None:
+            load_trained_state_dict(model.speech_llm, trained[1])
         self.dictionary.chat = model.chat
         self._model = model.speech_llm
         return model
