@@ -90,5 +90,5 @@ def _spectrogram(model: BlspKd, window: Window) -> np.ndarray:
     return np.ascontiguousarray(scaled.clip(0, 255).astype(np.uint8).T)
 
 
-def _frames(window: Window, rate: int) -> int:
+def _frames(window: Window, rate: float) -> int:
     return max(1, round(len(window.samples) / SAMPLE_RATE * rate))
