@@ -38,7 +38,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["blspkd_fairseq", "blspkd_fairseq.*"]),
-    package_data={"blspkd_fairseq": ["pretrained/*/*"]},
+    package_data={"blspkd_fairseq": ["pretrained/*/*", "demo/static/*"]},
     entry_points={"console_scripts": ["blspkd = blspkd_fairseq.cli.main:run"]},
     python_requires=NEEDS["PYTHON"],
     cmdclass={"build_py": BuildWithGuard},

@@ -64,7 +64,7 @@ def collect() -> list[Row]:
     others = [one for one in REQUIRED if split(one)[0] not in ("torch", FAIRSEQ_NAME)]
     rows += [_guarded(split(one)[0], partial(check_package, one)) for one in others]
     rows.append(_guarded("torchaudio", check_torchaudio))
-    optional = [one for extra in ("quickstart", "bench") for one in EXTRAS[extra]]
+    optional = [one for extra in ("quickstart", "serve", "bench") for one in EXTRAS[extra]]
     return rows + [_guarded(split(one)[0], partial(check_optional, one)) for one in optional]
 
 

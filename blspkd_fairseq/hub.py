@@ -220,7 +220,7 @@ class BlspKd:
             texts = self.generate(speech, prompt, batch_size, **generation) if speech else []
             for (index, window), text in zip(spoken, texts, strict=True):
                 if text.strip():
-                    found[index].append(self._segment(window, text.strip(), with_words))
+                    found[index].append(self.segment(window, text.strip(), with_words))
             if progress is not None:
                 progress(sum(len(window.samples) for _, window in batch) / SAMPLE_RATE)
         return [Transcript(seconds, tuple(one)) for seconds, one in zip(lengths, found, strict=True)]
@@ -232,7 +232,8 @@ class BlspKd:
         windows = self.windows(audio)
         return (Window(*one) for one in zip(starts(windows), windows, strict=True))
 
-    def _segment(self, window: Window, text: str, with_words: bool) -> Segment:
+    def segment(self, window: Window, text: str, with_words: bool = True) -> Segment:
+        """What was said in a window, with the times of its words where the adapter cuts tokens."""
         end = window.start + len(window.samples) / SAMPLE_RATE
         if not with_words or not getattr(self.model.adapter, "one_to_one", False):
             return Segment(window.start, end, text, ())

@@ -57,8 +57,21 @@ EXTRAS = {
     "vad": ["silero-vad>=6,<7", "onnxruntime>=1.20,<2"],  # --vad silero
     "mic": ["sounddevice>=0.5,<1"],  # blspkd chat --mic, with the library PortAudio
     "recordings": ["av>=14,<19"],  # decodes M4A, AAC, WebM, and what scripts/fetch_recordings.py fetches
-    # jiwer and rouge-score are what the tests of the metrics compare with.
+    # blspkd serve and blspkd demo; python-multipart reads uploads.
+    "serve": [
+        "fastapi>=0.120,<1",
+        "uvicorn>=0.38,<1",
+        "python-multipart>=0.0.20,<1",
+        "prometheus-client>=0.20,<1",
+    ],
+    # jiwer and rouge-score are what the tests of the metrics compare with; openai is the client of the server's.
     "dev": [
+        "fastapi==0.165.0",
+        "uvicorn==0.54.0",
+        "python-multipart==0.0.34",
+        "prometheus-client==0.26.0",
+        "openai==3.57.0",
+        "playwright==1.65.2",
         "av>=14,<19",
         "hypothesis==6.170.17",
         "pytest==9.2.0",
