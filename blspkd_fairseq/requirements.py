@@ -22,6 +22,7 @@ REQUIRED = [
     "safetensors>=0.4,<1",
     "sentencepiece>=0.2,<1",
     "numpy>=2,<3",
+    "scipy>=1.13,<2",  # Student's t, also for scikit-learn
     "soundfile>=0.12,<1",
     "soxr>=0.5,<2",
     "sacrebleu>=2.6,<3",

@@ -2,7 +2,8 @@
 #
 # A recipe sets `root`, `stage`, `stop_stage` and the defaults of its options, and has a function `usage`.
 
-# parse_options NAME ... -- "$@": --some-name VALUE sets some_name; --small, where it is among the names, sets small=yes
+# parse_options NAME ... -- "$@": --some-name VALUE sets some_name; --small and --quick, where they are among the names,
+# have no value and set small=yes, quick=yes
 parse_options() {
     local names=" " option
     while [ "$1" != -- ]; do names+="$1 "; shift; done
@@ -11,7 +12,7 @@ parse_options() {
         option=${1#--}
         if [ "$1" = -h ] || [ "$1" = --help ]; then usage; exit 0; fi
         [ "$1" = "--$option" ] && [[ "$names" = *" $option "* ]] || fail "unknown option $1 (--help lists them)"
-        if [ "$option" = small ]; then small=yes; shift; continue; fi
+        if [ "$option" = small ] || [ "$option" = quick ]; then printf -v "$option" yes; shift; continue; fi
         [ $# -gt 1 ] || fail "$1 needs a value"
         printf -v "${option//-/_}" '%s' "$2"
         shift 2
@@ -113,6 +114,14 @@ run_stage() {
     # What later stages made is out of date.
     for later in $(seq $(($1 + 1)) 9); do rm -f "$4/.done-$later"; done
     note "$settings" "$ended"
+}
+
+# sizes_of FOLDER: the options that the model of save_pretrained there was made with, a word a line
+sizes_of() {
+    python -c 'import json, sys
+for name, value in json.load(open(f"{sys.argv[1]}/config.json")).items():
+    if name.startswith(("adapter", "lora")) and value not in ("", 0):
+        print("--" + name.replace("_", "-"), value, sep="\n")' "$1"
 }
 
 # short_warm_up: the learning rate must reach its peak before training ends; short trials would not get there

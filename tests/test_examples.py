@@ -11,6 +11,7 @@ import pytest
 import tiny
 from commands import load
 from conftest import THREADS
+from tiny import PATIENCE
 
 from blspkd_fairseq.data.manifest import Manifest
 
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.recordings]
 def run(name: str, out: Path, *options: object) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
     command = ["bash", str(EXAMPLES / name / "run.sh"), "--out", str(out), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=2 * PATIENCE)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperMo
 from blspkd_fairseq.data.manifest import write_manifest
 
 # Seconds: a guard against a deadlock, not a limit. A busy machine takes its time.
-PATIENCE = 1800
+PATIENCE = 600
 
 SENTENCES = (
     "Turn on the light in the kitchen.",

@@ -5,16 +5,16 @@ Importing this package imports none of them: `blspkd_fairseq.check` runs where t
 
 from blspkd_fairseq.compat.checkpoints import (
     allow_safe_checkpoint_globals,
-    copy_checkpoints_atomically,
-    say_why_a_checkpoint_is_refused,
+    read_whole_checkpoints,
+    write_checkpoints_whole,
 )
 from blspkd_fairseq.compat.commands import (
     attend_commands,
-    default_results_jsonl,
     refuse_precision,
     refuse_precision_of_command,
 )
-from blspkd_fairseq.compat.distributed import refuse_lonely_processes, sum_gradients_as_they_are
+from blspkd_fairseq.compat.distributed import refuse_lonely_processes, share_checkpoints, sum_gradients_as_they_are
+from blspkd_fairseq.compat.errors import end_in_one_sentence
 from blspkd_fairseq.compat.fairseq_build import (
     INSTALL_FAIRSEQ,
     FairseqDistribution,
@@ -26,6 +26,7 @@ from blspkd_fairseq.compat.fairseq_build import (
     require_fairseq,
     silence_fairseq,
 )
+from blspkd_fairseq.compat.generation import attend_generation
 from blspkd_fairseq.compat.llm import (
     CPU_ATTENTION,
     cache_argument,
@@ -36,6 +37,8 @@ from blspkd_fairseq.compat.llm import (
 )
 from blspkd_fairseq.compat.torchaudio import block_broken_torchaudio, guard_transformers
 from blspkd_fairseq.compat.trainer import guard_updates
+from blspkd_fairseq.compat.training import go_on_exactly, restore_training_state, training_state
+from blspkd_fairseq.compat.untrusted import distrust_checkpoints
 
 __all__ = [
     "CPU_ATTENTION",
@@ -45,24 +48,30 @@ __all__ = [
     "Problem",
     "allow_safe_checkpoint_globals",
     "attend_commands",
+    "attend_generation",
     "block_broken_torchaudio",
     "cache_argument",
     "cache_of",
     "checkpoint_activations",
-    "copy_checkpoints_atomically",
-    "default_results_jsonl",
+    "distrust_checkpoints",
+    "end_in_one_sentence",
     "fairseq_distributions",
     "fairseq_problem",
     "fairseq_warning",
+    "go_on_exactly",
     "guard_transformers",
     "guard_updates",
+    "read_whole_checkpoints",
     "refuse_lonely_processes",
     "refuse_precision",
     "refuse_precision_of_command",
     "require_fairseq",
-    "say_why_a_checkpoint_is_refused",
+    "restore_training_state",
+    "share_checkpoints",
     "silence_fairseq",
     "sum_gradients_as_they_are",
+    "training_state",
     "use_fast_cpu_attention",
     "without_progress_bars",
+    "write_checkpoints_whole",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import queue
 import sys
 import threading
@@ -15,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from blspkd_fairseq.compat import signals
 from blspkd_fairseq.compat.distributed import ending_together, join_launcher
 from blspkd_fairseq.compat.replacing import replace
 
@@ -54,12 +56,26 @@ def _remembered(call_main: Any) -> Any:
             if Path(inspect.unwrap(main).__code__.co_filename).stem == "train":
                 join_launcher(cfg)
         _commands.append(cfg)
+        if _will_spawn(cfg.distributed_training):
+            signals.watch_signals(forward=True)
         try:
             return call_main(cfg, main, **kwargs)
+        except Exception as error:
+            code = signals.exit_as_spawned(error)
+            if code is None:
+                raise
+            raise SystemExit(code) from None
         finally:
             _commands.pop()
+            signals.leave_signals()
 
     return call
+
+
+def _will_spawn(cfg: Any) -> bool:
+    """Whether a command trains in processes of its own, and not in those of torchrun or Slurm."""
+    is_launched = all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
+    return cfg.distributed_world_size > 1 and not cfg.distributed_no_spawn and not is_launched
 
 
 def _followed_by_an_end(function: Any) -> Any:
@@ -105,7 +121,10 @@ def _end_reading_with_commands() -> None:
             _readers.add(self)
 
         def _batches(self, loader: Any, most: int | None) -> Iterator[Any]:
-            batches = iter(loader)
+            with signals.held_back():
+                batches = iter(loader)
+            for worker in getattr(batches, "_workers", ()):
+                worker._popen.terminate = worker._popen.kill  # since it does not hear of SIGTERM
             try:
                 for batch in islice(batches, most):
                     yield batch
@@ -157,6 +176,11 @@ def refuse_precision(command: Any) -> None:
     Raises:
         ValueError: names the options and what to use.
     """
+    if getattr(getattr(command, "checkpoint", None), "write_checkpoints_asynchronously", False):
+        raise ValueError(
+            "leave out --write-checkpoints-asynchronously: checkpoints are written whole and checked, before training "
+            "goes on"
+        )
     given = [name for name in _PRECISIONS if getattr(command.common, name, False)]
     given = [name for name in given if f"memory_efficient_{name}" not in given]  # which implies it
     if given:
@@ -170,16 +194,3 @@ def refuse_precision(command: Any) -> None:
             "--ddp-backend fully_sharded cannot hold blsp_kd's trained parameters beside a frozen LLM: use "
             "--ddp-backend pytorch_ddp or legacy_ddp"
         )
-
-
-def default_results_jsonl(subset: str) -> str:
-    """``generate-SUBSET.jsonl`` in the folder of fairseq-generate's --results-path; "" when it has none.
-
-    fairseq tells a task everything about generation but where the results go, so this reads the command line.
-    """
-    import argparse
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--results-path", default="")
-    folder = parser.parse_known_args()[0].results_path
-    return str(Path(folder) / f"generate-{subset}.jsonl") if folder else ""

@@ -46,6 +46,27 @@ def sum_gradients_as_they_are() -> None:
     replace(wrappers, "DistributedDataParallel", on_its_device)
 
 
+def share_checkpoints() -> None:
+    """Lets the first process tell the others what it has read from a checkpoint.
+
+    fairseq sends a pickle of its own classes, which `torch.load` has refused since 2.6.
+    """
+    from fairseq.distributed import utils
+
+    replace(utils, "_broadcast_object_slow", _broadcast_by_torch)
+
+
+def _broadcast_by_torch(_: Any) -> Any:
+    def broadcast(obj: Any, src_rank: int, group: Any, dist_device: Any) -> Any:
+        from torch import distributed
+
+        objects = [obj]
+        distributed.broadcast_object_list(objects, src_rank, group, dist_device)
+        return objects[0]
+
+    return broadcast
+
+
 _LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 
 

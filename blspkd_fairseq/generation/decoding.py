@@ -323,7 +323,7 @@ def _answer(
     elif scores_apart:
         scores = _score(model, chat, prompts, answers, per_row, states)
     hypotheses = [
-        Hypothesis(chat.decode(ids), ids, finished, sum(s) / max(1, len(s)) ** options.length_penalty, s)
+        Hypothesis(chat.decode_answer(ids), ids, finished, sum(s) / max(1, len(s)) ** options.length_penalty, s)
         for (ids, finished), s in zip(answers, scores, strict=True)
     ]
     groups = [hypotheses[i : i + per_row] for i in range(0, len(hypotheses), per_row)]

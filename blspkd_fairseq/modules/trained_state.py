@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from blspkd_fairseq import compat
+from blspkd_fairseq.checkpoint_files import read_checkpoint
 from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.modules.cformer import ALIGNMENTS
 from blspkd_fairseq.modules.fingerprint import fingerprint, same_fingerprint
@@ -103,24 +103,36 @@ def _check_settings(settings: Mapping[str, float], state: Mapping[str, Tensor]) 
 def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     """Options and trained weights of a checkpoint of fairseq-train, a folder with one, or one of :func:`write_trained`.
 
+    Whether the base models' own code may run is no option of a file: that is left out.
+
     Raises:
-        ValueError: there is no model at this path.
+        ValueError: there is no model at this path, or it is damaged.
     """
     if path.is_dir():
         if (path / _WEIGHTS).exists() and (path / _CONFIG).exists():
-            return json.loads((path / _CONFIG).read_text(encoding="utf-8")), load_file(path / _WEIGHTS)
+            return _read_folder(path)
         found = [path / name for name in _CHECKPOINTS if (path / name).exists()]
         if not found:
             raise ValueError(f"{path} holds neither {_CONFIG} and {_WEIGHTS} nor {' or '.join(_CHECKPOINTS)}")
         path = found[0]
-    if not path.exists():
-        raise ValueError(f"no checkpoint at {path}")
-    compat.allow_safe_checkpoint_globals()
+    checkpoint = read_checkpoint(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint["cfg"]["model"], checkpoint["model"]
+        return without_trust(checkpoint["cfg"]["model"]), checkpoint["model"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no checkpoint of this project: it lacks {error}") from error
+
+
+def without_trust(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model but the one that only its user may set."""
+    return {name: value for name, value in options.items() if name != "trust_remote_code"}
+
+
+def _read_folder(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    try:
+        options = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+        return without_trust(options), load_file(path / _WEIGHTS)
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from error
+        raise ValueError(f"{path} is no folder of save_pretrained, or is damaged ({type(error).__name__})") from error
 
 
 def write_trained(folder: Path, options: Mapping[str, Any], model: SpeechLLM, dtype: torch.dtype) -> None:
@@ -131,7 +143,7 @@ def write_trained(folder: Path, options: Mapping[str, Any], model: SpeechLLM, dt
         for name, tensor in trained_state_dict(model).items()
     }
     write_whole(folder / _WEIGHTS, save(state))  # save_file lets nobody else read it
-    write_whole(folder / _CONFIG, json.dumps(dict(options), indent=2) + "\n")
+    write_whole(folder / _CONFIG, json.dumps(without_trust(options), indent=2) + "\n")
 
 
 def _part(name: str) -> str:

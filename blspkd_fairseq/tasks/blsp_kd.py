@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,15 @@ from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed.utils import get_data_parallel_world_size
 from fairseq.logging import metrics
-from fairseq.tasks import FairseqTask, register_task
-from omegaconf import MISSING
+from fairseq.tasks import register_task
+from omegaconf import II, MISSING
 from torch import Tensor
 
 from blspkd_fairseq import compat
-from blspkd_fairseq.data.audio import load_audio
+from blspkd_fairseq.data.augment import Augmenter, parse_augmentation
 from blspkd_fairseq.data.batch import SpeechLengths
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset, load_manifest, transcripts_of
+from blspkd_fairseq.data.dataset import SpeechTextDataset, load_manifest, transcripts_of
 from blspkd_fairseq.data.feature_store import FeatureStore, with_features
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
@@ -29,11 +29,12 @@ from blspkd_fairseq.faults.errors import DoesNotFit, TrainingError, is_out_of_me
 from blspkd_fairseq.faults.limits import FaultLimits, check_limits
 from blspkd_fairseq.faults.update import UpdateGuard
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, speech_of
-from blspkd_fairseq.generation.fairseq_generator import LlmDictionary, LlmGenerator
+from blspkd_fairseq.generation.fairseq_generator import LlmDictionary
 from blspkd_fairseq.modules.fingerprint import identity
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained
 from blspkd_fairseq.modules.whisper_encoder import SAMPLES_PER_FRAME
+from blspkd_fairseq.tasks.answering import AnsweringTask
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,14 @@ class BlspKdConfig(FaultLimits, FairseqDataclass):
             "that is said (0: never)"
         },
     )
+    augment: str = field(
+        default="",
+        metadata={
+            "help": "change the sound of training speech anew in every epoch: all, or kinds with a probability, such "
+            "as speed:0.5,reverb:0.25,noise:0.3,babble:0.3,band:0.15,gain:1 (which is all)"
+        },
+    )
+    augment_seed: int = II("common.seed")
     pretrained_model: str = field(
         default="",
         metadata={
@@ -103,7 +112,7 @@ class BlspKdConfig(FaultLimits, FairseqDataclass):
 
 
 @register_task("blsp_kd", dataclass=BlspKdConfig)
-class BlspKdTask(FairseqTask):
+class BlspKdTask(AnsweringTask):
     """Distils a text LLM into its own reading of speech; see the README."""
 
     cfg: BlspKdConfig
@@ -111,6 +120,8 @@ class BlspKdTask(FairseqTask):
     def __init__(self, cfg: BlspKdConfig, **_: Any) -> None:
         super().__init__(cfg)
         self.dictionary = LlmDictionary()
+        self.trust_remote_code = False  # of the user, for a teacher as for the student
+        self._augmenter = Augmenter(parse_augmentation(cfg.augment), cfg.augment_seed) if cfg.augment else None
         self._needed_texts: tuple[str, ...] = ()
         self._reads_responses = True
         self._loaded_split = ""
@@ -130,8 +141,13 @@ class BlspKdTask(FairseqTask):
             ValueError: an option of fairseq that does not go with what is trained here.
         """
         compat.attend_commands()
+        compat.go_on_exactly()
         compat.refuse_precision_of_command(cfg, from_checkpoint)
-        return cls(cfg)
+        task = cls(cfg)
+        command = cfg._get_parent() if hasattr(cfg, "_get_parent") and not from_checkpoint else None
+        if command is not None and command.common_eval.path:
+            task.command = command
+        return task
 
     # ---- model, criterion --------------------------------------------------------------------------------------
 
@@ -157,6 +173,12 @@ class BlspKdTask(FairseqTask):
         self._keeps_features = cfg.cache_encoder_features
         if self.cfg.feature_store and not self._keeps_features and not from_checkpoint:
             raise ValueError("--feature-store is the folder of --cache-encoder-features: give both or none of them")
+        self.trust_remote_code = cfg.trust_remote_code
+        if self._augmenter is not None and self._keeps_features and not from_checkpoint:
+            raise ValueError(
+                "--augment changes the sound in every epoch, and --cache-encoder-features has each utterance heard "
+                "once: leave out one of them"
+            )
         model = super().build_model(cfg, from_checkpoint)
         if self.cfg.pretrained_model and not from_checkpoint:
             load_trained_state_dict(model.speech_llm, read_trained(Path(self.cfg.pretrained_model))[1])
@@ -185,23 +207,29 @@ class BlspKdTask(FairseqTask):
         is_train = combine or split.startswith("train")  # fairseq combines what it trains on, whatever its name
         folder = Path(paths[(epoch - 1) % len(paths)] if is_train else paths[0])
         manifest = load_manifest(folder / f"{split}.tsv", self._needed_texts)
-        self.datasets[split] = SpeechTextDataset(
+        dataset_class, options = self.dataset_class()
+        self.datasets[split] = dataset_class(
             manifest,
             self.chat,
             prompt=self.cfg.prompt,
             audio_root=Path(self.cfg.audio_root) if self.cfg.audio_root else None,
-            max_seconds=self.cfg.max_audio_seconds,
             shuffle=is_train,
             skip_bad_audio=self.cfg.skip_bad_audio and is_train,
             lengths=SpeechLengths() if self._model is None else self._model.speech_lengths,
             with_response=self._reads_responses,
             share_prefix=self._model is None or self._model.share_prefix,
             max_response_tokens=self.cfg.max_response_tokens,
+            augmenter=self._augmenter if is_train else None,
+            **options,
         )
         self._loaded_split = split
         if is_train:
             self._train_split = split
             self.datasets[split].store = self._store  # from the second folder of the data on
+
+    @property
+    def max_samples(self) -> int | None:
+        return None if self._model is None else self._model.speech_encoder.max_samples
 
     def training_tokens(self) -> Tensor:
         """Sorted ids of all tokens that occur in the training transcripts, in all folders of the data."""
@@ -258,6 +286,15 @@ class BlspKdTask(FairseqTask):
             return frames
 
         return with_features(sample, encode, self._store, SAMPLES_PER_FRAME)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def get_checkpoint_dict(self) -> dict[str, Any]:
+        """What fairseq saves beside its own state, and gives back to :meth:`set_checkpoint_dict`."""
+        return {type(self).__name__: compat.training_state()}
+
+    def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
+        compat.restore_training_state(state)
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -371,37 +408,6 @@ class BlspKdTask(FairseqTask):
         if any("_bleu_ref" in log for log in logging_outputs):
             metrics.log_derived("bleu", _bleu_of_meters)
 
-    # ---- generation --------------------------------------------------------------------------------------------
-
-    def build_generator(self, models: Any, args: Any, *_: Any, **__: Any) -> LlmGenerator:
-        """Maps fairseq's generation options to the LLM's decoding.
-
-        Raises:
-            ValueError: an option that has no counterpart there.
-        """
-        path = self.cfg.results_jsonl or compat.default_results_jsonl(self._loaded_split)
-        dataset = self.datasets.get(self._loaded_split)
-        return LlmGenerator(
-            self.chat,
-            decoding_options(args),
-            # For fairseq-interactive, which has audio alone; rows of a manifest bring their prompts and languages.
-            resolve_prompt(self.cfg.prompt) if dataset is None else "",
-            Path(path) if path and dataset is not None else None,
-            len(dataset) if dataset is not None else 0,
-        )
-
-    def get_interactive_tokens_and_lengths(
-        self, lines: list[str], encode_fn: Callable[[str], str]
-    ) -> tuple[list[Tensor], list[int]]:
-        """Reads the audio files that the lines name."""
-        root = Path(self.cfg.audio_root) if self.cfg.audio_root else None
-        limit = self.cfg.max_audio_seconds
-        waveforms = [torch.from_numpy(load_audio(line.strip(), root, max_seconds=limit)) for line in lines]
-        return waveforms, [len(waveform) for waveform in waveforms]
-
-    def build_dataset_for_inference(self, src_tokens: list[Tensor], src_lengths: list[int], **_: Any) -> SpeechDataset:
-        return SpeechDataset(src_tokens, src_lengths)
-
 
 def _of_all_processes(own: list[Any]) -> list[Any]:
     """The lists of all processes, one after another."""
@@ -411,37 +417,6 @@ def _of_all_processes(own: list[Any]) -> list[Any]:
     lists: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(lists, own)
     return [one for each in lists for one in each]
-
-
-def decoding_options(args: Any) -> DecodingOptions:
-    """fairseq's generation options as the LLM's; see :meth:`BlspKdTask.build_generator`."""
-    unsupported = {
-        "--max-len-a": args.max_len_a != 0,
-        "--prefix-size": args.prefix_size > 0,
-        "--score-reference": args.score_reference,
-        "--match-source-len": args.match_source_len,
-        "--diverse-beam-groups": args.diverse_beam_groups > 0,
-        "--constraints": bool(args.constraints),
-        "--lm-path": bool(args.lm_path),
-        "--print-alignment": bool(args.print_alignment),
-        "--replace-unk": bool(args.replace_unk),
-        "--temperature without --sampling": args.temperature != 1.0 and not args.sampling,
-    }
-    refused = [name for name, given in unsupported.items() if given]
-    if refused:
-        raise ValueError(f"{', '.join(refused)}: not supported by task blsp_kd, whose answers the LLM itself decodes")
-    return DecodingOptions(
-        beam=args.beam,
-        n_best=args.nbest,
-        sampling=args.sampling,
-        temperature=args.temperature,
-        top_k=max(0, args.sampling_topk),
-        top_p=args.sampling_topp if args.sampling_topp > 0 else 1.0,
-        max_new_tokens=args.max_len_b,
-        min_new_tokens=min(args.min_len, args.max_len_b),
-        length_penalty=0.0 if args.unnormalized else args.lenpen,
-        no_repeat_ngram_size=args.no_repeat_ngram_size,
-    )
 
 
 def _rate(meters: Any, errors: str, words: str) -> float:

@@ -19,11 +19,10 @@ from pictures import kl_curve, plot_all
 from systems import CLAIMS, DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, QUESTIONS, ROWS, SCALED, SETS, UNTRAINED, Claim
 
 from blspkd_fairseq.data.manifest import Manifest
-from blspkd_fairseq.evaluation.metrics import Measurement, bleu, contains_match, error_rate, rouge_l
+from blspkd_fairseq.evaluation.metrics import Measurement, bleu, contains_match, error_rate, mean_of, rouge_l
 from blspkd_fairseq.evaluation.significance import (
     Interval,
     PairedResult,
-    Score,
     bootstrap_interval,
     holm,
     paired_bootstrap,
@@ -32,6 +31,7 @@ from blspkd_fairseq.evaluation.significance import (
 
 _SPOKEN = ("heard", "unheard")
 _LEVEL = 0.05
+_SAMPLES, _TRIALS = 1000, 10_000
 
 
 class Measure(NamedTuple):
@@ -156,39 +156,28 @@ def _boundaries(run: dict[str, Any], text: dict[str, Any], rows: dict[str, Any])
 
 MEASURES = {
     "response_kl": Measure("response KL", _kl("response"), True, ".3f"),
+    "free_response_kl": Measure("response KL, own count", _kl("free_response"), True, ".3f"),
     "agreement": Measure("top-1 agreement, %", _agreement, False, ".1f"),
     "wer": Measure("WER of repeat, %", _repeat, True, ".1f"),
-    "self_bleu": Measure("Self-BLEU of continuations", _like_text(bleu, "continue"), False, ".1f"),
-    "self_rouge": Measure("Self-ROUGE-L of continuations", _like_text(rouge_l, "continue"), False, ".1f"),
+    "self_bleu": Measure("BLEU of continuations against the text's", _like_text(bleu, "continue"), False, ".1f"),
+    "self_rouge": Measure("ROUGE-L of continuations against the text's", _like_text(rouge_l, "continue"), False, ".1f"),
     "count": Measure("token-count error, %", _counts, True, ".1f"),
     "boundary": Measure("boundary error, ms", _boundaries, True, ".0f"),
 }
 QUESTION_MEASURES = {
     "capitals": Measure("right capitals, %", _capitals, False, ".0f"),
-    "answer_bleu": Measure("Self-BLEU of answers", _like_text(bleu, "chat"), False, ".1f"),
-    "answer_rouge": Measure("Self-ROUGE-L of answers", _like_text(rouge_l, "chat"), False, ".1f"),
+    "answer_bleu": Measure("BLEU of answers against the text's", _like_text(bleu, "chat"), False, ".1f"),
+    "answer_rouge": Measure("ROUGE-L of answers against the text's", _like_text(rouge_l, "chat"), False, ".1f"),
 }
 _ALL = MEASURES | QUESTION_MEASURES
 # What the claims are tested on, and on which sets.
 DECIDING = {"response_kl": _SPOKEN, "wer": _SPOKEN, "self_bleu": _SPOKEN, "answer_bleu": QUESTIONS}
 
 
-def _over_seeds(of_seeds: Sequence[Measurement]) -> tuple[np.ndarray, Score]:
-    """The mean of the seeds' scores as one metric ``[rows, seeds k]``: what is drawn or exchanged, is so in all seeds.
-
-    Their sums would make one corpus, and the brevity penalty of BLEU sees nothing where short and long answers meet.
-    """
-
-    def score_of(totals: np.ndarray) -> np.ndarray:
-        parts = np.split(totals, len(of_seeds), axis=-1)
-        return np.mean([one.score_of(part) for one, part in zip(of_seeds, parts, strict=True)], axis=0)
-
-    return np.concatenate([one.statistics for one in of_seeds], axis=-1), score_of
-
-
 def _interval(of_seeds: Sequence[Measurement]) -> Interval:
     """Of the seeds' mean, over utterances."""
-    return bootstrap_interval(*_over_seeds(of_seeds))
+    mean = mean_of(of_seeds)
+    return bootstrap_interval(mean.statistics, mean.score_of, _SAMPLES)
 
 
 def training_minutes(run: dict[str, Any]) -> float:
@@ -326,7 +315,7 @@ class Report:
     def main_table(self) -> str:
         lines = [
             "| system | response KL | WER of repeat, % | ... unheard voice | ... real recordings "
-            "| Self-BLEU of continuations | ... of answers to questions |",
+            "| BLEU of continuations against the text's | ... of answers to questions |",
             "|---|---|---|---|---|---|---|",
         ]
         for name in self.shown:
@@ -354,12 +343,13 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def set_table(self, set_name: str) -> str:
+        shown = [one for one in MEASURES if any(self.measurements(name, [set_name], one) for name in self.shown)]
         lines = [
-            "| system | " + " | ".join(measure.title for measure in MEASURES.values()) + " |",
-            "|---" * (1 + len(MEASURES)) + "|",
+            "| system | " + " | ".join(MEASURES[one].title for one in shown) + " |",
+            "|---" * (1 + len(shown)) + "|",
         ]
         for name in self.shown:
-            cells = [self.cell(name, set_name, measure) for measure in MEASURES]
+            cells = [self.cell(name, set_name, measure) for measure in shown]
             lines.append(f"| {self.titles(name)} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
@@ -444,9 +434,10 @@ class Report:
             # A system without training is the same with every seed.
             pairs = [tuple(side[seed if seed in side else 0] for side in (better, worse)) for seed in seeds]
             if pairs:
-                (one, score_of), (other, _) = (_over_seeds(side) for side in zip(*pairs, strict=True))
-                boot = paired_bootstrap(one, other, score_of, blocks=blocks)
-                p = paired_randomization(one, other, score_of, blocks=blocks).p
+                one, other = (mean_of(side) for side in zip(*pairs, strict=True))
+                both = one.statistics, other.statistics, one.score_of
+                boot = paired_bootstrap(*both, _SAMPLES, blocks=blocks)
+                p = paired_randomization(*both, _TRIALS, blocks=blocks).p
                 tested.append((claim.text, boot, p, [pair[0].score - pair[1].score for pair in pairs]))
         corrected = holm([p for _, _, p, _ in tested])
         return {
@@ -506,11 +497,11 @@ without the LLM: an update of 48 utterances takes less time than one of 16 with 
 it hears about six times as many. The KL rows compare the whole vocabulary.
 
 **Token counts.** Response KL and agreement give the CFormer the transcript's number of tokens, as in training; where
-it counts wrongly when it answers (token-count error) shows in WER, Self-BLEU and answers only.
+it counts wrongly when it answers (token-count error) shows in WER, BLEU against the text's answers, and answers only.
 """
 _QUESTIONS = """"What is the capital of Estonia?", spoken to the model without any instruction; training never asks a
-question of this form. Right is an answer that contains the capital's name. Self-BLEU and Self-ROUGE-L: the overlap
-with what the LLM answers to the text."""
+question of this form. Right is an answer that contains the capital's name. BLEU (of the corpus) and ROUGE-L: the
+overlap with what the LLM answers to the text."""
 _LEARNING_RATES = """Three rates, half a decade apart, for each kind of training, a third of a row's minutes each,
 with a linear warm-up of a tenth of the updates and linear decay; the best by validation loss (bold) is taken for all
 rows of that kind: with the CNN, those of BLSP (also for both losses together) and of response KL; with the CFormer from
