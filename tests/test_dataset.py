@@ -195,8 +195,7 @@ def test_a_batch_that_is_left_out_has_no_weight_in_its_update(models: tuple[Path
     frames = [99_000, 1]  # the longest, which fairseq takes for its stand-in, and the shortest
     for i in range(2):
         rewrite_anyhow(path, 3 + i, {"audio": "audio/none.flac", "n_frames": frames[i]})
-    skipping = ("--skip-bad-audio", "--max-bad-audio-share", 1)
-    log = run(models, tmp_path, *update, "--save-dir", tmp_path / "bad", *skipping)
+    log = run(models, tmp_path, *update, "--save-dir", tmp_path / "bad", "--skip-bad-audio", "--max-bad-audio-share", 1)
     assert log.count("left out") >= 2
     good, bad_too = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("good", "bad"))
     for name, weight in good.items():
