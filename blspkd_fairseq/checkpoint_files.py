@@ -114,7 +114,7 @@ def check_whole(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise CheckpointError(f"no checkpoint can be read at {path}: {_reason(error)}") from error
+        raise CheckpointError(f"no checkpoint at {path} ({_reason(error)})") from error
     except Exception as error:  # of zipfile, which says the same in a dozen ways
         raise DamagedCheckpointError(f"{path} is damaged: it is cut, overwritten or no checkpoint") from error
     if wrong is not None:
@@ -139,9 +139,10 @@ def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
     compat.allow_safe_checkpoint_globals()
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        state["cfg"], state["model"]
     except Exception as error:
         raise DamagedCheckpointError(
-            f"{path} is damaged or no checkpoint of this project ({type(error).__name__})"
+            f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})"
         ) from error
     return state
 

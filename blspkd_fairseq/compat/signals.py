@@ -78,7 +78,10 @@ def stop_signal() -> signal.Signals | None:
     """The signal for which a training is to stop now, the same in all its processes; None to go on."""
     if _agreed is None:
         return _received
-    return next((number for number, count in zip(STOPPING, _agreed, strict=True) if count > 0), None)
+    import torch
+
+    counts = torch.as_tensor(_agreed) if not torch.is_tensor(_agreed[0]) else torch.stack(_agreed)
+    return next((number for number, count in zip(STOPPING, counts.tolist(), strict=True) if count > 0), None)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,12 @@
-"""Keeps a torchaudio that cannot be loaded from breaking transformers."""
+"""Keeps a torchaudio that cannot be loaded from breaking transformers.
+
+An installation by pip has a copy of this file beside the package, which every Python of that environment runs when it
+starts (see setup.py): hence nothing is imported here that takes time, and nothing of this package.
+"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.abc
-import importlib.util
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 
 def block_broken_torchaudio() -> None:
@@ -18,6 +17,8 @@ def block_broken_torchaudio() -> None:
     message. With `None` in `sys.modules`, Python and transformers take it for not installed. Nothing here
     needs torchaudio.
     """
+    import importlib.util
+
     if "torchaudio" in sys.modules or importlib.util.find_spec("torchaudio") is None:
         return
     try:
@@ -26,10 +27,10 @@ def block_broken_torchaudio() -> None:
         sys.modules["torchaudio"] = None  # type: ignore[assignment]
 
 
-class _BlockTorchaudioBeforeTransformers(importlib.abc.MetaPathFinder):
+class _BlockTorchaudioBeforeTransformers:
     """Finds nothing itself: the look-up of transformers is the latest moment to deal with torchaudio."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> None:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "transformers":
             block_broken_torchaudio()
 

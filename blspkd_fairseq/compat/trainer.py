@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from pathlib import Path
@@ -28,14 +29,20 @@ def guard_updates() -> None:
 
 
 def _guarded(train_step: Any) -> Any:
+    import torch
+
     @functools.wraps(train_step)
     def step(self: Any, samples: Any, raise_oom: bool = False) -> Any:
         guard = getattr(self.task, "guard", None)
         if guard is None:
             return train_step(self, samples, raise_oom)
+        is_first = True
 
         def step_with(some: Any) -> Any:
-            self.has_gradient = False
+            nonlocal is_first
+            if self.cuda and not is_first:  # what the try before has held
+                torch.cuda.empty_cache()
+            is_first = self.has_gradient = False
             try:
                 return train_step(self, some, True)
             except RuntimeError as error:
@@ -49,9 +56,20 @@ def _guarded(train_step: Any) -> Any:
                 f"less, such as a smaller --lora-rank ({why})"
             )
 
-        return guard.update(samples, step_with, self.data_parallel_world_size == 1)
+        return guard.update(samples, step_with, self.data_parallel_world_size == 1, functools.partial(_is_finite, self))
 
     return step
+
+
+def _is_finite(trainer: Any, sample: Any) -> bool:
+    """Whether the gradient of a batch is finite, in this process alone."""
+    trainer.zero_grad()
+    sample, is_dummy = trainer._prepare_sample(sample)
+    model, number = trainer.model, trainer.get_num_updates()
+    with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():
+        trainer.task.train_step(sample, model, trainer.criterion, trainer.optimizer, number, is_dummy)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def _explained(valid_step: Any) -> Any:

@@ -42,9 +42,12 @@ def go_on_exactly() -> None:
     To be called when this package is loaded and when a task begins: the loop may be in ``__main__``.
     """
     from fairseq import checkpoint_utils
+    from fairseq.optim.lr_scheduler.reduce_lr_on_plateau import ReduceLROnPlateauLRSchedule as Plateau
     from fairseq.trainer import Trainer
 
     agree_on_signals()
+    replace(Plateau, "state_dict", _with_bad_epochs)
+    replace(Plateau, "load_state_dict", _and_bad_epochs)
     replace(Trainer, "load_checkpoint", _with_what_came_after_saving)
     replace(checkpoint_utils, "load_checkpoint", _and_closes_the_update)
     for loop in _loops():
@@ -99,6 +102,25 @@ def _with_what_came_after_saving(load: Callable[..., Any]) -> Callable[..., Any]
         return state
 
     return load_checkpoint
+
+
+def _with_bad_epochs(state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """reduce_lr_on_plateau forgets how many epochs of its --lr-patience have passed."""
+
+    @functools.wraps(state_dict)
+    def with_bad_epochs(self: Any) -> Any:
+        return {**state_dict(self), "num_bad_epochs": self.lr_scheduler.num_bad_epochs}
+
+    return with_bad_epochs
+
+
+def _and_bad_epochs(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load_state_dict)
+    def load_bad_epochs(self: Any, state: dict[str, Any]) -> None:
+        load_state_dict(self, state)
+        self.lr_scheduler.num_bad_epochs = state.get("num_bad_epochs", 0)
+
+    return load_bad_epochs
 
 
 def _restore_means(state: dict[str, Any]) -> None:
@@ -177,6 +199,8 @@ def _and_closes_the_update(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_checkpoint(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
         global _open_update
         _open_update = None
+        for loop in _loops():
+            vars(loop.should_stop_early).clear()  # of another training in this process
         loaded = load(cfg, trainer, **kwargs)
         position, _open_update = _open_update, None
         if position is not None:

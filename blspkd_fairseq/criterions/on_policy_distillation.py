@@ -248,7 +248,7 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
             speech, counts = hear(model.speech_llm, **speech_of(sample["net_input"], pieces))
             prompts = build_prompts(model.speech_llm, conversations, speech, counts)
         else:
-            transcripts = [transcript for row in chosen for transcript in row.transcripts]
+            transcripts = [transcript for row in chosen for transcript in row.read]
             counts = [len(transcript) for transcript in transcripts]
             prompts = build_prompts(model.speech_llm, conversations, transcripts=transcripts)
         update, copies = model.num_updates if training else -1, self.cfg.rollouts

@@ -12,6 +12,8 @@ import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,7 +39,10 @@ __all__ = [
     "AudioWarning",
     "Flaw",
     "Reason",
+    "audio_bytes",
     "audio_identity",
+    "audio_size",
+    "decode_audio",
     "find_flaw",
     "find_zip_entry",
     "load_audio",
@@ -95,17 +100,30 @@ def load_audio(
             or far out of [-1, 1]; its ``reason`` says which.
     """
     name = str(spec)
-    try:
-        with _open(name, root) as file:
-            samples, rate = _decode(file, name, max_seconds)
-    except (OSError, ValueError) as error:
-        if isinstance(error, AudioError):
-            raise
-        raise AudioError(f"{name} cannot be read: {error}") from error
-    waveform = _to_mono_16k(samples, rate, name, max_seconds)
+    with _reading(name), _open(name, root) as file:
+        waveform = _to_mono_16k(*_decode(file, name, max_seconds), name, max_seconds)
     if declared_samples is not None:
         _check_length(len(waveform), declared_samples, SAMPLE_RATE, name, "the manifest declares")
     return waveform
+
+
+def decode_audio(content: bytes, name: str = "audio", max_seconds: float | None = MAX_SECONDS) -> np.ndarray:
+    """Reads the bytes of a file as :func:`load_audio` does the file."""
+    if not content:
+        raise AudioError(f"{name} is empty: remove its row or restore the file", Reason.EMPTY)
+    with _reading(name):
+        return _to_mono_16k(*_decode(io.BytesIO(content), name, max_seconds), name, max_seconds)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Names the file in what the system and the decoders say."""
+    try:
+        yield
+    except AudioError:
+        raise
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{name} cannot be read: {error}") from error
 
 
 def find_flaw(waveform: np.ndarray) -> Flaw | None:
@@ -135,6 +153,26 @@ def audio_identity(spec: str | Path, root: Path | None = None) -> str:
     stat = path.stat()
     part = "" if entry is None else f"{entry[2]}:{entry[3]}"
     return f"{path.resolve()}\0{part}\0{stat.st_size}\0{stat.st_mtime_ns}"
+
+
+def audio_size(spec: str | Path, root: Path | None = None) -> int:
+    """Bytes of a file or of a member of an archive.
+
+    Raises:
+        AudioError: missing, or outside of ``root``.
+    """
+    path, entry = _locate(str(spec), root)
+    return path.stat().st_size if entry is None else int(entry[3])
+
+
+def audio_bytes(spec: str | Path, root: Path | None = None) -> bytes:
+    """What a file or a member of an archive holds.
+
+    Raises:
+        AudioError: missing, outside of ``root``, or not readable.
+    """
+    with _reading(str(spec)), _open(str(spec), root) as file:
+        return file.read()
 
 
 def prepare_waveform(

@@ -17,6 +17,7 @@ compat.require_fairseq()  # one sentence instead of a missing module
 from fairseq.data import FairseqDataset, data_utils  # noqa: E402
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, audio_identity, load_audio  # noqa: E402
+from blspkd_fairseq.data.augment import Augmenter, Others  # noqa: E402
 from blspkd_fairseq.data.batch import PlanRow, SpeechLengths, pad_ids, pad_waveforms, plan_batch  # noqa: E402
 from blspkd_fairseq.data.chat import ChatFormat  # noqa: E402
 from blspkd_fairseq.data.conversation import (  # noqa: E402
@@ -62,6 +63,7 @@ class Utterance(NamedTuple):
         keys: of each piece in the store of frames, if there is one.
         stored: the frames of each piece, if all of them are stored.
         shortened: what to say of a response that was cut.
+        taught: ids that the teacher reads in place of the transcripts, if the row says so.
     """
 
     place: int
@@ -75,6 +77,7 @@ class Utterance(NamedTuple):
     keys: list[bytes]
     stored: list[Stored]
     shortened: Shortened | None = None
+    taught: list[list[int]] | None = None
 
 
 class _OtherText(ManifestError):
@@ -85,8 +88,9 @@ class SpeechTextDataset(FairseqDataset):
     """Speech, transcript and response of every row of a manifest.
 
     Args:
-        manifest: its rows; columns ``prompt``, ``src_lang`` and ``tgt_lang`` are used where present, and ``cut`` = 1
-            says that the length limit ended the response, so that no end of turn follows it.
+        manifest: its rows; columns ``prompt``, ``src_lang`` and ``tgt_lang`` are used where present; ``cut`` = 1 says
+            that the length limit ended the response, so that no end of turn follows it; where ``teacher_text`` is not
+            empty, the teacher reads it in place of ``src_text``.
         chat: chat format of the LLM.
         prompt: instruction of rows without one: a name or a text (see :mod:`blspkd_fairseq.data.prompts`).
         audio_root: folder that holds all audio; default: relative paths start at the manifest, absolute ones anywhere.
@@ -98,6 +102,7 @@ class SpeechTextDataset(FairseqDataset):
         with_response: the LLM reads up to the end of the response; otherwise no further than the speech.
         share_prefix: what all rows of a batch begin with is read once.
         max_response_tokens: of a longer response the rest is cut off; 0: never.
+        augmenter: changes the sound of every utterance anew in every epoch.
 
     Attributes:
         store: frames of speech that the encoder has heard; such speech is not decoded, and batches say what is missing.
@@ -117,6 +122,7 @@ class SpeechTextDataset(FairseqDataset):
         with_response: bool = True,
         share_prefix: bool = True,
         max_response_tokens: int = 0,
+        augmenter: Augmenter | None = None,
     ) -> None:
         self.manifest = manifest
         self.chat = chat
@@ -129,6 +135,8 @@ class SpeechTextDataset(FairseqDataset):
         self.with_response = with_response
         self.share_prefix = share_prefix
         self.max_response_tokens = max_response_tokens
+        self.augmenter = augmenter
+        self.epoch = 1
         self.store: FeatureStore | None = None
         self.reading = ReadingRecord(self._describe)
         self._stand_in: Utterance | None = None
@@ -186,9 +194,9 @@ class SpeechTextDataset(FairseqDataset):
         n_frames = int(self.manifest.n_frames[index])
         try:
             keys, stored = self._find_stored(pieces, n_frames)
-            waveforms = [] if stored else self._load(pieces, n_frames)
+            waveforms = [] if stored else self._changed(self._load(pieces, n_frames), index, row)
         except AudioError as error:
-            raise AudioError(f"{where}: {error}") from error
+            raise AudioError(f"{where}: {error}", error.reason) from error
         transcripts = [self.chat.encode_text(piece.transcript) for piece in pieces]
         samples = [one.samples for one in stored] or [len(waveform) for waveform in waveforms]
         for count, transcript in zip(samples, transcripts, strict=True):
@@ -200,7 +208,18 @@ class SpeechTextDataset(FairseqDataset):
         response, shortened = self._response(index, row.get("tgt_text", ""), is_cut)
         segments = self.chat.render(conversation)
         return Utterance(
-            index, row, waveforms, segments, transcripts, response, prompt, samples, keys, stored, shortened
+            index,
+            row,
+            waveforms,
+            segments,
+            transcripts,
+            response,
+            prompt,
+            samples,
+            keys,
+            stored,
+            shortened,
+            self._taught(row, where),
         )
 
     def _response(self, index: int, text: str, is_cut: bool) -> tuple[list[int], Shortened | None]:
@@ -212,6 +231,18 @@ class SpeechTextDataset(FairseqDataset):
         where, given = self.manifest.location(index), f"tgt_text has {len(ids)} tokens"
         said = f"{where}: {given}, of which the first {most} are kept (--max-response-tokens)"
         return ids[:most], Shortened(str(self.manifest.path), index, said)
+
+    def _taught(self, row: Mapping[str, str], where: str) -> list[list[int]] | None:
+        """What the teacher reads in place of the transcript."""
+        text = row.get("teacher_text", "")
+        if not text.strip():
+            return None
+        if row.get("conversation"):
+            raise ManifestError(
+                f"{where}: teacher_text stands for one piece of speech, and the row has a conversation: empty one of "
+                "them"
+            )
+        return [self.chat.encode_text(text)]
 
     def _find_stored(self, pieces: Sequence[AudioPart], n_frames: int) -> tuple[list[bytes], list[Stored]]:
         """The key of each piece, and its frames if those of all pieces are stored and as long as is allowed."""
@@ -241,6 +272,33 @@ class SpeechTextDataset(FairseqDataset):
         if expected is None and abs(total - n_frames) > max(0.1 * SAMPLE_RATE, 0.02 * total):
             raise AudioError(f"n_frames is {n_frames}, but its {len(pieces)} pieces of audio have {total} samples")
         return [torch.from_numpy(one) for one in samples]
+
+    def set_epoch(self, epoch: int) -> None:
+        """fairseq says which epoch begins."""
+        super().set_epoch(epoch)
+        self.epoch = epoch
+
+    def _changed(self, waveforms: list[Tensor], index: int, row: Mapping[str, str]) -> list[Tensor]:
+        """The sound of each piece as the augmenter leaves it; babble behind what is no speech would make it some."""
+        if self.augmenter is None:
+            return waveforms
+        others = None if row.get("teacher_text", "").strip() else Others(len(self), self._voice, index)
+        longest = self.max_seconds * SAMPLE_RATE
+        return [
+            torch.from_numpy(self.augmenter(one.numpy(), f"{row['id']}\0{i}", self.epoch, others, longest))
+            for i, one in enumerate(waveforms)
+        ]
+
+    def _voice(self, index: int) -> np.ndarray:
+        """The sound of a row's first piece, for babble."""
+        try:
+            _, pieces, _ = self._conversation(self.manifest[index])
+            piece = pieces[0]
+            return load_audio(piece.audio, self._root(piece.audio), max_seconds=self.max_seconds)
+        except AudioError as error:
+            if self.skip_bad_audio:
+                return np.empty(0, np.float32)
+            raise AudioError(f"{self.manifest.location(index)}: {error}") from error
 
     def collater(self, samples: Sequence[Utterance | LeftOut]) -> dict[str, Any]:
         """Plans a batch; all that a device needs of its texts is one tensor.
@@ -429,7 +487,7 @@ def _plan_rows(utterances: Sequence[Utterance]) -> list[PlanRow]:
     rows, first = [], 0
     for u in utterances:
         pieces = range(first, first + len(u.samples))
-        rows.append(PlanRow(u.segments, u.transcripts, u.samples, u.response, pieces))
+        rows.append(PlanRow(u.segments, u.transcripts, u.samples, u.response, pieces, u.taught))
         first += len(u.samples)
     return rows
 

@@ -1,9 +1,10 @@
 r"""Manifests: tab-separated tables in the style of fairseq's speech_to_text, one utterance per row.
 
-Columns ``id audio n_frames`` (samples at 16 kHz), optionally ``tgt_text src_text speaker src_lang tgt_lang prompt``,
-and any others. Rows end at ``\n`` and cells at ``\t``; everything else, quotes and backslashes included, stands for
-itself, so that ``csv.DictReader(..., delimiter="\t", quoting=csv.QUOTE_NONE)`` reads the same. One exception: a cell
-that cannot be written so (it holds a tab or a line break, or begins with ``json:"``) is ``json:`` and a JSON string.
+Columns ``id audio n_frames`` (samples at 16 kHz), optionally ``tgt_text src_text speaker src_lang tgt_lang prompt
+teacher_text``, and any others. Rows end at ``\n`` and cells at ``\t``; everything else, quotes and backslashes
+included, stands for itself, so that ``csv.DictReader(..., delimiter="\t", quoting=csv.QUOTE_NONE)`` reads the same. One
+exception: a cell that cannot be written so (it holds a tab or a line break, or begins with ``json:"``) is ``json:`` and
+a JSON string.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ class ManifestError(ValueError):
 
 
 # --- cells ----------------------------------------------------------------------------------------
+
+
+def read_by_teacher(row: Mapping[str, str]) -> str:
+    """The text in place of the speech for the teacher: ``teacher_text`` where there is one, else ``src_text``."""
+    text = row.get("teacher_text", "")
+    return text if text.strip() else row.get("src_text", "")
 
 
 def response_is_cut(row: Mapping[str, str]) -> bool:

@@ -56,13 +56,20 @@ class UpdateGuard:
 
     # ---- an update ---------------------------------------------------------------------------------------------
 
-    def update(self, samples: Sequence[Sample], step: Callable[[list[Sample]], Result], alone: bool) -> Result | None:
+    def update(
+        self,
+        samples: Sequence[Sample],
+        step: Callable[[list[Sample]], Result],
+        alone: bool,
+        is_finite: Callable[[Sample], bool] = lambda _: True,
+    ) -> Result | None:
         """Makes an update of collated batches.
 
         Args:
             samples: the batches.
             step: makes an update of those that it gets, from zero gradients on.
             alone: there is no other process, which would have to take part in what is done again.
+            is_finite: whether the gradient of a batch is, by itself and in this process; asked when that of all is not.
 
         Returns:
             What ``step`` does, or None if there was no update.
@@ -83,7 +90,7 @@ class UpdateGuard:
             except DoesNotFit as error:
                 names, why = error.names, error.why
             except NotFinite:
-                self._count_non_finite()
+                self._count_non_finite(todo, is_finite, alone)
                 return None
             except NothingToLearn:
                 return None
@@ -143,7 +150,7 @@ class UpdateGuard:
 
     # ---- numbers -----------------------------------------------------------------------------------------------
 
-    def _count_non_finite(self) -> None:
+    def _count_non_finite(self, samples: list[Sample], is_finite: Callable[[Sample], bool], alone: bool) -> None:
         """Says whose numbers they are; the update is not made, so that weights and optimizer are as before."""
         bad = [name for name, parameter in self._parameters() if not parameter.isfinite().all()]
         if bad:
@@ -153,16 +160,25 @@ class UpdateGuard:
             )
         self._non_finite += 1
         self._non_finite_in_a_row += 1
-        culprits = [(names, loss) for names, loss in self._losses if not math.isfinite(loss)]
-        names = [name for batch, _ in culprits or self._losses for name in batch]
-        where = f"a loss of {culprits[0][1]}" if culprits else "NaN or Inf in the gradient, though the loss is finite,"
-        message = f"{where} in the batch of {listed(names)}" if names else "NaN or Inf in the gradient"
+        message = self._say_whose(samples, is_finite, alone)
         if self._non_finite_in_a_row > self.limits.max_non_finite:
             raise TrainingError(
                 f"{self._non_finite_in_a_row} updates in a row were not finite, but --max-non-finite is "
                 f"{self.limits.max_non_finite}: {message}; look at these rows, or give a smaller --lr"
             )
         logger.warning(f"{message}: no update ({self._non_finite} so far, {self._non_finite_in_a_row} in a row)")
+
+    def _say_whose(self, samples: list[Sample], is_finite: Callable[[Sample], bool], alone: bool) -> str:
+        """Of the batches of the update, those whose loss is no number, or else whose gradient is none by itself."""
+        by_loss = [(names, loss) for names, loss in self._losses if not math.isfinite(loss)]
+        if by_loss:
+            names = [name for batch, _ in by_loss for name in batch]
+            return f"a loss of {by_loss[0][1]} in the batch of {listed(names)}"
+        by_gradient = samples if len(samples) == 1 and alone else [one for one in samples if not is_finite(one)]
+        if not by_gradient and not alone:
+            return "NaN or Inf in the gradient of another process"
+        names = [name for batch in by_gradient or samples for name in names_of(batch)]
+        return f"NaN or Inf in the gradient, though the loss is finite, in the batch of {listed(names)}"
 
     # ---- epochs ------------------------------------------------------------------------------------------------
 

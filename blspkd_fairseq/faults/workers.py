@@ -5,8 +5,10 @@ import os
 import re
 import signal
 import time
+import traceback
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ from torch.utils.data import get_worker_info
 from blspkd_fairseq.faults.errors import TrainingError
 
 _MOST_WORKERS = 256
-_OF_A_LOADER = re.compile(r"DataLoader (worker|timed out)|Pin memory thread exited")
+_TIMED_OUT = re.compile(r"DataLoader timed out after (\S+) seconds")
+_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 _records: "weakref.WeakSet[ReadingRecord]" = weakref.WeakSet()
 
 
@@ -69,16 +72,28 @@ def explain(error: BaseException) -> TrainingError | None:
         An error that names the row, or None if ``error`` is not of a loader.
     """
     text = str(error)
-    if not isinstance(error, RuntimeError) or not _OF_A_LOADER.search(text):
-        return None
-    if hang := re.search(r"timed out after (\S+) seconds", text):
+    if isinstance(error, RuntimeError) and (hang := _TIMED_OUT.search(text)):
         return _explain_hang(float(hang[1]))
-    dead = {int(number) for number in re.findall(r"\d+", text.partition("(pid")[2].partition(")")[0])}
-    rows = [record.describe(one.row) for record in _records for one in record.now() if one.pid in dead]
-    while_ = f"while it read {' or '.join(rows)}" if rows else "while it read no row"
+    if isinstance(error, RuntimeError) and (dead := _DIED.search(text)):
+        return _explain_death(text, [int(number) for number in re.findall(r"\d+", dead[1])])
+    if isinstance(error, (OSError, EOFError)) and _comes_from_processes(error):  # of a batch that has lost its sender
+        return _explain_death(f"{type(error).__name__}: {error}", None)
+    return None
+
+
+def _comes_from_processes(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).parent.name == "multiprocessing" for frame in frames)
+
+
+def _explain_death(text: str, dead: list[int] | None) -> TrainingError:
+    """Names what was being read by the processes ``dead``, or by any."""
+    found = [(record, one) for record in list(_records) for one in record.now()]
+    rows = [record.describe(one.row) for record, one in found if dead is None or one.pid in dead]
     return TrainingError(
-        f"a loader process has died {while_} ({text.strip().splitlines()[0].strip()}): if the machine has no memory "
-        "left, give fewer --num-workers; --num-workers 0 reads in the main process, whose error names the cause"
+        f"a loader process has died while it read {' or '.join(rows) or 'no row'} "
+        f"({text.strip().splitlines()[0].strip()}): if the machine has no memory left, give fewer --num-workers; "
+        "--num-workers 0 reads in the main process, whose error names the cause"
     )
 
 

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, audio_identity, load_audio
+from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, audio_identity, load_audio, warn_of_flaw
 from blspkd_fairseq.data.batch import pad_ids
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset, Utterance
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.generation.decoding import Instruction
+from blspkd_fairseq.generation.references import check_scorer, reference_column
 from blspkd_fairseq.generation.results import Asked
 
 
@@ -60,18 +61,30 @@ class RowsToAnswer(SpeechTextDataset):
         manifest, chat: as for :class:`SpeechTextDataset`.
         max_seconds: longest piece of speech.
         shard: its number and how many there are; it has every so-manieth row.
+        scoring: fairseq's options of the scorer; None: answers are not scored.
         options: further ones of :class:`SpeechTextDataset`.
 
     Attributes:
         known: ids of rows that are answered.
+        reference: the column that answers are scored against; "" for none.
     """
 
     def __init__(
-        self, manifest: Manifest, chat: ChatFormat, max_seconds: float, shard: tuple[int, int] = (0, 1), **options: Any
+        self,
+        manifest: Manifest,
+        chat: ChatFormat,
+        max_seconds: float,
+        shard: tuple[int, int] = (0, 1),
+        scoring: Any = None,
+        **options: Any,
     ) -> None:
         super().__init__(manifest, chat, max_seconds=float("inf"), **options)
         self.max_seconds = max_seconds  # only now: a row that is longer is refused when it is read, and no other is
         self.shard = shard
+        self.reference = "tgt_text" if "tgt_text" in manifest.columns else ""
+        if scoring is not None and len(manifest):
+            self.reference = reference_column(manifest, self.prompt, getattr(scoring, "_name", ""))
+            check_scorer(manifest, self.reference, scoring)
         self.known: frozenset[str] = frozenset()
         self._failures: dict[int, str] = {}  # of batches that have come
 
@@ -81,33 +94,35 @@ class RowsToAnswer(SpeechTextDataset):
         if row["id"] in self.known:
             return Absent(place, "")
         try:
-            return self._read(place, row)
+            utterance = self._read(place, row)
         except (ValueError, OSError) as error:  # of the audio, the texts, the prompt or the conversation
             return Absent(place, str(error))
+        for waveform in utterance.waveforms:
+            warn_of_flaw(waveform.numpy(), self.manifest.location(place))
+        return utterance
 
     def collater(self, samples: Sequence[Utterance | Absent]) -> dict[str, Any]:  # type: ignore[override]
         """A batch of all rows.
 
         Returns:
-            ``id`` [B] and ``target`` [B, N] of all rows; ``readable``, the batch of :class:`SpeechTextDataset` of those
-            that are to be answered, or None; ``absent``, the others. ``net_input`` is empty: fairseq-generate takes
-            each line of what is in it for a row.
+            ``id`` [B] and ``target`` [B, N] (None without a reference) of all rows; ``readable``, the batch of
+            :class:`SpeechTextDataset` of those that are to be answered, or None; ``absent``, the others. ``net_input``
+            is empty: fairseq-generate takes each line of what is in it for a row.
         """
         utterances = [sample for sample in samples if isinstance(sample, Utterance)]
         places = [sample.place for sample in samples]
-        has_target = "tgt_text" in self.manifest.columns
         return {
             "id": torch.tensor(places, dtype=torch.long),
             "net_input": {},
             "readable": super().collater(utterances) if utterances else None,
             "absent": [sample for sample in samples if isinstance(sample, Absent)],
-            "target": pad_ids([self._target(place) for place in places], -1) if has_target else None,
+            "target": pad_ids([self._target(place) for place in places], -1) if self.reference else None,
             "nsentences": len(samples),
         }
 
     def _target(self, place: int) -> list[int]:
         try:
-            return self.chat.encode_text(self.manifest[place]["tgt_text"])
+            return self.chat.encode_text(self.manifest[place][self.reference])
         except ValueError:  # is why the row is absent
             return []
 
@@ -216,6 +231,7 @@ class LinesToAnswer:
         except AudioError as error:
             self._failures[number] = str(error)
             return torch.zeros(0)
+        warn_of_flaw(waveform, line)
         return torch.from_numpy(waveform)
 
     def dataset(self, waveforms: Sequence[Tensor], lengths: Sequence[int]) -> SpeechDataset:

@@ -1,6 +1,6 @@
 """Options of the model, and the model built from them and from pretrained parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -66,10 +66,52 @@ class SpeechLlmConfig:
     unfreeze_speech_encoder: bool = _option(False, "train the speech encoder, too")
     gradient_checkpointing: bool = _option(False, "recompute the LLM's activations in backward: less memory, slower")
     pad_to_30s: bool = _option(False, "give the encoder 30 s of input as published, not only the batch's speech")
+    window_seconds: float = _option(
+        0.0, "in use, longer speech is heard in windows of at most this, cut in pauses (0: what the encoder takes)"
+    )
     cache_encoder_features: bool = _option(
         False, "keep the frozen encoder's output of all training speech on disk: it hears each utterance once"
     )
     no_shared_prefix: bool = _option(False, "recompute the common prefix of the prompts in every row (same numbers)")
+
+
+SHAPING_OPTIONS = (
+    "adapter",
+    "adapter_pre_layers",
+    "adapter_post_layers",
+    "adapter_heads",
+    "adapter_ffn_dim",
+    "adapter_alignment",
+    "adapter_conv_layers",
+    "adapter_kernel_size",
+    "adapter_bottleneck",
+)
+"""Options without which trained weights do not fit, or mean something else."""
+LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_target_modules")
+"""... where LoRA was trained."""
+
+
+def adopt_options(config: Any, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes over from a trained model what its weights ask for, where the user has left an option at its default.
+
+    Args:
+        config: options of the model to build, changed in place.
+        trained: those of the trained model.
+
+    Returns:
+        What was changed.
+    """
+    defaults = SpeechLlmConfig()
+    had_lora = trained.get("lora_scope", "speech") != "none"
+    names = ("speech_encoder", "llm", *SHAPING_OPTIONS, *(LORA_OPTIONS if had_lora else ()))
+    changed = {
+        name: trained[name]
+        for name in names
+        if name in trained and getattr(config, name) == getattr(defaults, name) != trained[name]
+    }
+    for name, value in changed.items():
+        setattr(config, name, value)
+    return changed
 
 
 def _build_cformer(config: SpeechLlmConfig, input_dim: int, output_dim: int, output_scale: float) -> nn.Module:

@@ -342,9 +342,7 @@ class SpeechLLM(ChatLLM):
         hearing, taught = self._hear(adapter, batch.student), self.teach(batch.teacher) if teacher else None
         heard: dict[str, Distillation] = {}
         if "input" in positions:
-            spoken = slice(batch.student.speech)
-            teaching = None if taught is None else taught[spoken]
-            heard["input"] = Distillation(hearing[spoken], teaching, *batch.transcript)
+            heard["input"] = _at_speech(hearing, taught, batch)
         if "response" in positions:
             answered = hearing.index_select(0, batch.student.response)
             teaching = None if taught is None else taught.index_select(0, batch.teacher.response)
@@ -391,3 +389,13 @@ class SpeechLLM(ChatLLM):
         super()._apply(fn, recurse)
         self.settle_precision()
         return self
+
+
+def _at_speech(hearing: Tensor, taught: Tensor | None, batch: Batch) -> Distillation:
+    """The speech positions; where the teacher reads something else than what is said, there is nothing to compare."""
+    if batch.alike is None:
+        spoken = slice(batch.student.speech)
+        return Distillation(hearing[spoken], None if taught is None else taught[spoken], *batch.transcript)
+    alike = batch.alike
+    teaching = None if taught is None else taught.index_select(0, alike.teacher)
+    return Distillation(hearing.index_select(0, alike.student), teaching, *alike.labels)

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, WhisperForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    WhisperForConditionalGeneration,
+)
 from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPER_LANGUAGES
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE
@@ -120,7 +127,7 @@ class CheckpointSystem:
     def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
         waveforms, lengths = _collate(batch, self.model.device)
         prompts = [utterance.prompt for utterance in batch]
-        groups = answer_speech(self.model.model, self.model.chat, waveforms, lengths, prompts, options)
+        groups = answer_speech(self.model.model, self.model.chat_format, waveforms, lengths, prompts, options)
         return [Answer(group[0].text) for group in groups]
 
 
@@ -156,7 +163,11 @@ class TextSystem:
 
 
 class CascadeSystem(TextSystem):
-    """Whisper transcribes, the LLM reads that. For speech recognition, Whisper's transcript is the answer."""
+    """Whisper transcribes, the LLM reads that, both with the same beam.
+
+    For speech recognition, Whisper's transcript is the answer. ``whisper`` may be a Whisper that was trained further on
+    the same data as the systems it stands beside.
+    """
 
     hears = True
 
@@ -180,13 +191,13 @@ class CascadeSystem(TextSystem):
     def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
         waveforms = [utterance.waveform for utterance in batch if utterance.waveform is not None]
         assert self._transcriber is not None
-        heard = self._transcriber.transcribe(waveforms, [u.language for u in batch])
+        heard = self._transcriber.transcribe(waveforms, [u.language for u in batch], options.beam)
         answers = heard if is_asr else self._read(heard, batch, options)
         return [Answer(answer, text) for answer, text in zip(answers, heard, strict=True)]
 
 
 class WhisperTranscriber:
-    """Whisper as OpenAI decodes it (greedy, no timestamps), in float32 on the CPU and float16 on a GPU."""
+    """Whisper without timestamps, in float32 on the CPU and float16 on a GPU."""
 
     def __init__(self, name: str) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -206,28 +217,36 @@ class WhisperTranscriber:
         self.model: Any = loaded.to(device).eval()
 
     @torch.no_grad()
-    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str]) -> list[str]:
+    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str], beam: int = 1) -> list[str]:
         """Transcripts of utterances of up to 30 s; a language code makes a multilingual Whisper listen for it."""
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"num_beams": beam}
         if self.model.generation_config.is_multilingual:
-            options = {"task": "transcribe", "language": [_whisper_language(code) for code in languages]}
+            options |= {"task": "transcribe", "language": [_whisper_language(code) for code in languages]}
             if not all(options["language"]):
                 options["language"] = None
         ids = self.model.generate(**self._features(waveforms), **options)
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     @torch.no_grad()
-    def word_ends(self, waveform: np.ndarray) -> list[tuple[str, float]]:
+    def word_ends(self, waveform: np.ndarray, transcript: str = "") -> list[tuple[str, float]]:
         """Words and the seconds at which they end, from cross-attention (Whisper's token timestamps).
 
+        With a transcript, Whisper is forced to say that: all words are then timed, also those that it would mishear.
         transformers gives each token the time at which it ends, but 0 to the first one: a first word of one token is
         left out. Punctuation, whose times mean nothing, is not timed.
         """
+        tokenizer = self.processor.tokenizer
+        forced: dict[str, Any] = {}
+        if transcript:
+            ids = tokenizer(f" {transcript.strip()}", add_special_tokens=False).input_ids
+            forced = {
+                "logits_processor": LogitsProcessorList([_Forced([*ids, tokenizer.eos_token_id])]),
+                "max_new_tokens": len(ids) + 1,
+            }
         out = self.model.generate(
-            **self._features([waveform]), return_token_timestamps=True, return_dict_in_generate=True
+            **self._features([waveform]), return_token_timestamps=True, return_dict_in_generate=True, **forced
         )
         duration = len(waveform) / SAMPLE_RATE
-        tokenizer = self.processor.tokenizer
         words: list[tuple[str, float]] = []
         for token, end in zip(out["sequences"][0].tolist(), out["token_timestamps"][0].tolist(), strict=True):
             if token >= tokenizer.eos_token_id:  # from here on, Whisper's vocabulary has control tokens and times only
@@ -256,6 +275,18 @@ def _whisper_language(language: str) -> str | None:
     code = code_of(language, "Whisper listens for any language")
     code = {"jv": "jw"}.get(code, code)  # it has the older one of Javanese
     return code if code in WHISPER_LANGUAGES else None
+
+
+class _Forced(LogitsProcessor):
+    """Only the next of these tokens is possible, of one utterance."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = iter(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, next(self.tokens)] = 0
+        return forced
 
 
 _NAMED = ("speech_encoder", "llm", "llm_dtype", "system_prompt", "chat_template")  # besides the weights of a checkpoint

@@ -53,7 +53,11 @@ class AnsweringTask(FairseqTask):
         shard, shards = self.command.dataset.shard_id, self.command.dataset.num_shards
         if not 0 <= shard < shards:
             raise ValueError(f"--shard-id must be between 0 and --num-shards - 1 = {shards - 1}, got {shard}")
-        return RowsToAnswer, {"max_seconds": self._max_seconds(), "shard": (shard, shards)}
+        return RowsToAnswer, {
+            "max_seconds": self._max_seconds(),
+            "shard": (shard, shards),
+            "scoring": self.command.scoring,
+        }
 
     def _max_seconds(self) -> float:
         longest = float("inf") if self.max_samples is None else self.max_samples / SAMPLE_RATE

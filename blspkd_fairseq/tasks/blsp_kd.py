@@ -13,10 +13,11 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed.utils import get_data_parallel_world_size
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
-from omegaconf import MISSING
+from omegaconf import II, MISSING
 from torch import Tensor
 
 from blspkd_fairseq import compat
+from blspkd_fairseq.data.augment import Augmenter, parse_augmentation
 from blspkd_fairseq.data.batch import SpeechLengths
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import SpeechTextDataset, load_manifest, transcripts_of
@@ -29,6 +30,7 @@ from blspkd_fairseq.faults.limits import FaultLimits, check_limits
 from blspkd_fairseq.faults.update import UpdateGuard
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, speech_of
 from blspkd_fairseq.generation.fairseq_generator import LlmDictionary
+from blspkd_fairseq.modules.build import adopt_options
 from blspkd_fairseq.modules.fingerprint import identity
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained
@@ -77,11 +79,19 @@ class BlspKdConfig(FaultLimits, FairseqDataclass):
             "that is said (0: never)"
         },
     )
+    augment: str = field(
+        default="",
+        metadata={
+            "help": "change the sound of training speech anew in every epoch: all, or kinds with a probability, such "
+            "as speed:0.5,reverb:0.25,noise:0.3,babble:0.3,band:0.15,gain:1 (which is all)"
+        },
+    )
+    augment_seed: int = II("common.seed")
     pretrained_model: str = field(
         default="",
         metadata={
-            "help": "begin with the trained parts of this model: a folder of save_pretrained or a checkpoint, of the "
-            "same adapter and LoRA"
+            "help": "begin with the trained parts of this model: a folder of save_pretrained or a checkpoint; options "
+            "of adapter, LoRA and base models that are not given are its own"
         },
     )
     eval_wer: bool = field(
@@ -112,6 +122,7 @@ class BlspKdTask(AnsweringTask):
         super().__init__(cfg)
         self.dictionary = LlmDictionary()
         self.trust_remote_code = False  # of the user, for a teacher as for the student
+        self._augmenter = Augmenter(parse_augmentation(cfg.augment), cfg.augment_seed) if cfg.augment else None
         self._needed_texts: tuple[str, ...] = ()
         self._reads_responses = True
         self._loaded_split = ""
@@ -164,9 +175,20 @@ class BlspKdTask(AnsweringTask):
         if self.cfg.feature_store and not self._keeps_features and not from_checkpoint:
             raise ValueError("--feature-store is the folder of --cache-encoder-features: give both or none of them")
         self.trust_remote_code = cfg.trust_remote_code
+        if self._augmenter is not None and self._keeps_features and not from_checkpoint:
+            raise ValueError(
+                "--augment changes the sound in every epoch, and --cache-encoder-features has each utterance heard "
+                "once: leave out one of them"
+            )
+        begin = "" if from_checkpoint else self.cfg.pretrained_model
+        trained = read_trained(Path(begin)) if begin else None
+        if trained is not None:
+            adopted = adopt_options(cfg, trained[0])
+            options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in adopted.items())
+            logger.info(f"of --pretrained-model: {options or 'no option'}")
         model = super().build_model(cfg, from_checkpoint)
-        if self.cfg.pretrained_model and not from_checkpoint:
-            load_trained_state_dict(model.speech_llm, read_trained(Path(self.cfg.pretrained_model))[1])
+        if trained is not None:
+            load_trained_state_dict(model.speech_llm, trained[1])
         self.dictionary.chat = model.chat
         self._model = model.speech_llm
         return model
@@ -204,6 +226,7 @@ class BlspKdTask(AnsweringTask):
             with_response=self._reads_responses,
             share_prefix=self._model is None or self._model.share_prefix,
             max_response_tokens=self.cfg.max_response_tokens,
+            augmenter=self._augmenter if is_train else None,
             **options,
         )
         self._loaded_split = split
