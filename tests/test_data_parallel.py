@@ -73,7 +73,7 @@ def build(root: Path, case: Case) -> tuple[BlspKdModel, Any]:
     task = SimpleNamespace(chat=model.chat, target_dictionary=None)
     if not case.on_policy:
         return model, KlDistillationCriterion(KlDistillationConfig(**case.criterion), task)
-    defaults = {"rollouts": 2, "rollout_max_tokens": 4, "seed": 1, "trust_remote_code": False}
+    defaults = {"rollouts": 2, "rollout_max_tokens": 4, "seed": 1}
     return model, OnPolicyDistillationCriterion(OnPolicyDistillationConfig(**defaults | case.criterion), task)
 
 

@@ -388,11 +388,8 @@ def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:
     Raises:
         ValueError: it cannot be loaded, or has not the student's words and ends of turn.
     """
-    config = SpeechLlmConfig(
-        llm=cfg.teacher_llm,
-        llm_dtype=cfg.teacher_llm_dtype,
-        trust_remote_code=getattr(task, "trust_remote_code", False),
-    )
+    trusts = getattr(task, "trust_remote_code", False)  # by what the user said of the student
+    config = SpeechLlmConfig(llm=cfg.teacher_llm, llm_dtype=cfg.teacher_llm_dtype, trust_remote_code=trusts)
     chat = ChatFormat(load_tokenizer(config, "teacher-llm"), task.chat.system, task.chat.chat_template)
     if chat.tokenizer.get_vocab() != task.chat.tokenizer.get_vocab():
         raise ValueError(
