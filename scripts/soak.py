@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import generate_responses
-import import_corpus
 import torch
 from commands import train
 from damage import DAMAGES
@@ -98,6 +97,17 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         return None if hung else os.waitstatus_to_exitcode(status)
+
+
+def done(program: Callable[[], Any], work: Path) -> None:
+    """Does something in a process of its own: threads that libraries begin here would be missing where it is forked."""
+    work.mkdir(parents=True, exist_ok=True)
+    assert Child(program, work / "log").wait() == 0, (work / "log").read_text()
+
+
+def world_in(work: Path) -> World:
+    done(lambda: World(work / "world"), work)
+    return World(work / "world")
 
 
 def kill_self() -> None:
@@ -175,7 +185,7 @@ SCHEDULES: tuple[tuple[Any, ...], ...] = (
 def kill_trainings(work: Path, share: float) -> list[Count]:
     """Kills before updates and within saves, in five kinds of training."""
     anywhere, in_save = Count("training killed at an update"), Count("training killed inside a save")
-    world, rng = World(work / "world"), random.Random(1)
+    world, rng = world_in(work), random.Random(1)
     for number, options in enumerate(SCHEDULES):
         undisturbed = Training(world, work / f"through-{number}", *options)
         assert undisturbed.start().wait() == 0, undisturbed.folder
@@ -208,7 +218,7 @@ def kill_trainings(work: Path, share: float) -> list[Count]:
 def damage_checkpoints(work: Path, share: float) -> list[Count]:
     """Every kind of damage to the last checkpoint, and to all of them."""
     last, every = Count("checkpoint_last.pt damaged"), Count("all checkpoints damaged")
-    world = World(work / "world")
+    world = world_in(work)
     training = Training(world, work / "whole", "--max-update", 7, "--keep-interval-updates", 9)
     assert training.start().wait() == 0
     through = training.weights()
@@ -240,7 +250,7 @@ def damage_checkpoints(work: Path, share: float) -> list[Count]:
 
 def send_signals(work: Path, share: float) -> list[Count]:
     """Every signal, to a training without workers, to the whole group of one with two, and to one of two processes."""
-    world = World(work / "world")
+    world = world_in(work)
     through = {}
     for ranks in (1, 2):
         undisturbed = Training(world, work / f"through-{ranks}", "--max-epoch", 2, "--batch-size", 1)
@@ -293,7 +303,8 @@ def _codes(children: list[Child]) -> list[int | None]:
 
 def kill_responses(work: Path, share: float) -> list[Count]:
     """Kills of the generation of responses at any time."""
-    llm = save_llm(work / "llm")
+    llm = work / "llm"
+    done(lambda: save_llm(llm), work)
     write_split(work / "data", "train", 40)
 
     def program(folder: Path) -> None:
@@ -315,7 +326,9 @@ def kill_preparation(work: Path, share: float) -> list[Count]:
 
     def program(folder: Path) -> None:
         options = ["--list", f"train={work / 'raw/list.tsv'}", "--output", str(folder), "--src-lang", "en"]
-        import_corpus.main([*options, "--processes", "2"])
+        # Not forked: its workers are spawned, and would import all that this program has.
+        script = str(Path(__file__).with_name("import_corpus.py"))
+        os.execv(sys.executable, [sys.executable, script, *options, "--processes", "2"])
 
     return [_kill_at_any_time("preparation of a corpus killed", program, work, round(20 * share))]
 
@@ -323,7 +336,7 @@ def kill_preparation(work: Path, share: float) -> list[Count]:
 def _kill_at_any_time(what: str, program: Callable[[Path], None], work: Path, kills: int) -> Count:
     """Each run goes on where the one before it was killed; when one ends, the next begins anew."""
     count, rng, begin = Count(what), random.Random(2), time.monotonic()
-    assert Child(lambda: program(work / "whole"), work / "log").wait() == 0, work / "log"
+    done(lambda: program(work / "whole"), work)
     seconds, whole = time.monotonic() - begin, _content(work / "whole")
     killed = work / "killed"
     while count.times < kills or killed.exists():

@@ -43,16 +43,19 @@ class Kill(NamedTuple):
 
 
 class World:
-    """Models and data of 11 utterances, some as long as others."""
+    """Models and data of 11 utterances, some as long as others; those of a folder that is there already are taken."""
 
     def __init__(self, root: Path, utterances: int = 11) -> None:
-        self.llm, self.whisper = save_llm(root / "llm"), save_whisper(root / "whisper")
-        self.data = root / "data"
-        write_split(self.data, "train", utterances)
-        write_split(self.data, "valid", 3)
-        self.other_data = root / "other"
-        write_split(self.other_data, "train", utterances - 4)
-        write_split(self.other_data, "valid", 3)
+        self.llm, self.whisper, self.data, self.other_data = (
+            root / name for name in ("llm", "whisper", "data", "other")
+        )
+        if self.other_data.exists():
+            return
+        save_llm(self.llm)
+        save_whisper(self.whisper)
+        for data, count in ((self.data, utterances), (self.other_data, utterances - 4)):
+            write_split(data, "train", count)
+            write_split(data, "valid", 3)
 
     def train(
         self, save_dir: Path, *options: Any, kill: Kill | None = None, data: Path | None = None
