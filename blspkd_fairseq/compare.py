@@ -1,8 +1,8 @@
 """Compares systems over training seeds and clusters of rows, as a plan says that was written before the runs.
 
-    python -m blspkd_fairseq.compare contrasts.toml --register       # before the runs: writes contrasts.toml.sha256
-    python -m blspkd_fairseq.compare contrasts.toml --out results    # after them
-    python -m blspkd_fairseq.compare contrasts.toml --out results --row-scores st/ours:1:COMET=comet/ours-1.jsonl
+    blspkd compare contrasts.toml --register       # before the runs: writes contrasts.toml.sha256
+    blspkd compare contrasts.toml --out results    # after them
+    blspkd compare contrasts.toml --out results --row-scores st/ours:1:COMET=comet/ours-1.jsonl
 
 The plan (see blspkd_fairseq/evaluation/contrasts.py) names systems, seeds, files of answers, a metric with its smallest
 effect of interest for each task, and at most four primary contrasts. Answers are JSON lines of any system (``id``,
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m blspkd_fairseq.compare",
+        prog="blspkd compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,7 +1,7 @@
 """How many training seeds and rows an effect needs, from a pilot's answers or from given standard deviations.
 
-    python -m blspkd_fairseq.power --effect 2 --seed-sd 1.0 --row-sd 17 --rows-per-cluster 50 --out size
-    python -m blspkd_fairseq.power pilot.toml --out size     # a plan whose answers are there for a few seeds
+    blspkd power --effect 2 --seed-sd 1.0 --row-sd 17 --rows-per-cluster 50 --out size
+    blspkd power pilot.toml --out size     # a plan whose answers are there for a few seeds
 
 Writes OUT/power.md, power.json and power.png: the probability that a difference of the effect's size is found, by seeds
 and rows, and the rows that 80 % of power need. A pilot estimates the variances, and is then thrown away.
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m blspkd_fairseq.power",
+        prog="blspkd power",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

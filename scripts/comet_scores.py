@@ -2,7 +2,7 @@
 
     python -m venv comet && comet/bin/pip install unbabel-comet
     comet/bin/python scripts/comet_scores.py --answers results/answers/translation/ours.jsonl --out comet/ours.jsonl
-    python -m blspkd_fairseq.evaluate ... --row-scores translation/ours:COMET=comet/ours.jsonl
+    blspkd evaluate ... --row-scores translation/ours:COMET=comet/ours.jsonl
 
 In an environment of its own: COMET needs numpy below 2 and transformers below 5. Needs nothing of this package.
 """

@@ -101,7 +101,7 @@ def _difference_text(task: TaskReport) -> str:
     drawn = f"whole {task.unit}s" if task.speakers >= MIN_BLOCKS else "utterances"
     return (
         f"Drawn and exchanged: {drawn}. Corrected: Holm, over the systems of one metric. *Yes* is said of these very "
-        "systems; how another training seed would do is not in it (`python -m blspkd_fairseq.compare` takes seeds).\n"
+        "systems; how another training seed would do is not in it (`blspkd compare` takes seeds).\n"
     )
 
 
