@@ -64,7 +64,7 @@ def collect() -> list[Row]:
     others = [one for one in REQUIRED if split(one)[0] not in ("torch", FAIRSEQ_NAME)]
     rows += [_guarded(split(one)[0], partial(check_package, one)) for one in others]
     rows.append(_guarded("torchaudio", check_torchaudio))
-    optional = [one for extra in ("quickstart", "bench") for one in EXTRAS[extra]]
+    optional = [one for extra in ("quickstart", "serve", "bench") for one in EXTRAS[extra]]
     return rows + [_guarded(split(one)[0], partial(check_optional, one)) for one in optional]
 
 
@@ -121,6 +121,8 @@ def check_torchaudio() -> Row:
         compat.block_broken_torchaudio()
     if sys.modules.get("torchaudio") is not None:
         return Row("torchaudio", found, "", "not used")
+    if "_blspkd_torchaudio" in sys.modules:  # what pip has put beside this package; see setup.py
+        return Row("torchaudio", found, "", "cannot be loaded, hidden")
     what = (
         f"torchaudio {found}, which pip installed for fairseq, cannot be loaded beside this torch; it is hidden "
         "here, but transformers fails in programs that do not import blspkd_fairseq first"

@@ -2,28 +2,47 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blspkd_fairseq.data.audio import load_audio, prepare_waveform
+from blspkd_fairseq.data.audio import (
+    MAX_SECONDS,
+    SAMPLE_RATE,
+    AudioError,
+    decode_audio,
+    load_audio,
+    prepare_waveform,
+    warn_of_flaw,
+)
+from blspkd_fairseq.data.audio_stream import Window, stream_windows
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import AudioPart, one_turn, read_messages
 from blspkd_fairseq.data.prompts import resolve_prompt
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
+from blspkd_fairseq.data.transcript import Segment, Transcript, words_of
+from blspkd_fairseq.data.vad import speech_windows
+from blspkd_fairseq.data.windows import cut_windows, onset, starts
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows
+from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
+from blspkd_fairseq.generation.text_stream import TextStream
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import AdapterOutput
+from blspkd_fairseq.modules.pretrained import show_base_models
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained, write_trained
 from blspkd_fairseq.modules.whisper_encoder import FRAMES_PER_SECOND
 
-Audio = str | Path | tuple[Any, int]
-"""A path (or ``shard.zip:offset:length``), or samples [S] (numpy, torch or list) with their rate in Hz."""
+Audio = str | Path | bytes | tuple[Any, int] | Mapping[str, Any]
+"""A path (or ``shard.zip:offset:length``); the bytes of a file; samples [S] (numpy, torch or list) with their rate in
+Hz; or an element of an audio column of Hugging Face's data sets: ``{"array": ..., "sampling_rate": ...}``,
+``{"bytes": ..., "path": ...}``, or a decoder of torchcodec."""
 
 
 class AlignedToken(NamedTuple):
@@ -48,19 +67,23 @@ class BlspKd:
         ])
 
     Attributes:
-        model: the torch module. chat: the chat format of its LLM. config: its options.
+        model: the torch module. chat_format: the chat format of its LLM. config: its options.
     """
 
     def __init__(self, model: SpeechLLM, chat: ChatFormat, config: SpeechLlmConfig) -> None:
         self.model = model.eval()
-        self.chat = chat
+        self.chat_format = chat
         self.config = config
 
     # ---- loading and saving ------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
-        cls, checkpoint_or_dir: str | os.PathLike[str], device: str | torch.device | None = None, **overrides: Any
+        cls,
+        checkpoint_or_dir: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        **overrides: Any,
     ) -> "BlspKd":
         """Loads a trained model.
 
@@ -68,17 +91,21 @@ class BlspKd:
             checkpoint_or_dir: a checkpoint of fairseq-train, a folder with ``checkpoint_best.pt`` or
                 ``checkpoint_last.pt``, or a folder of :meth:`save_pretrained`.
             device: default: the GPU if there is one.
+            trust_remote_code: run code that comes with the LLM's files; what the checkpoint says of it does not count.
             overrides: options in place of the checkpoint's, such as ``llm="/models/qwen"`` or ``llm_dtype="float32"``.
 
         Raises:
-            ValueError: nothing to load there, an unknown option, or other base models than in training.
+            ValueError: nothing to load there, an unknown option, other base models than in training, or one that needs
+                code of its own.
         """
         options, state = read_trained(Path(checkpoint_or_dir))
         names = {field.name for field in dataclasses.fields(SpeechLlmConfig)}
         unknown = sorted(set(overrides) - names)
         if unknown:
             raise ValueError(f"unknown options {', '.join(unknown)}: choose from {', '.join(sorted(names))}")
-        config = SpeechLlmConfig(**{k: v for k, v in {**options, **overrides}.items() if k in names})
+        chosen = {**options, **overrides, "trust_remote_code": trust_remote_code}
+        config = SpeechLlmConfig(**{k: v for k, v in chosen.items() if k in names})
+        show_base_models(str(checkpoint_or_dir), LLM=config.llm, speech_encoder=config.speech_encoder)
         model, chat = build_speech_llm(config)
         load_trained_state_dict(model, state)
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), chat, config)
@@ -105,24 +132,28 @@ class BlspKd:
         instruction: str = "chat",
         batch_size: int = 16,
         messages: Sequence[Any] | None = None,
+        vad: str | None = None,
         **generation: Any,
     ) -> Any:
         """Answers speech.
 
         Args:
-            audio: one utterance of up to 30 s, or a list of them.
+            audio: one utterance, or a list of them. One longer than the speech encoder's window is heard in several,
+                and is one piece of speech for the LLM. Digital silence and other flaws are warned about.
             instruction: text with a ``{speech}`` slot (else the speech follows it), or the name of a prompt; by
                 default the speech itself is what the user says.
             batch_size: utterances at a time; it does not change the answers.
             messages: in place of audio and instruction, a conversation as chat LLMs take it, or a list of them; a part
                 ``{"type": "audio", "audio": AUDIO}`` is a piece of speech.
+            vad: "energy" or "silero": hear only where somebody speaks, and answer "" where nobody does.
             generation: fields of :class:`DecodingOptions` such as ``beam=4, max_new_tokens=64``.
 
         Returns:
             A string, or a list of strings for a list; with ``n_best`` > 1, a list of strings for each utterance.
 
         Raises:
-            AudioError: audio that cannot be used; PromptError: an unknown prompt; ConversationError: other messages.
+            AudioError: audio that cannot be used; PromptError: an unknown prompt; ConversationError: other messages;
+            ValueError: more tokens than the LLM can read.
         """
         if messages is not None:
             if audio is not None or instruction != "chat":
@@ -135,15 +166,89 @@ class BlspKd:
         options = DecodingOptions(**generation)
         answers: list[Any] = []
         for batch in _batches(asked, batch_size):
-            speech = self._collate([piece.audio for _, pieces in batch for piece in pieces])
-            conversations = [self.chat.render(conversation) for conversation, _ in batch]
-            groups = answer_speech(self.model, self.chat, *speech, conversations, options)
-            answers += [[h.text for h in group] if options.n_best > 1 else group[0].text for group in groups]
+            speech = [[self.windows(piece.audio, vad) for piece in pieces] for _, pieces in batch]
+            spoken = [i for i, one in enumerate(speech) if not (vad and one and not any(one))]
+            given: list[Any] = [[""] * options.n_best if options.n_best > 1 else ""] * len(batch)
+            if spoken:
+                heard = hear_windows(self.model, [windows for i in spoken for windows in speech[i]])
+                conversations = [self.chat_format.render(batch[i][0]) for i in spoken]
+                groups = answer_heard(self.model, self.chat_format, heard, conversations, options)
+                for i, group in zip(spoken, groups, strict=True):
+                    given[i] = [h.text for h in group] if options.n_best > 1 else group[0].text
+            answers += given
         return answers[0] if single else answers
 
     def transcribe(self, audio: Audio | Sequence[Audio], **generation: Any) -> Any:
-        """:meth:`generate` with the prompt ``transcribe``."""
-        return self.generate(audio, "transcribe", **generation)
+        """What is said, of any length: the text of :meth:`transcripts`."""
+        texts = [one.text for one in self.transcripts(_as_list(audio), with_words=False, **generation)]
+        return texts[0] if _is_single(audio) else texts
+
+    def transcripts(
+        self,
+        audio: Sequence[Audio],
+        prompt: str = "transcribe",
+        vad: str | None = None,
+        with_words: bool = True,
+        batch_size: int = 16,
+        progress: Callable[[float], Any] | None = None,
+        **generation: Any,
+    ) -> list[Transcript]:
+        """What is said and when, of recordings of any length, heard and written window by window.
+
+        Args:
+            audio: recordings.
+            prompt: asks for the words; see :meth:`generate`.
+            vad: as for :meth:`generate`.
+            with_words: find the time of each word, by CIF.
+            batch_size: windows at a time.
+            progress: called with the seconds of audio that were done since the last call.
+            generation: fields of :class:`DecodingOptions`; ``max_new_tokens`` is for one window.
+
+        Raises:
+            AudioError: audio that cannot be used.
+        """
+        found: list[list[Segment]] = [[] for _ in audio]
+        lengths = [0.0] * len(audio)
+        parts = ((index, window) for index, one in enumerate(audio) for window in self._stream(one))
+        while batch := list(islice(parts, batch_size)):
+            spoken = []
+            for index, window in batch:
+                lengths[index] = window.start + len(window.samples) / SAMPLE_RATE
+                inside = speech_windows(window.samples, vad) if vad else [(0, window.samples)]
+                spoken += [(index, Window(window.start + b / SAMPLE_RATE, samples)) for b, samples in inside]
+            speech = [(window.samples, SAMPLE_RATE) for _, window in spoken]
+            texts = self.generate(speech, prompt, batch_size, **generation) if speech else []
+            for (index, window), text in zip(spoken, texts, strict=True):
+                if text.strip():
+                    found[index].append(self.segment(window, text.strip(), with_words))
+            if progress is not None:
+                progress(sum(len(window.samples) for _, window in batch) / SAMPLE_RATE)
+        return [Transcript(seconds, tuple(one)) for seconds, one in zip(lengths, found, strict=True)]
+
+    def _stream(self, audio: Audio) -> Iterator[Window]:
+        """Windows of a recording, decoded while they are needed if it is a file."""
+        if isinstance(audio, (str, os.PathLike)):
+            return stream_windows(audio, self.window_seconds)
+        windows = self.windows(audio)
+        return (Window(*one) for one in zip(starts(windows), windows, strict=True))
+
+    def segment(self, window: Window, text: str, with_words: bool = True) -> Segment:
+        """What was said in a window, with the times of its words where the adapter cuts tokens."""
+        end = window.start + len(window.samples) / SAMPLE_RATE
+        if not with_words or not getattr(self.model.adapter, "one_to_one", False):
+            return Segment(window.start, end, text, ())
+        ids = self.chat_format.encode_text(text)
+        boundaries = self.adapt((window.samples, SAMPLE_RATE), len(ids)).boundaries
+        assert boundaries is not None
+        begin = self._onset(window)
+        ends = [max(begin, window.start + one / FRAMES_PER_SECOND) for one in boundaries[0].tolist()]
+        return Segment(window.start, end, text, words_of(text, self._pieces(ids), ends, begin))
+
+    def _pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token adds."""
+        stream = TextStream(self.chat_format)
+        pieces = [stream.push(token) for token in ids]
+        return [*pieces[:-1], pieces[-1] + stream.finish()] if pieces else []
 
     def translate(self, audio: Audio | Sequence[Audio], target: str = "German", **generation: Any) -> Any:
         """:meth:`generate` with the prompt ``translate``; ``target`` is a language's name or code."""
@@ -154,15 +259,87 @@ class BlspKd:
         """Where the model is."""
         return next(self.model.adapter.parameters()).device
 
+    # ---- conversations -----------------------------------------------------------------------------------------
+
+    @overload
+    def chat(
+        self, messages: Sequence[Any], stream: Literal[False] = False, vad: str | None = None, **sampling: Any
+    ) -> str: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Any], stream: Literal[True], vad: str | None = None, **sampling: Any
+    ) -> Iterator[str]: ...
+
+    def chat(
+        self, messages: Sequence[Any], stream: bool = False, vad: str | None = None, **sampling: Any
+    ) -> str | Iterator[str]:
+        """Answers the last turn of a conversation; what it shares with earlier calls is not read again.
+
+        Args:
+            messages: as for :meth:`generate`; a piece of audio may have any length that the LLM has room for.
+            stream: return an iterator of pieces of the answer, as they come; closing it ends the answer.
+            vad: "energy" or "silero": hear only where somebody speaks; a last turn in which nobody does, and nothing is
+                written, is answered by "".
+            sampling: fields of :class:`Sampling` such as ``max_new_tokens=64, temperature=0.7, top_p=0.9, seed=1``.
+
+        Raises:
+            AudioError: audio that cannot be used; ConversationError: other messages; ValueError: no room for it all.
+        """
+        request = self.request(messages, Sampling(**sampling), vad)
+        pieces = (delta.text for delta in self.decoder.stream(request) if delta.text)
+        return pieces if stream else "".join(pieces)
+
+    def request(self, messages: Sequence[Any], sampling: Sampling | None = None, vad: str | None = None) -> Request:
+        """A conversation, checked, rendered, its audio decoded and cut into windows, for a :class:`StreamingDecoder`.
+
+        Runs no model, so that it may be called from any thread. Arguments and errors are those of :meth:`chat`.
+        """
+        conversation, pieces = read_messages(messages)
+        speech = [self.windows(piece.audio, vad) for piece in pieces]
+        silent = not any(isinstance(part, str) or speech[part.piece] for part in conversation[-1].parts)
+        return Request(self.chat_format.render(conversation), speech, sampling or Sampling(), silent)
+
+    def windows(self, audio: Audio, vad: str | None = None) -> list[np.ndarray]:
+        """Audio of any length as windows ``[samples]`` that the speech encoder can hear.
+
+        Args:
+            audio: as for :meth:`generate`, of one utterance.
+            vad: leave out what is no speech; nothing may be left.
+        """
+        windows = cut_windows(_samples(audio, max_seconds=None), self.window_seconds)
+        return windows if vad is None else [part for one in windows for _, part in speech_windows(one, vad)]
+
+    @property
+    def window_seconds(self) -> float:
+        """The longest speech that is heard at once."""
+        longest = self.model.speech_encoder.max_samples / SAMPLE_RATE
+        return min(self.config.window_seconds or longest, longest)
+
+    def streaming_decoder(self, **options: Any) -> StreamingDecoder:
+        """A decoder that several requests share; ``options`` are those of :class:`StreamingDecoder`."""
+        return StreamingDecoder(self.model, self.chat_format, **options)
+
+    @cached_property
+    def decoder(self) -> StreamingDecoder:
+        """The decoder of :meth:`chat`."""
+        return self.streaming_decoder()
+
     # ---- alignment ---------------------------------------------------------------------------------------------
 
-    def align(self, audio: Audio | Sequence[Audio], transcript: str | Sequence[str] | None = None) -> Any:
+    def align(
+        self,
+        audio: Audio | Sequence[Audio],
+        transcript: str | Sequence[str] | None = None,
+        vad: str | None = None,
+    ) -> Any:
         """Where CIF cuts the speech.
 
         Args:
             audio: as for :meth:`generate`.
             transcript: of each utterance, if known: CIF then cuts as many tokens as it has, and these are returned.
                 Without it, CIF counts by itself and the tokens are the nearest ones.
+            vad: as for :meth:`generate`.
 
         Returns:
             A list of :class:`AlignedToken`; a list of lists for a list of utterances.
@@ -179,17 +356,55 @@ class BlspKd:
             transcripts = [transcript] if isinstance(transcript, str) else transcript
             if len(transcripts) != len(utterances) or not all(isinstance(t, str) and t.strip() for t in transcripts):
                 raise ValueError(f"{len(utterances)} utterances need as many transcripts, none of them empty")
-        aligned = [self._align(*pair) for pair in zip(utterances, transcripts, strict=True)]
+        aligned = [self._align(*pair, vad) for pair in zip(utterances, transcripts, strict=True)]
         return aligned[0] if single else aligned
 
-    def _align(self, audio: Audio, transcript: str | None) -> list[AlignedToken]:
-        ids = None if transcript is None else self.chat.encode_text(transcript)
-        adapted = self.adapt(audio, None if ids is None else len(ids))
-        if adapted.boundaries is None:
+    def _align(self, audio: Audio, transcript: str | None, vad: str | None) -> list[AlignedToken]:
+        windows = self._timed_windows(audio, vad)
+        ids = None if transcript is None else self.chat_format.encode_text(transcript)
+        counts: Sequence[int | None] = [None] * len(windows)
+        if ids is not None:
+            counts = [len(ids)] if len(windows) == 1 else self._share([one.samples for one in windows], len(ids))
+        times: list[tuple[float, float]] = []
+        heard: list[Tensor] = []
+        for window, count in zip(windows, counts, strict=True):
+            if count == 0:
+                continue
+            adapted = self.adapt((window.samples, SAMPLE_RATE), count)
+            if adapted.boundaries is None:
+                raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
+            begin = window.start if len(windows) == 1 and not vad else self._onset(window)
+            ends = [max(begin, window.start + end / FRAMES_PER_SECOND) for end in adapted.boundaries[0].tolist()]
+            times += zip([begin, *ends[:-1]], ends, strict=True)
+            heard.append(adapted.embeddings[0])
+        tokens = ids if ids is not None or not heard else self.nearest_tokens(torch.cat(heard))
+        texts = [self.chat_format.tokenizer.decode([token]) for token in tokens or ()]
+        return [AlignedToken(*span, text) for span, text in zip(times, texts, strict=True)]
+
+    def _timed_windows(self, audio: Audio, vad: str | None) -> list[Window]:
+        windows = self.windows(audio)
+        timed = [Window(*one) for one in zip(starts(windows), windows, strict=True)]
+        if vad is None:
+            return timed
+        return [
+            Window(window.start + begin / SAMPLE_RATE, samples)
+            for window in timed
+            for begin, samples in speech_windows(window.samples, vad)
+        ]
+
+    def _onset(self, window: Window) -> float:
+        """The second at which the first sound of a window begins: CIF's first token takes all that lies before it."""
+        return window.start + onset(window.samples) / SAMPLE_RATE
+
+    def _share(self, windows: Sequence[np.ndarray], tokens: int) -> list[int]:
+        """Divides the tokens of a transcript among windows, by what CIF hears in each."""
+        sums = [self.adapt((window, SAMPLE_RATE)).alpha_sum for window in windows]
+        if not sums:
+            raise ValueError("nobody speaks in this audio: there is nothing to align the transcript with")
+        if any(one is None for one in sums):
             raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
-        ends = (adapted.boundaries[0] / FRAMES_PER_SECOND).tolist()
-        tokens = [self.chat.tokenizer.decode([i]) for i in ids or self.nearest_tokens(adapted.embeddings[0])]
-        return [AlignedToken(*row) for row in zip([0.0, *ends[:-1]], ends, tokens, strict=True)]
+        heard = np.cumsum([float(one) for one in sums if one is not None])
+        return np.diff(np.rint(heard / heard[-1] * tokens).astype(int), prepend=0).tolist()
 
     @torch.no_grad()
     def adapt(self, audio: Audio, tokens: int | None = None) -> AdapterOutput:
@@ -224,25 +439,58 @@ def read_options(checkpoint_or_dir: str | os.PathLike[str]) -> Mapping[str, Any]
 
 
 def _is_single(audio: Any) -> bool:
-    if isinstance(audio, (str, os.PathLike)):
+    if isinstance(audio, (str, os.PathLike, bytes, Mapping)) or hasattr(audio, "get_all_samples"):
         return True
     return isinstance(audio, tuple) and len(audio) == 2 and isinstance(audio[1], (int, float, np.number))
 
 
 def _as_list(audio: Any) -> list[Any]:
     if audio is None:
-        raise ValueError("there is no audio: give a path, or samples with their rate: (array, 16000)")
+        raise ValueError(f"there is no audio: {_ACCEPTED}")
     return [audio] if _is_single(audio) else list(audio)
 
 
-def _samples(audio: Audio) -> np.ndarray:
+_ACCEPTED = 'give a path, samples with their rate, (array, 16000), or {"array": ..., "sampling_rate": 16000}'
+
+
+def _samples(audio: Audio, max_seconds: float | None = MAX_SECONDS) -> np.ndarray:
+    """``[S]`` float32 at 16 kHz; warns if nothing can be heard in it."""
+    if isinstance(audio, Mapping):
+        name, waveform = _read_mapping(audio, max_seconds)
+    else:
+        name, waveform = _read_audio(audio, max_seconds)
+    warn_of_flaw(waveform, name)
+    return waveform
+
+
+def _read_audio(audio: Any, max_seconds: float | None) -> tuple[str, np.ndarray]:
+    """Its name, and the waveform."""
     if isinstance(audio, (str, os.PathLike)):
-        return load_audio(audio)
+        return str(audio), load_audio(os.fspath(audio), max_seconds=max_seconds)
+    if isinstance(audio, bytes):
+        return "audio", decode_audio(audio, max_seconds=max_seconds)
+    if hasattr(audio, "get_all_samples"):
+        decoded = audio.get_all_samples()
+        audio = (decoded.data, decoded.sample_rate)
     if not _is_single(audio):
-        raise ValueError("give a path, or samples with their rate: (array, 16000)")
+        raise ValueError(_ACCEPTED)
     if not np.isfinite(audio[1]) or audio[1] != int(audio[1]):
         raise ValueError(f"the rate of audio must be a whole number of Hz, got {audio[1]}")
-    return prepare_waveform(audio[0], int(audio[1]))
+    return "audio", prepare_waveform(audio[0], int(audio[1]), max_seconds=max_seconds)
+
+
+def _read_mapping(audio: Mapping[str, Any], max_seconds: float | None) -> tuple[str, np.ndarray]:
+    """Decoded or not, as a column of audio has it."""
+    name = str(audio.get("path") or "audio")
+    if audio.get("array") is not None:
+        if audio.get("sampling_rate") is None:
+            raise AudioError(f'{name} has an "array" and no "sampling_rate": give its number of samples per second')
+        return name, _read_audio((audio["array"], audio["sampling_rate"]), max_seconds)[1]
+    if audio.get("bytes") is not None:
+        return name, decode_audio(audio["bytes"], name, max_seconds)
+    if audio.get("path"):
+        return _read_audio(audio["path"], max_seconds)
+    raise AudioError(f"a mapping with {', '.join(map(repr, audio)) or 'nothing'} in it is no audio: {_ACCEPTED}")
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

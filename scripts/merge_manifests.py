@@ -1,56 +1,9 @@
-"""One manifest of several: to train on several corpora at once.
+"""As ``blspkd merge``: the name that this command had before."""
 
-    python scripts/merge_manifests.py --inputs librispeech/train.tsv gigaspeech/train.tsv --output data/train.tsv
+import sys
 
-Audio paths become absolute. Ids stay as they are unless two manifests share one: then all begin with the number of
-their manifest, such as 2/. Columns that not all of them have are left out, and named.
-"""
-
-import argparse
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-from blspkd_fairseq.data.manifest import REQUIRED_COLUMNS, Manifest, ManifestError, write_manifest
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=Path, nargs="+", required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args(arguments)
-    try:
-        print(f"{args.output}: {merge(args.inputs, args.output)} rows of {len(args.inputs)} manifests")
-    except ManifestError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-
-
-def merge(inputs: Sequence[Path], output: Path) -> int:
-    """Writes the rows of all manifests and returns their number.
-
-    Raises:
-        ManifestError: a manifest is missing or wrong, or is itself the output.
-    """
-    if output.resolve() in {path.resolve() for path in inputs}:
-        raise ManifestError(f"{output} is one of the inputs: give the output another name")
-    manifests = [Manifest.load(path, REQUIRED_COLUMNS) for path in inputs]
-    columns = [name for name in manifests[0].columns if all(name in one.columns for one in manifests)]
-    left_out = sorted({name for one in manifests for name in one.columns} - set(columns))
-    if left_out:
-        print(f"{output}: columns that not all manifests have are left out: {', '.join(left_out)}")
-    ids = [row["id"] for one in manifests for row in one]
-    shared = len(set(ids)) < len(ids)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return write_manifest(output, _rows(manifests, columns, shared), columns)
-
-
-def _rows(manifests: Sequence[Manifest], columns: Sequence[str], number_ids: bool) -> Iterator[dict[str, str]]:
-    for number, manifest in enumerate(manifests, start=1):
-        folder = manifest.path.resolve().parent
-        for row in manifest:
-            row["audio"] = str(folder / row["audio"])  # an absolute path stays itself
-            row["id"] = f"{number}/{row['id']}" if number_ids else row["id"]
-            yield {name: row[name] for name in columns}
-
+from blspkd_fairseq.cli.main import run
+from blspkd_fairseq.cli.merge import *  # noqa: F403
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(["merge", *sys.argv[1:]]))

@@ -43,6 +43,9 @@ else
         leave_out recordings
     fi
 fi
+if [[ $chosen != "not slow"* && $models == yes ]] && ! "$py" scripts/fetch_chromium.py --cache "$BLSPKD_CACHE"; then
+    echo "test.sh: the tests of the demo's page in a browser, which comes as Debian packages, are LEFT OUT" >&2
+fi
 # A file at a time in each process: the tests of a file share what they have trained.
 workers=$(nproc)
 "$py" -m pytest -q -n $((workers < 8 ? workers : 8)) --dist loadfile --no-loadscope-reorder -m "$chosen" \

@@ -92,7 +92,7 @@ def test_alignment_covers_the_speech_in_order(model: BlspKd, trained: Trained) -
     assert tokens[-1].end == pytest.approx(1.1, abs=0.03)
     two = trained.audio[:2]
     assert [len(aligned) for aligned in model.align(two, ["Play it.", "Stop."])] == [
-        len(model.chat.encode_text(text)) for text in ("Play it.", "Stop.")
+        len(model.chat_format.encode_text(text)) for text in ("Play it.", "Stop.")
     ]
     for audio, transcript in ((two, "Hi"), (two, ["x"]), (two[0], ["x"]), (two[0], " "), (two, ["x", ""])):
         with pytest.raises(ValueError, match="transcript"):

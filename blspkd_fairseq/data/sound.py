@@ -9,7 +9,7 @@ afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,10 +22,17 @@ _ACTIVE_DB = 30.0
 
 
 class Voices(NamedTuple):
-    """Utterances for babble. Attributes: ``ids``; ``load``: id to ``[samples]`` float32 at 16 kHz."""
+    """Utterances for babble.
+
+    Attributes:
+        ids: of the utterances.
+        load: id to ``[samples]`` float32 at 16 kHz.
+        speakers: by id, as far as they are known; nobody babbles behind himself.
+    """
 
     ids: Sequence[str]
     load: Callable[[str], np.ndarray]
+    speakers: Mapping[str, str] = {}
 
 
 def active_power(samples: np.ndarray, speech: np.ndarray | None = None) -> float:

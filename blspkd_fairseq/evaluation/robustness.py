@@ -8,7 +8,6 @@ Signal-to-noise ratios are over active speech (:mod:`blspkd_fairseq.data.sound`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
@@ -41,6 +40,7 @@ _KINDS = {
     "speed": _Kind("factor", 0.25, 4),
     "8khz": _Kind(),
 }
+RANDOM_KINDS = frozenset({"white", "babble", "reverb"})  # another seed gives another sound
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def degrade(
         condition: what to do to them.
         utterance: its id, on which the random draws depend.
         seed: of the draws, with the id.
-        voices: other utterances, for babble only; the utterance itself (by its id) is never among those drawn.
+        voices: other utterances, for babble only; neither the utterance itself (by its id) nor another of its speaker
+            is among those drawn.
 
     Returns:
         ``[samples]`` float32 without NaN, as long as the input except for another speed. A silent utterance stays
@@ -147,16 +148,24 @@ def _apply(
 def _babble(length: int, utterance: str, rng: np.random.Generator, voices: Voices | None) -> np.ndarray:
     """Sum of equally loud voices, each repeated from a random point on."""
     total = np.zeros(length)
-    if voices is None or not (ids := _draw_others(voices.ids, utterance, rng)):
-        raise ValueError(f"there is no other utterance to make the babble behind {utterance} of: give more of them")
+    if voices is None or not (ids := _draw_others(voices, utterance, rng)):
+        raise ValueError(
+            f"there is no other utterance to make the babble behind {utterance} of: give some, by other speakers"
+        )
     for voice in ids:
         total += equally_loud(np.asarray(voices.load(voice), dtype=np.float64), length, rng)
     return total
 
 
-def _draw_others(ids: Sequence[str], utterance: str, rng: np.random.Generator) -> list[str]:
-    drawn = rng.permutation(len(ids)) if len(ids) <= BABBLE_VOICES else rng.choice(len(ids), BABBLE_VOICES + 1, False)
-    return [ids[index] for index in drawn if ids[index] != utterance][:BABBLE_VOICES]
+def _draw_others(voices: Voices, utterance: str, rng: np.random.Generator) -> list[str]:
+    speaker, drawn = voices.speakers.get(utterance, ""), []
+    for index in rng.permutation(len(voices.ids)):
+        name = voices.ids[index]
+        if name != utterance and not (speaker and voices.speakers.get(name) == speaker):
+            drawn.append(name)
+        if len(drawn) == BABBLE_VOICES:
+            break
+    return drawn
 
 
 def _clip(speech: np.ndarray, share: float) -> np.ndarray:

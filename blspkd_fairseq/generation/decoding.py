@@ -1,17 +1,21 @@
 """From speech (or its transcript) and a prompt to text, by the LLM's own decoding."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 from blspkd_fairseq import compat
+from blspkd_fairseq.data.audio import SAMPLE_RATE
+from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
@@ -156,9 +160,26 @@ def answer_speech(
     Returns:
         For each conversation its ``n_best`` hypotheses, best first. They do not depend on the rest of the batch.
     """
-    conversations = [render_prompt(chat, prompt) for prompt in prompts]
-    heard = hear(model, waveforms, lengths, **speech)
-    return _answer(model, chat, build_prompts(model, conversations, *heard), options, with_scores)
+    return answer_heard(model, chat, hear(model, waveforms, lengths, **speech), prompts, options, with_scores)
+
+
+@torch.no_grad()
+def answer_heard(
+    model: SpeechLLM,
+    chat: ChatFormat,
+    heard: tuple[Tensor, list[int]],
+    prompts: Sequence[Instruction],
+    options: DecodingOptions = DecodingOptions(),
+    with_scores: bool = False,
+) -> list[list[Hypothesis]]:
+    """As :func:`answer_speech`, of speech that was heard already (:func:`hear`, :func:`hear_windows`).
+
+    Raises:
+        ValueError: the LLM's context has no room for a conversation and an answer.
+    """
+    asked = build_prompts(model, [render_prompt(chat, prompt) for prompt in prompts], *heard)
+    check_context(model, asked.longest)
+    return _answer(model, chat, asked, options, with_scores)
 
 
 @torch.no_grad()
@@ -201,6 +222,58 @@ def hear(model: SpeechLLM, waveforms: Tensor | None, lengths: Tensor, **options:
         return model.embed(torch.zeros(0, 0, dtype=torch.long, device=model.device)), []
     adapter = model.adapt(waveforms, lengths, **options)
     return adapter.embeddings.to(model.llm.dtype), adapter.lengths.tolist()
+
+
+@torch.no_grad()
+def hear_windows(
+    model: SpeechLLM, pieces: Sequence[Sequence[np.ndarray]], seconds: float = 120.0
+) -> tuple[Tensor, list[int]]:
+    """:func:`hear` of pieces of speech of any length, each the windows of which it consists.
+
+    Args:
+        pieces: ``[samples]`` float32 at 16 kHz, each no longer than the encoder's window.
+        seconds: that are heard at a time, which bounds the memory and changes nothing else.
+    """
+    windows = [window for piece in pieces for window in piece]
+    heard: list[Tensor] = []
+    while len(heard) < len(windows):
+        batch: list[np.ndarray] = []
+        for window in windows[len(heard) :]:
+            if batch and sum(map(len, batch)) + len(window) > seconds * SAMPLE_RATE:
+                break
+            batch.append(window)
+        samples = [len(window) for window in batch]
+        waveforms = pad_waveforms([torch.from_numpy(window) for window in batch]).to(model.device)
+        lengths = torch.tensor(samples, device=model.device)
+        embeddings, counts = hear(model, waveforms, lengths, samples=samples)
+        heard += [one[:count] for one, count in zip(embeddings, counts, strict=True)]
+    remaining = iter(heard)
+    joined = [list(islice(remaining, len(piece))) for piece in pieces]
+    empty = model.embed(torch.zeros(0, dtype=torch.long, device=model.device))
+    speech = [torch.cat(parts) if parts else empty for parts in joined]
+    if not speech:
+        return hear(model, None, torch.zeros(0))
+    return torch.nn.utils.rnn.pad_sequence(speech, batch_first=True), [len(one) for one in speech]
+
+
+def context_of(model: ChatLLM) -> int | None:
+    """Most tokens that the LLM was made for, or None where its configuration does not say."""
+    context: int | None = getattr(model.llm.config.get_text_config(), "max_position_embeddings", None)
+    return context
+
+
+def check_context(model: ChatLLM, tokens: int) -> None:
+    """Refuses a prompt that leaves no room for an answer.
+
+    Raises:
+        ValueError: it has as many tokens as the LLM can read, or more.
+    """
+    context = context_of(model)
+    if context is not None and tokens >= context:
+        raise ValueError(
+            f"the conversation has {tokens} tokens, speech included, and the LLM reads {context} together with its "
+            "answer: shorten the audio or leave out earlier turns"
+        )
 
 
 def build_prompts(
@@ -272,7 +345,9 @@ def _decode(
     if repeats > 1:  # as a step of beam search does, which caches of every kind of layer know
         cache.reorder_cache(rows.repeat_interleave(repeats))
     processors = LogitsProcessorList([] if logits_processor is None else [logits_processor])
-    with speech_positions(model.llm, ALL_POSITIONS if everywhere else None):
+    with speech_positions(model.llm, ALL_POSITIONS if everywhere else None), warnings.catch_warnings():
+        # That n-grams are those of the answer alone is what is meant.
+        warnings.filterwarnings("ignore", message="Passing `no_repeat_ngram_size` with `inputs_embeds`")
         generated: Tensor = model.llm.generate(
             inputs_embeds=embeds,
             attention_mask=valid,
@@ -323,7 +398,7 @@ def _answer(
     elif scores_apart:
         scores = _score(model, chat, prompts, answers, per_row, states)
     hypotheses = [
-        Hypothesis(chat.decode(ids), ids, finished, sum(s) / max(1, len(s)) ** options.length_penalty, s)
+        Hypothesis(chat.decode_answer(ids), ids, finished, sum(s) / max(1, len(s)) ** options.length_penalty, s)
         for (ids, finished), s in zip(answers, scores, strict=True)
     ]
     groups = [hypotheses[i : i + per_row] for i in range(0, len(hypotheses), per_row)]

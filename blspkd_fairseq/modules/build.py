@@ -1,7 +1,6 @@
 """Options of the model, and the model built from them and from pretrained parts."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -16,6 +15,7 @@ from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
+from blspkd_fairseq.modules.pretrained import load_pretrained
 from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
 
@@ -66,10 +66,52 @@ class SpeechLlmConfig:
     unfreeze_speech_encoder: bool = _option(False, "train the speech encoder, too")
     gradient_checkpointing: bool = _option(False, "recompute the LLM's activations in backward: less memory, slower")
     pad_to_30s: bool = _option(False, "give the encoder 30 s of input as published, not only the batch's speech")
+    window_seconds: float = _option(
+        0.0, "in use, longer speech is heard in windows of at most this, cut in pauses (0: what the encoder takes)"
+    )
     cache_encoder_features: bool = _option(
         False, "keep the frozen encoder's output of all training speech on disk: it hears each utterance once"
     )
     no_shared_prefix: bool = _option(False, "recompute the common prefix of the prompts in every row (same numbers)")
+
+
+SHAPING_OPTIONS = (
+    "adapter",
+    "adapter_pre_layers",
+    "adapter_post_layers",
+    "adapter_heads",
+    "adapter_ffn_dim",
+    "adapter_alignment",
+    "adapter_conv_layers",
+    "adapter_kernel_size",
+    "adapter_bottleneck",
+)
+"""Options without which trained weights do not fit, or mean something else."""
+LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_target_modules")
+"""... where LoRA was trained."""
+
+
+def adopt_options(config: Any, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes over from a trained model what its weights ask for, where the user has left an option at its default.
+
+    Args:
+        config: options of the model to build, changed in place.
+        trained: those of the trained model.
+
+    Returns:
+        What was changed.
+    """
+    defaults = SpeechLlmConfig()
+    had_lora = trained.get("lora_scope", "speech") != "none"
+    names = ("speech_encoder", "llm", *SHAPING_OPTIONS, *(LORA_OPTIONS if had_lora else ()))
+    changed = {
+        name: trained[name]
+        for name in names
+        if name in trained and getattr(config, name) == getattr(defaults, name) != trained[name]
+    }
+    for name, value in changed.items():
+        setattr(config, name, value)
+    return changed
 
 
 def _build_cformer(config: SpeechLlmConfig, input_dim: int, output_dim: int, output_scale: float) -> nn.Module:
@@ -140,19 +182,28 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
 
 def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:
     """The chat format of the LLM that the options name, without loading the LLM."""
-    template = None
-    if config.chat_template:
-        try:
-            with open(config.chat_template, encoding="utf-8") as file:
-                template = file.read()
-        except OSError as error:
-            raise ValueError(f"--chat-template {config.chat_template} cannot be read: {error.strerror}") from error
+    template = read_chat_template(config)
     return ChatFormat(load_tokenizer(config), system=config.system_prompt or None, chat_template=template)
+
+
+def read_chat_template(config: SpeechLlmConfig) -> str | None:
+    """The template in place of the tokenizer's own, if there is one.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if not config.chat_template:
+        return None
+    try:
+        with open(config.chat_template, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"--chat-template {config.chat_template} cannot be read: {error.strerror}") from error
 
 
 def load_tokenizer(config: SpeechLlmConfig, option: str = "llm") -> Any:
     """The tokenizer of the LLM that the options name; ``option`` is the one that an error names."""
-    return _from_pretrained(AutoTokenizer, config.llm, option, "tokenizer", trust_remote_code=config.trust_remote_code)
+    return load_pretrained(AutoTokenizer, config.llm, option, "tokenizer", config.trust_remote_code)
 
 
 def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> PreTrainedModel:
@@ -163,13 +214,8 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
     Raises:
         ValueError: it cannot be loaded, embeds fewer tokens than its tokenizer has, or its head is of an unknown kind.
     """
-    llm = _from_pretrained(
-        AutoModelForCausalLM,
-        config.llm,
-        option,
-        "LLM",
-        dtype=DTYPES[config.llm_dtype],
-        trust_remote_code=config.trust_remote_code,
+    llm = load_pretrained(
+        AutoModelForCausalLM, config.llm, option, "LLM", config.trust_remote_code, dtype=DTYPES[config.llm_dtype]
     )
     if len(chat.tokenizer) > llm.get_input_embeddings().num_embeddings:
         raise ValueError(
@@ -184,25 +230,14 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
 
 
 def _load_speech_encoder(config: SpeechLlmConfig) -> SpeechEncoder:
-    return _from_pretrained(
+    return load_pretrained(
         SpeechEncoder,
         config.speech_encoder,
         "speech-encoder",
         "speech encoder",
+        can_trust=False,
         pad_to_30s=config.pad_to_30s,
     )
-
-
-def _from_pretrained(cls: Any, name: str, option: str, what: str, **options: Any) -> Any:
-    try:
-        with compat.without_progress_bars():
-            return cls.from_pretrained(os.path.expanduser(name), **options)
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            f"cannot load the {what} {name!r}: give --{option} (or, for a checkpoint that names it, --model-overrides "
-            f"\"{{'{option.replace('-', '_')}': 'DIRECTORY'}}\") a local directory or the name of a Hugging Face model "
-            f"that this machine can reach. {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
 
 
 def _check(config: SpeechLlmConfig) -> None:

@@ -25,6 +25,7 @@ import fetch_recordings  # noqa: E402
 import make_speech  # noqa: E402
 import sentences as grammar  # noqa: E402
 import voices  # noqa: E402
+from texts import COUNTRY_TEMPLATES, is_speech  # noqa: E402
 
 from blspkd_fairseq.cache import default_cache  # noqa: E402
 from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
@@ -32,12 +33,6 @@ from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
 TRAINING_VOICES = ("joe", "slt", "rms")
 UNHEARD_VOICE = "awb"
 QUESTION = "What is the capital of {country}?"
-COUNTRY_TEMPLATES = (
-    "My {person} moved from {country} to {country}.",
-    "What is the weather in {country} on {day}?",
-    "My {person} asked me about the capital of {country}.",
-    "The capital of {country} is cold {when}.",
-)
 # Few enough for each to be heard some twenty times in training.
 COUNTRIES = [
     "Afghanistan", "Australia", "Bulgaria", "Croatia", "Cyprus", "Egypt", "Estonia", "Finland", "France", "Germany",
@@ -140,7 +135,7 @@ def read_capitals(packages: Path) -> dict[str, str]:
 
 
 def write_real(out: Path, recordings: Path, count: int) -> None:
-    """Recordings of 4 to 12 words, spread over the alphabet."""
+    """Recordings of 4 to 12 words, spread over the alphabet; none of silence, music or noise."""
     manifest = Manifest.load(recordings / "recordings.tsv")
     rows = [
         {**row, "audio": str((recordings / row["audio"]).resolve())}
@@ -149,7 +144,8 @@ def write_real(out: Path, recordings: Path, count: int) -> None:
     ]
     random.Random(3).shuffle(rows)
     columns = [name for name in ("id", "audio", "n_frames", "src_text", "speaker", "src_lang") if name in rows[0]]
-    chosen = [{name: row[name] for name in columns} for row in rows[:count]]
+    spoken = [row for row in rows if is_speech(row["src_text"])]
+    chosen = [{name: row[name] for name in columns} for row in spoken[:count]]
     write_manifest(out / "real.tsv", chosen, columns)
 
 

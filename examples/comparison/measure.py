@@ -108,9 +108,12 @@ def ask(system: System, data: Manifest, root: Path, prompt: str, tokens: int, co
 
 
 def voices_of(data: Manifest, root: Path) -> Voices:
-    """Waveforms of a manifest by id."""
+    """Waveforms of a manifest by id, and who speaks: nobody babbles behind himself."""
     paths = {row["id"]: row["audio"] for row in data}
-    return Voices(list(paths), lambda name: load_audio(paths[name], None if Path(paths[name]).is_absolute() else root))
+    speakers = {row["id"]: row.get("speaker", "") for row in data}
+    return Voices(
+        list(paths), lambda name: load_audio(paths[name], None if Path(paths[name]).is_absolute() else root), speakers
+    )
 
 
 def under(condition: str, name: str, voices: Voices) -> np.ndarray:
@@ -127,7 +130,7 @@ def measure_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     word_ends = WordEnds(args.whisper, args.data) if args.whisper and model.model.adapter.one_to_one else None
     results: dict[str, Any] = {"sets": {}}
     for name in tqdm((*SETS, *QUESTIONS), desc=args.out.stem, unit="set"):
-        data = SpeechTextDataset(Manifest.load(manifest_of(args.data, name)), model.chat, audio_root=None)
+        data = SpeechTextDataset(Manifest.load(manifest_of(args.data, name)), model.chat_format, audio_root=None)
         data.audio_root = None if name == "real" else args.data
         results["sets"][name] = measure_set(model, data, name, word_ends)
     results["text_kl"] = text_kl(model, args.data)
@@ -160,7 +163,8 @@ def measure_set(
         add("id", [row["id"] for row in batch["rows"]])
         for asked, tokens in asked_of(name).items():
             prompts = [resolve_prompt(asked)] * batch["nsentences"]
-            groups = answer_speech(model.model, model.chat, *speech, prompts, DecodingOptions(max_new_tokens=tokens))
+            options = DecodingOptions(max_new_tokens=tokens)
+            groups = answer_speech(model.model, model.chat_format, *speech, prompts, options)
             add(asked, [group[0].text for group in groups])
         if name in QUESTIONS:
             continue
@@ -173,7 +177,7 @@ def measure_set(
 
 def text_kl(model: BlspKd, folder: Path) -> dict[str, list[float]]:
     """KL of the trained LLM reading text against the base LLM, at the responses to the heard set."""
-    data = SpeechTextDataset(Manifest.load(manifest_of(folder, "heard")), model.chat, audio_root=folder)
+    data = SpeechTextDataset(Manifest.load(manifest_of(folder, "heard")), model.chat_format, audio_root=folder)
     inputs = collate(data, range(len(data)), model.device)["net_input"]
     plan = inputs["spec"].build(inputs["plan"])
     kl, tokens = teacher_forced_text_kl(model.model, plan.teacher), torch.ones(len(plan.response.rows))

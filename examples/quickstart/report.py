@@ -35,7 +35,7 @@ MEASURES = {  # name: (heading, number format, whether less is better)
     "response_agreement": ("top-1 agreement with the teacher, response", ".1%", False),
     "token_count_error": ("token-count error", ".1%", True),
     "repeat_wer": ("WER of \"repeat the sentence\"", ".1%", True),
-    "self_bleu": ("Self-BLEU of answers to speech against answers to text", ".1f", False),
+    "self_bleu": ("corpus BLEU of answers to speech against answers to text", ".1f", False),
 }  # fmt: skip
 ANSWERS = DecodingOptions(max_new_tokens=16)
 BATCH = 50
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {"checkpoint": str(args.checkpoint), "sets": {}}
     with tqdm(total=2 * len(SETS), desc="evaluation", unit="pass") as bar:
         for split in SETS:
-            data = SpeechTextDataset(Manifest.load(args.data / f"{split}.tsv"), after.chat, audio_root=args.audio_root)
+            manifest = Manifest.load(args.data / f"{split}.tsv")
+            data = SpeechTextDataset(manifest, after.chat_format, audio_root=args.audio_root)
             rows: dict[str, Any] = {"utterances": len(data)}
             for name, model in (("before", before), ("after", after)):
                 rows[name] = measure(model, data)
@@ -104,12 +105,11 @@ def measure(model: BlspKd, data: SpeechTextDataset) -> dict[str, float]:
             sums[name] = sums.get(name, 0.0) + sum(values)
         count_errors += sum(abs(a - b) for a, b in zip(measured["counted"], measured["tokens"], strict=True))
         speech = inputs["src_tokens"], inputs["src_lengths"]
-        repeated += first(
-            answer_speech(model.model, model.chat, *speech, [resolve_prompt("repeat")] * batch["nsentences"], REPEAT)
-        )
+        repeat = [resolve_prompt("repeat")] * batch["nsentences"]
+        repeated += first(answer_speech(model.model, model.chat_format, *speech, repeat, REPEAT))
         transcripts = [row["src_text"] for row in batch["rows"]]
-        to_speech = first(answer_speech(model.model, model.chat, *speech, batch["prompts"], ANSWERS))
-        to_text = first(answer_text(model.model, model.chat, transcripts, batch["prompts"], ANSWERS))
+        to_speech = first(answer_speech(model.model, model.chat_format, *speech, batch["prompts"], ANSWERS))
+        to_text = first(answer_text(model.model, model.chat_format, transcripts, batch["prompts"], ANSWERS))
         answers += zip(to_speech, to_text, strict=True)
     return {
         "input_kl": sums["input_kl"] / sums["input_tokens"],
@@ -141,7 +141,8 @@ def texts_repeated(model: BlspKd, data: SpeechTextDataset) -> list[str]:
     answers: list[str] = []
     for start in range(0, len(texts), BATCH):
         part = texts[start : start + BATCH]
-        answers += first(answer_text(model.model, model.chat, part, [resolve_prompt("repeat")] * len(part), REPEAT))
+        repeat = [resolve_prompt("repeat")] * len(part)
+        answers += first(answer_text(model.model, model.chat_format, part, repeat, REPEAT))
     return answers
 
 

@@ -1,0 +1,1 @@
+"""The command ``blspkd``: a module for each of its commands, imported when it is asked for."""

@@ -1,0 +1,44 @@
+"""Shows where CIF cuts the speech of a file: a line with begin, end (seconds) and text for each token."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from blspkd_fairseq.cli.model_arguments import add_model_arguments, add_vad_argument, chosen_vad, load_model
+
+EXAMPLE = """\
+blspkd align question.wav
+blspkd align question.wav --transcript "How tall is it?" --plot question.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("file", metavar="FILE", help="audio of any length")
+    parser.add_argument("--transcript", help="what is said; without it, CIF counts and the nearest tokens are shown")
+    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="spectrogram, weights and tokens, as .png or .svg")
+    parser.add_argument("--json", action="store_true", help="a JSON list in place of lines")
+    add_vad_argument(parser)
+    add_model_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the tokens, and draws them if asked."""
+    if args.plot is not None:
+        try:
+            import matplotlib.figure  # noqa: F401
+
+            from blspkd_fairseq.evaluation.plots import plot_alignment
+        except ImportError as error:
+            raise ValueError(f"--plot needs matplotlib ({error}): pip install 'blspkd-fairseq[quickstart]'") from error
+    model = load_model(args)
+    tokens = model.align(args.file, args.transcript, chosen_vad(args))
+    if args.plot is not None:
+        plot_alignment(model, args.file, args.transcript or "".join(one.token for one in tokens).strip(), args.plot)
+    if args.json:
+        print(json.dumps([token._asdict() for token in tokens], ensure_ascii=False))
+    else:
+        print("\n".join(f"{one.start:.2f}\t{one.end:.2f}\t{one.token}" for one in tokens))
+    return 0

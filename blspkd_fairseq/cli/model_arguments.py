@@ -1,0 +1,58 @@
+"""Options by which commands choose a model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blspkd_fairseq.hub import BlspKd
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and what replaces its own options."""
+    parser.add_argument(
+        "--model",
+        help="checkpoint, or folder of save_pretrained (default: the small model that the package carries, which knows "
+        "172 English words; its base models are fetched once)",
+    )
+    parser.add_argument("--llm", help="in place of the model's own path or name")
+    parser.add_argument("--speech-encoder", help="in place of the model's own path or name")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+
+
+def add_vad_argument(parser: argparse.ArgumentParser) -> None:
+    """Whether silence is left out."""
+    parser.add_argument(
+        "--vad",
+        choices=("energy", "silero", "none"),
+        default="energy",
+        help="hear only where somebody speaks, found by energy or by Silero's network, so that silence has no words; "
+        "none: hear everything (default: %(default)s)",
+    )
+
+
+def chosen_vad(args: argparse.Namespace) -> str | None:
+    """The detector of :func:`add_vad_argument`, or None."""
+    return None if args.vad == "none" else str(args.vad)
+
+
+def load_model(args: argparse.Namespace) -> BlspKd:
+    """The model of :func:`add_model_arguments`.
+
+    Raises:
+        ValueError: it cannot be loaded or fetched.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from blspkd_fairseq.base_models import load_published
+    from blspkd_fairseq.hub import BlspKd
+
+    logging.captureWarnings(True)  # a library's advice to its own authors is no part of a command's output
+    transformers_logging.set_verbosity_error()
+    given = {"llm": args.llm, "speech_encoder": args.speech_encoder}
+    overrides = {name: value for name, value in given.items() if value}
+    if args.model is None:
+        return load_published(args.device, **overrides)
+    return BlspKd.from_pretrained(args.model, args.device, **overrides)

@@ -1,0 +1,1 @@
+"""Corpora to manifests: a module for each layout."""

@@ -1,0 +1,113 @@
+"""Writes down what is said in audio files of any length, with the times of words."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from blspkd_fairseq.cli.model_arguments import add_model_arguments, add_vad_argument, chosen_vad, load_model
+from blspkd_fairseq.data.audio import AudioError
+from blspkd_fairseq.data.audio_stream import seconds_of
+from blspkd_fairseq.data.transcript import FORMATS, Transcript, as_dict
+from blspkd_fairseq.files import whole_file
+
+if TYPE_CHECKING:
+    from blspkd_fairseq.hub import BlspKd
+
+EXAMPLE = """\
+blspkd transcribe talk.flac
+blspkd transcribe lectures/*.mp3 --format srt --output subtitles --model checkpoints/checkpoint_best.pt
+"""
+ENDINGS = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("files", nargs="+", metavar="FILE", help="audio of any length, rate and number of channels")
+    parser.add_argument("--format", choices=list(FORMATS), default="text", help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="a file there for each (default: to stdout)")
+    add_vad_argument(parser)
+    parser.add_argument(
+        "--prompt", default="repeat", help="asks the LLM for the words: a name or a text (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="windows at a time (default: %(default)s)")
+    parser.add_argument("--beam", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=160, help="of the text of one window (default: %(default)s)"
+    )
+    add_model_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Transcribes all files that can be read; 1 if some could not."""
+    if len(args.files) > 1 and args.output is None and args.format in ("srt", "vtt"):
+        raise ValueError(f"several files give several {args.format} files: say where with --output FOLDER")
+    if args.output is not None:
+        names = [target(args.output, file, args.format) for file in args.files]
+        if len(set(names)) < len(names):
+            raise ValueError("two of the files have the same name: give them one by one, or other output folders")
+        args.output.mkdir(parents=True, exist_ok=True)
+    missing = [file for file in args.files if not exists(file)]
+    if len(missing) == len(args.files):
+        raise ValueError(f"{missing[0]} does not exist: check the path")  # before a model is loaded
+    model = load_model(args)
+    failed = 0
+    for file in args.files:
+        try:
+            transcript = transcribe(model, file, args)
+        except AudioError as error:
+            failed += 1
+            print(f"blspkd transcribe: {error}", file=sys.stderr)
+            continue
+        write(transcript, file, args, alone=len(args.files) == 1)
+    return 1 if failed else 0
+
+
+def transcribe(model: BlspKd, file: str, args: argparse.Namespace) -> Transcript:
+    """One file, under a progress bar over its seconds."""
+    total = seconds_of(file)
+    with tqdm(
+        total=None if total is None else round(total),
+        desc=Path(file).name,
+        unit="s",
+        disable=None if total is not None and total > 30 else True,
+        leave=False,
+        file=sys.stderr,
+    ) as bar:
+        return model.transcripts(
+            [file],
+            prompt=args.prompt,
+            vad=chosen_vad(args),
+            with_words=args.format != "text",
+            batch_size=args.batch_size,
+            progress=bar.update,
+            beam=args.beam,
+            max_new_tokens=args.max_new_tokens,
+        )[0]
+
+
+def write(transcript: Transcript, file: str, args: argparse.Namespace, alone: bool) -> None:
+    """To its file, or to stdout, where of several each has its name."""
+    if args.output is not None:
+        with whole_file(target(args.output, file, args.format)) as partial:
+            partial.write_text(FORMATS[args.format](transcript), encoding="utf-8")
+    elif alone:
+        print(FORMATS[args.format](transcript), end="", flush=True)
+    elif args.format == "json":
+        print(json.dumps({"file": file, **as_dict(transcript)}, ensure_ascii=False), flush=True)
+    else:
+        print(f"{file}\t{transcript.text}", flush=True)
+
+
+def exists(file: str) -> bool:
+    """Whether a file, or the archive of which it is a part, is there."""
+    return Path(file).exists() or Path(file.split(".zip:")[0] + ".zip").exists()
+
+
+def target(folder: Path, file: str, form: str) -> Path:
+    return folder / f"{Path(file).stem}{ENDINGS[form]}"

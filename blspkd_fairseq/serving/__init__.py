@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of a trained model. Needs the extra ``serve``."""

@@ -1,0 +1,51 @@
+"""Audio that clients send, as waveforms. Only bytes of the request are read: no path and no URL is opened."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import tempfile
+
+import numpy as np
+
+from blspkd_fairseq.data.audio import AudioError, load_audio
+from blspkd_fairseq.serving.errors import ApiError
+
+
+def decode_audio(content: bytes, max_seconds: float, param: str) -> np.ndarray:
+    """Decodes a file, whatever its name or type says that it is.
+
+    Args:
+        content: of the file.
+        max_seconds: longest audio.
+        param: what the error is to blame.
+
+    Returns:
+        ``[samples]`` float32, mono, 16 kHz.
+
+    Raises:
+        ApiError: no audio, truncated, too long.
+    """
+    with tempfile.NamedTemporaryFile(prefix="blspkd-") as file:
+        file.write(content)
+        file.flush()
+        try:
+            return load_audio(file.name, max_seconds=max_seconds)
+        except AudioError as error:
+            reason = str(error).replace(file.name, "the audio").split(": remove its row")[0]
+            raise ApiError(400, reason, "invalid_audio", param) from error
+
+
+def decode_base64(data: str, max_seconds: float, param: str) -> np.ndarray:
+    """:func:`decode_audio` of base64, as in a part ``input_audio``.
+
+    Raises:
+        ApiError: no base64 (such as a path or a URL), and as for :func:`decode_audio`.
+    """
+    try:
+        content = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(
+            400, f"{param} must be the base64 of an audio file, no path and no URL", "invalid_audio", param
+        ) from error
+    return decode_audio(content, max_seconds, param)

@@ -1,0 +1,281 @@
+"""Audio longer than the speech encoder's window, and audio in which nobody speaks."""
+
+import difflib
+import json
+import re
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tiny import save_llm, save_whisper
+
+from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError
+from blspkd_fairseq.data.audio_stream import seconds_of, stream_windows
+from blspkd_fairseq.data.transcript import FORMATS, Segment, Transcript, Word, cues_of, join_texts, words_of
+from blspkd_fairseq.data.vad import VadError, find_speech
+from blspkd_fairseq.data.windows import WindowCutter, cut_windows, onset, quietest_place, starts
+from blspkd_fairseq.generation.decoding import hear_windows
+from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tone(seconds: float, level: float = 0.3, seed: int = 0) -> np.ndarray:
+    """What is as loud as speech, without its pauses."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    syllables = 0.6 + 0.4 * np.sin(2 * np.pi * 4 * time)
+    return (level * syllables * rng.normal(size=len(time)) / 2).astype(np.float32)
+
+
+def hiss(seconds: float, level: float = 1e-3) -> np.ndarray:
+    return (level * np.random.default_rng(9).normal(size=int(seconds * SAMPLE_RATE))).astype(np.float32)
+
+
+def speech_with_pauses(count: int, pause: float = 0.4, floor: float = 1e-3) -> tuple[np.ndarray, list[float]]:
+    """``count`` utterances of 2 to 3 s, and the seconds at which they begin."""
+    parts, begins, time = [], [], 0.0
+    for number in range(count):
+        part = tone(2 + number % 5 / 4, seed=number)
+        begins.append(time)
+        parts += [part, np.zeros(int(pause * SAMPLE_RATE), np.float32)]
+        time += len(part) / SAMPLE_RATE + pause
+    joined = np.concatenate(parts)
+    return joined + hiss(len(joined) / SAMPLE_RATE + 1, floor)[: len(joined)], begins
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-4, 1e-3])
+def test_windows_are_the_recording_and_begin_shortly_before_speech(floor: float) -> None:
+    audio, begins = speech_with_pauses(30, floor=floor)
+    windows = cut_windows(audio, 6.0)
+    assert np.array_equal(np.concatenate(windows), audio)
+    assert all(len(window) <= 6 * SAMPLE_RATE for window in windows) and len(windows) > 12
+    for start in list(starts(windows))[1:]:
+        assert min(abs(begin - 0.08 - start) for begin in begins) < 0.03
+
+
+@pytest.mark.parametrize("portion", [7, 160, 5000, 100_000])
+def test_cuts_do_not_depend_on_how_the_stream_came_in(portion: int) -> None:
+    audio, _ = speech_with_pauses(8)
+    expected = cut_windows(audio, 6.0)
+    cutter = WindowCutter(6.0)
+    portion = max(portion, len(audio) // 3000)
+    windows = [w for i in range(0, len(audio), portion) for w in cutter.feed(audio[i : i + portion])]
+    windows += cutter.flush()
+    assert [len(one) for one in windows] == [len(one) for one in expected]
+    assert cutter.flush() == []
+
+
+def test_without_a_pause_the_quietest_place_is_cut() -> None:
+    audio = tone(12.0)
+    audio[int(4.5 * SAMPLE_RATE) : int(4.62 * SAMPLE_RATE)] *= 0.05  # too short for a pause
+    first = cut_windows(audio, 6.0)[0]
+    assert abs(len(first) / SAMPLE_RATE - 4.56) < 0.06
+    assert quietest_place(np.zeros(1000, np.float32), 900) == 1000
+    assert len(cut_windows(tone(5.9), 6.0)) == 1
+    with pytest.raises(ValueError, match="windows need"):
+        WindowCutter(0.1)
+
+
+def test_onset_is_where_sound_begins() -> None:
+    assert onset(np.concatenate([hiss(0.5), tone(1.0)])) == pytest.approx(0.5 * SAMPLE_RATE, abs=320)
+    assert onset(np.zeros(500, np.float32)) == 0 == onset(np.zeros(5, np.float32))
+
+
+@pytest.mark.parametrize(("rate", "form"), [(16_000, "wav"), (44_100, "flac"), (48_000, "wav"), (8_000, "flac")])
+def test_a_file_is_decoded_window_by_window(tmp_path: Path, rate: int, form: str) -> None:
+    seconds = 75.0
+    time = np.arange(int(seconds * rate)) / rate
+    wave = 0.3 * np.sin(2 * np.pi * 200 * time) * (np.sin(2 * np.pi * 0.3 * time) > -0.7)
+    soundfile.write(tmp_path / f"a.{form}", np.stack([wave, 0.5 * wave], 1), rate)
+    windows = list(stream_windows(tmp_path / f"a.{form}", 10.0))
+    assert sum(len(one.samples) for one in windows) == pytest.approx(seconds * SAMPLE_RATE, abs=2)
+    assert [one.start for one in windows] == pytest.approx(list(starts([one.samples for one in windows])))
+    assert seconds_of(tmp_path / f"a.{form}") == pytest.approx(seconds)
+
+
+def test_a_damaged_long_file_is_named(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", tone(80.0), SAMPLE_RATE)
+    (tmp_path / "a.flac").write_bytes((tmp_path / "a.flac").read_bytes()[:500_000])
+    with pytest.raises(AudioError, match="a.flac"):
+        list(stream_windows(tmp_path / "a.flac", 10.0))
+    assert seconds_of(tmp_path / "none.flac") is None
+
+
+# --- silence --------------------------------------------------------------------------------------
+
+SECONDS = np.arange(5 * SAMPLE_RATE) / SAMPLE_RATE
+NOBODY = {
+    "digital silence": np.zeros(5 * SAMPLE_RATE, np.float32),
+    "hiss": hiss(5.0, 3e-3),
+    "loud hiss": hiss(5.0, 0.1),
+    "hum": (0.1 * np.sin(2 * np.pi * 50 * SECONDS)).astype(np.float32),
+    "clicks": np.where(np.arange(len(SECONDS)) % 8000 < 16, 0.8, 0.0).astype(np.float32),
+    "a constant": np.full(5 * SAMPLE_RATE, 0.2, np.float32),
+    "nearly nothing": np.zeros(100, np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", NOBODY)
+def test_no_speech_is_found_where_nobody_speaks(kind: str) -> None:
+    assert find_speech(NOBODY[kind]) == []
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-3, 1e-2])
+def test_speech_is_found_with_its_edges(floor: float) -> None:
+    audio = np.concatenate(
+        [np.zeros(SAMPLE_RATE, np.float32), tone(2.0), np.zeros(2 * SAMPLE_RATE, np.float32), tone(1)]
+    )
+    audio = audio + hiss(6.0, floor)[: len(audio)] if floor else audio
+    (first, second) = find_speech(audio)
+    assert np.array(first) / SAMPLE_RATE == pytest.approx([0.8, 3.2], abs=0.06)
+    assert np.array(second) / SAMPLE_RATE == pytest.approx([4.8, 6.0], abs=0.06)
+    with pytest.raises(VadError, match="choose from energy, silero"):
+        find_speech(audio, "ears")
+
+
+def test_silero_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "silero_vad", None)
+    with pytest.raises(VadError, match="pip install 'blspkd-fairseq.vad.'"):
+        find_speech(tone(1.0), "silero")
+
+
+# --- transcripts ----------------------------------------------------------------------------------
+
+TRANSCRIPT = Transcript(
+    3661.5,
+    (
+        Segment(0.5, 3.0, "Hello there. How <are> you?", words_of(
+            "Hello there. How <are> you?", ["Hel", "lo", " there", ".", " How", " <are>", " you?"],
+            [0.7, 1.0, 1.4, 1.5, 2.0, 2.5, 3.0], 0.5)),
+        Segment(3660.0, 3661.5, "Fine.", ()),
+    ),
+)  # fmt: skip
+
+
+def test_words_get_the_times_of_their_tokens() -> None:
+    assert TRANSCRIPT.words[:2] == [Word(0.5, 1.0, "Hello"), Word(1.0, 1.5, "there.")]
+    assert [word.text for word in words_of("日本語", ["日", "", "本語"], [1.0, 2.0, 3.0])] == ["日", "本", "語"]
+    assert join_texts(["今日は", "晴れ", "and ", " so", ""]) == "今日は晴れ and so"
+
+
+def test_formats() -> None:
+    assert FORMATS["text"](TRANSCRIPT) == "Hello there. How <are> you? Fine.\n"
+    assert FORMATS["srt"](TRANSCRIPT) == (
+        "1\n00:00:00,500 --> 00:00:01,500\nHello there.\n\n2\n00:00:01,500 --> 00:00:03,000\nHow <are> you?\n\n"
+        "3\n01:01:00,000 --> 01:01:01,500\nFine.\n"
+    )
+    assert FORMATS["vtt"](TRANSCRIPT).startswith("WEBVTT\n\n00:00:00.500 --> 00:00:01.500\nHello there.\n\n")
+    assert "How &lt;are&gt; you?" in FORMATS["vtt"](TRANSCRIPT)
+    read = json.loads(FORMATS["json"](TRANSCRIPT))
+    assert read["duration"] == 3661.5 and read["words"][0] == {"word": "Hello", "start": 0.5, "end": 1.0}
+    long = tuple(Word(i, i + 1.0, f"word{i}") for i in range(14))
+    assert [cue.end - cue.start for cue in cues_of(Transcript(14.0, (Segment(0, 14, "", long),)))] == [6.0, 6.0, 2.0]
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> BlspKd:
+    root = tmp_path_factory.mktemp("long")
+    config = SpeechLlmConfig(
+        speech_encoder=str(save_whisper(root / "whisper")),
+        llm=str(save_llm(root / "llm")),
+        llm_dtype="float32",
+        adapter_heads=2,
+        window_seconds=6.0,
+    )
+    torch.manual_seed(0)
+    return BlspKd(*build_speech_llm(config), config)
+
+
+def test_windows_are_heard_alike_whatever_they_are_batched_with(model: BlspKd) -> None:
+    long, short = cut_windows(speech_with_pauses(12)[0], 6.0), [tone(1.3)]
+    alone, counts = hear_windows(model.model, [long])
+    for seconds in (0.1, 7.0, 1000.0):
+        together, lengths = hear_windows(model.model, [short, long, [], long[:1]], seconds)
+        assert lengths[1:3] == [*counts, 0]
+        torch.testing.assert_close(together[1, : counts[0]], alone[0], rtol=1e-4, atol=1e-5)
+    separate = torch.cat([hear_windows(model.model, [[one]])[0][0] for one in long])
+    torch.testing.assert_close(alone[0], separate, rtol=1e-4, atol=1e-5)
+
+
+def test_long_audio_in_every_call(model: BlspKd, tmp_path: Path) -> None:
+    audio = speech_with_pauses(16)[0]  # 46 s
+    soundfile.write(tmp_path / "a.wav", audio, SAMPLE_RATE, subtype="FLOAT")
+    path = tmp_path / "a.wav"
+    alone = model.generate(path, max_new_tokens=4)
+    assert model.generate([tmp_path / "a.wav", (tone(1.0), SAMPLE_RATE)], max_new_tokens=4)[0] == alone
+    tokens = model.align(path)
+    assert [one.start for one in tokens] == sorted(one.start for one in tokens)
+    assert tokens[-1].end == pytest.approx(len(audio) / SAMPLE_RATE, abs=0.5)
+    spoken = "Turn on the light in the kitchen. " * 8
+    assert "".join(one.token for one in model.align(path, spoken)) == spoken
+    done: list[float] = []
+    whole = model.transcripts([path, (audio, SAMPLE_RATE)], progress=done.append, max_new_tokens=4)
+    assert whole[0] == whole[1] and sum(done) == pytest.approx(2 * whole[0].seconds)
+    assert whole[0].seconds == pytest.approx(len(audio) / SAMPLE_RATE)
+    assert model.transcribe(path, max_new_tokens=4) == whole[0].text
+    with pytest.raises(ValueError, match="nobody speaks"):
+        model.align((np.zeros(SAMPLE_RATE, np.float32), SAMPLE_RATE), "Hello", vad="energy")
+
+
+@pytest.mark.slow
+def test_an_hour_takes_no_more_memory_than_minutes(model: BlspKd, tmp_path: Path) -> None:
+    def peak(minutes: int) -> int:
+        with soundfile.SoundFile(tmp_path / "a.wav", "w", SAMPLE_RATE, 1) as file:
+            for number in range(minutes):
+                file.write(np.concatenate([tone(55.0, seed=number), hiss(5.0)]))
+        transcript = model.transcripts([tmp_path / "a.wav"], vad="energy", max_new_tokens=2, with_words=False)[0]
+        assert transcript.seconds == pytest.approx(60 * minutes)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    few = peak(3)
+    assert peak(60) - few < 100_000  # KiB; its samples alone would be 230 MB
+
+
+@pytest.mark.real
+def test_three_minutes_of_known_utterances_come_back_in_order() -> None:
+    sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
+    import sentences
+    import voices
+
+    from blspkd_fairseq.base_models import load_published
+
+    speak, texts = voices.load_joe(), sentences.sentences(60, 7, "test")
+    parts: list[np.ndarray] = []
+    spans: list[tuple[float, float]] = []
+    time = 0
+    for number, text in enumerate(texts):
+        clip = np.asarray(speak(text, 1.0), np.float32)
+        spans.append((time / SAMPLE_RATE, (time + len(clip)) / SAMPLE_RATE))
+        parts += [clip, np.zeros(int((0.3, 0.5, 0.8)[number % 3] * SAMPLE_RATE), np.float32)]
+        time += len(parts[-2]) + len(parts[-1])
+    model = load_published()
+    heard = model.align((np.concatenate(parts), SAMPLE_RATE), vad="energy")
+    assert 170 < time / SAMPLE_RATE < 200 and all(
+        a.end <= b.start + 1e-6 for a, b in zip(heard, heard[1:], strict=False)
+    )
+    said = [(piece, number) for number, text in enumerate(texts) for piece in re.findall(r"\w+|[^\w\s]", text)]
+    words = [(piece, token) for token in heard for piece in re.findall(r"\w+|[^\w\s]", token.token)]
+    matcher = difflib.SequenceMatcher(a=[one for one, _ in said], b=[one for one, _ in words], autojunk=False)
+    pairs = [(a + i, b + i) for a, b, count in matcher.get_matching_blocks() for i in range(count)]
+    assert len(said) - len(pairs) <= 0.03 * len(said)  # of all; a model of 172 words errs by itself, too
+    differences = []
+    for mine, its in pairs:
+        number = said[mine][1]
+        if mine == 0 or said[mine - 1][1] != number:
+            differences.append(abs(words[its][1].start - spans[number][0]))
+        elif mine + 1 == len(said) or said[mine + 1][1] != number:
+            differences.append(abs(words[its][1].end - spans[number][1]))
+    assert len(differences) > 100
+    assert np.mean(np.array(differences) < 0.2) >= 0.95 and max(differences) < 0.5

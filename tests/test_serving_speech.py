@@ -1,0 +1,118 @@
+"""The server: transcriptions and translations in all formats."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from serving_util import NAME, Served, as_file, noise, openai, served, tiny_model
+
+from blspkd_fairseq.hub import BlspKd
+
+SPEECH = as_file(noise(1.3))
+UPLOAD = ("a.wav", SPEECH, "audio/wav")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> BlspKd:
+    return tiny_model(tmp_path_factory.mktemp("speech"))
+
+
+@pytest.fixture(scope="module")
+def server(model: BlspKd) -> Iterator[Served]:
+    with served(model, new_tokens=16) as one:
+        yield one
+
+
+def test_it_writes_what_the_model_writes(server: Served, model: BlspKd) -> None:
+    heard = server.client.audio.transcriptions.create(model=NAME, file=UPLOAD)
+    text = model.transcribe(SPEECH, max_new_tokens=16)
+    assert heard.text == text and text
+    assert server.client.audio.transcriptions.create(model=NAME, file=UPLOAD, response_format="text").strip() == text
+    english = server.client.audio.translations.create(model=NAME, file=UPLOAD)
+    assert english.text == model.translate(SPEECH, target="English", max_new_tokens=16).strip()
+
+
+def test_words_have_the_times_at_which_cif_cuts(server: Served, model: BlspKd) -> None:
+    create = server.client.audio.transcriptions.create
+    verbose = create(model=NAME, file=UPLOAD, response_format="verbose_json",
+                     timestamp_granularities=["word", "segment"], language="en")  # fmt: skip
+    assert verbose.duration == pytest.approx(1.3, abs=0.01) and verbose.language == "en"
+    assert [word.word for word in verbose.words] == verbose.text.split()
+    tokens = model.align(SPEECH, transcript=verbose.text)
+    ends = {round(token.end, 3) for token in tokens}
+    assert {word.end for word in verbose.words} <= ends and verbose.words[-1].end == max(ends)
+    assert " ".join(segment.text for segment in verbose.segments) == " ".join(verbose.text.split())
+    bare = create(model=NAME, file=UPLOAD, response_format="verbose_json", timestamp_granularities=["word"])
+    assert bare.words and not bare.segments
+    bare = create(model=NAME, file=UPLOAD, response_format="verbose_json")
+    assert bare.segments and not bare.words
+
+
+def test_subtitles(server: Served) -> None:
+    create = server.client.audio.transcriptions.create
+    text = create(model=NAME, file=UPLOAD).text
+    srt = create(model=NAME, file=UPLOAD, response_format="srt")
+    assert re.match(r"1\n00:00:0\d,\d{3} --> 00:00:0\d,\d{3}\n", srt) and srt.endswith("\n\n")
+    vtt = create(model=NAME, file=UPLOAD, response_format="vtt")
+    assert vtt.startswith("WEBVTT\n\n00:00:0") and text.split()[0][:3] in srt
+
+
+def test_a_transcript_can_be_streamed(server: Served) -> None:
+    create = server.client.audio.transcriptions.create
+    events = list(create(model=NAME, file=UPLOAD, stream=True))
+    whole = create(model=NAME, file=UPLOAD).text
+    assert events[-1].type == "transcript.text.done" and events[-1].text == whole
+    deltas = [event.delta for event in events if event.type == "transcript.text.delta"]
+    assert "".join(deltas) == whole and len(deltas) > 1
+
+
+def test_what_is_longer_than_the_encoder_hears_is_heard_window_by_window(server: Served, model: BlspKd) -> None:
+    quiet, pieces = np.zeros(8_000, np.float32), [noise(20, 1), noise(18, 2)]
+    long = np.concatenate([pieces[0], quiet, pieces[1]])
+    verbose = server.client.audio.transcriptions.create(
+        model=NAME, file=("long.flac", as_file(long, "FLAC"), "audio/flac"), response_format="verbose_json",
+        timestamp_granularities=["word"],
+    )  # fmt: skip
+    windows = model.windows(as_file(long, "FLAC"))
+    said = [model.transcribe((window, 16_000), max_new_tokens=16).strip() for window in windows]
+    assert len(windows) == 2 and verbose.text == " ".join(said) and verbose.duration == pytest.approx(38.5)
+    starts = [word.start for word in verbose.words]
+    assert starts == sorted(starts) and starts[len(said[0].split())] == pytest.approx(
+        len(windows[0]) / 16_000, abs=0.01
+    )
+    assert [w.word for w in verbose.words] == verbose.text.split()
+    streamed = server.client.audio.transcriptions.create(
+        model=NAME, file=("long.flac", as_file(long, "FLAC"), "audio/flac"), stream=True
+    )
+    assert "".join(getattr(event, "delta", "") for event in streamed) == verbose.text
+
+
+def test_an_adapter_without_boundaries_gives_no_times(tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = tiny_model(tmp_path_factory.mktemp("cnn"), adapter="cnn")
+    with served(model, new_tokens=4) as server:
+        create = server.client.audio.transcriptions.create
+        assert create(model=NAME, file=UPLOAD).text is not None
+        for kind in ("srt", "vtt", "verbose_json"):
+            with pytest.raises(openai.BadRequestError, match="no times: ask for json or text"):
+                create(model=NAME, file=UPLOAD, response_format=kind)
+
+
+def test_health_models_and_figures(server: Served) -> None:
+    import urllib.request
+
+    server.client.audio.transcriptions.create(model=NAME, file=UPLOAD)
+    assert [one.id for one in server.client.models.list()] == [NAME]
+    assert server.client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="this server has"):
+        server.client.models.retrieve("other")
+    with urllib.request.urlopen(f"{server.url}/health") as reply:
+        assert reply.status == 200
+    with urllib.request.urlopen(f"{server.url}/metrics") as reply:
+        figures = reply.read().decode()
+    values = dict(re.findall(r"^(blspkd_\S+) ([\d.e+]+)$", figures, re.MULTILINE))
+    assert float(values['blspkd_requests_total{path="/v1/audio/transcriptions",status="200"}']) >= 1
+    assert float(values["blspkd_answer_tokens_total"]) > 0 and float(values["blspkd_audio_seconds_total"]) > 1
+    assert float(values["blspkd_answers_running"]) == 0 and float(values["blspkd_first_token_seconds_count"]) > 0
