@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from tiny import write_split
+from tiny import PATIENCE, write_split
 
 ROOT = Path(__file__).resolve().parents[1]
 OPEN = ROOT / "examples" / "open_vocabulary"
@@ -397,7 +397,7 @@ def test_the_pieces_for_a_gpu_train_on_a_few_rows(tmp_path: Path) -> None:
     for name in pieces:
         loaded = command("gpu.sh", "load", name, "--from", tmp_path / "pieces", *where)
     assert "all pieces are unpacked" in loaded.stdout
-    options = ["--processes", 1]
+    options = ["--processes", 1, "--seconds", PATIENCE]
     trained = command("gpu.sh", "train", *options, *where)
     assert trained.returncode == 0 and trained.stdout.endswith("trained\n"), (trained.stdout + trained.stderr)[-3000:]
     row = command("gpu.sh", "rows", "no-input-kl", *options, *where)

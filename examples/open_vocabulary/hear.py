@@ -16,14 +16,17 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from blspkd_fairseq import BlspKd
-from blspkd_fairseq.data.audio import SAMPLE_RATE, load_audio
+from blspkd_fairseq.data.audio import load_audio
+from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.dataset import SpeechTextDataset
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
@@ -61,23 +64,16 @@ class Rows:
     def title(self) -> str:
         return self.name if self.condition == "clean" else f"{self.name} {self.condition}"
 
-    def waveform(self, index: int) -> Any:
-        """``[samples]``, under the condition."""
-        row = self.manifest[index]
-        return degrade(self._load(row["id"]), parse_condition(self.condition), row["id"], voices=self._voices)
+    def waveform(self, index: int) -> np.ndarray:
+        """``[samples]`` float32 at 16 kHz, under the condition."""
+        name = self.manifest[index]["id"]
+        return degrade(self._voices.load(name), parse_condition(self.condition), name, voices=self._voices)
 
-    @property
-    def _paths(self) -> dict[str, str]:
-        if not hasattr(self, "_by_id"):
-            self._by_id = {self.manifest[i]["id"]: self.manifest[i]["audio"] for i in range(self.count)}
-        return self._by_id
-
-    def _load(self, name: str) -> Any:
-        return load_audio(self._paths[name], self.root)
-
-    @property
+    @cached_property
     def _voices(self) -> Voices:
-        return Voices(list(self._paths), self._load)
+        """What babble is made of."""
+        paths = {self.manifest[i]["id"]: self.manifest[i]["audio"] for i in range(self.count)}
+        return Voices(list(paths), lambda name: load_audio(paths[name], self.root))
 
     def parts(self, size: int) -> Iterator[range]:
         for start in range(0, self.count, size):
@@ -99,7 +95,9 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
             sample = collate(data, part, model.device)
             speech = sample["net_input"]["src_tokens"], sample["net_input"]["src_lengths"]
         else:
-            speech = model._collate([(rows.waveform(i), SAMPLE_RATE) for i in part])
+            waveforms = [torch.from_numpy(rows.waveform(i)) for i in part]
+            lengths = torch.tensor([len(one) for one in waveforms], device=model.device)
+            speech = pad_waveforms(waveforms).to(model.device), lengths
         _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells])
         adapted = model.model.adapt(*speech)
         counts = adapted.lengths.tolist()
