@@ -412,7 +412,7 @@ class StreamingDecoder:
                 row.signature += segment
         row.embeds = torch.cat(parts)
         row.prompt = len(row.signature)
-        row.next_id = int(row.request.segments[-1][-1])  # type: ignore[arg-type]
+        row.next_id = int(row.request.segments[-1][-1])
         row.speech = torch.tensor(places, dtype=torch.long)
         check_context(self.model, row.prompt)
         self._reuse(row)
