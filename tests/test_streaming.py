@@ -336,7 +336,7 @@ def test_what_is_fed_while_it_is_spoken_is_heard_as_a_whole(
 ) -> None:
     syllables = np.abs(np.sin(np.arange(10 * rate) / rate * 2)) > 0.3  # a pause each 1.6 s
     samples = np.tile(NOISE, 12)[: 10 * rate] * syllables
-    model.config.window_seconds = 3.0
+    model.model.window_seconds = 3.0
     try:
         session = ChatSession(model, vad=None, window_seconds=3.0)
         for begin in range(0, len(samples), rate // 10):
@@ -352,7 +352,7 @@ def test_what_is_fed_while_it_is_spoken_is_heard_as_a_whole(
         if rate == 16_000:
             assert answer == model.chat([said((samples, rate))], max_new_tokens=8)
     finally:
-        model.config.window_seconds = 0.0
+        model.model.window_seconds = 30.0
 
 
 def test_reading_ahead_spares_reading_later_and_changes_nothing(model: BlspKd) -> None:
