@@ -21,7 +21,7 @@ from blspkd_fairseq.data.conversation import AudioPart, one_turn, read_messages
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.transcript import Segment, Transcript, words_of
 from blspkd_fairseq.data.vad import speech_windows
-from blspkd_fairseq.data.windows import cut_windows, onset, starts
+from blspkd_fairseq.data.windows import cut_windows, sounding, starts
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows
 from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
 from blspkd_fairseq.generation.text_stream import TextStream
@@ -223,9 +223,8 @@ class BlspKd:
         ids = self.chat_format.encode_text(text)
         boundaries = self.adapt((window.samples, SAMPLE_RATE), len(ids)).boundaries
         assert boundaries is not None
-        begin = self._onset(window)
-        ends = [max(begin, window.start + one / FRAMES_PER_SECOND) for one in boundaries[0].tolist()]
-        return Segment(window.start, end, text, words_of(text, self._pieces(ids), ends, begin))
+        spans = self._spans(window, boundaries[0])
+        return Segment(window.start, end, text, words_of(text, self._pieces(ids), [e for _, e in spans], spans[0][0]))
 
     def _pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds."""
@@ -296,8 +295,7 @@ class BlspKd:
     @property
     def window_seconds(self) -> float:
         """The longest speech that is heard at once."""
-        longest = self.model.speech_encoder.max_samples / SAMPLE_RATE
-        return min(self.config.window_seconds or longest, longest)
+        return self.model.window_seconds
 
     def streaming_decoder(self, **options: Any) -> StreamingDecoder:
         """A decoder that several requests share; ``options`` are those of :class:`StreamingDecoder`."""
@@ -356,9 +354,7 @@ class BlspKd:
             adapted = self.adapt((window.samples, SAMPLE_RATE), count)
             if adapted.boundaries is None:
                 raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
-            begin = window.start if len(windows) == 1 and not vad else self._onset(window)
-            ends = [max(begin, window.start + end / FRAMES_PER_SECOND) for end in adapted.boundaries[0].tolist()]
-            times += zip([begin, *ends[:-1]], ends, strict=True)
+            times += self._spans(window, adapted.boundaries[0], whole=len(windows) == 1 and not vad)
             heard.append(adapted.embeddings[0])
         tokens = ids if ids is not None or not heard else self.nearest_tokens(torch.cat(heard))
         texts = [self.chat_format.tokenizer.decode([token]) for token in tokens or ()]
@@ -375,9 +371,13 @@ class BlspKd:
             for begin, samples in speech_windows(window.samples, vad)
         ]
 
-    def _onset(self, window: Window) -> float:
-        """The second at which the first sound of a window begins: CIF's first token takes all that lies before it."""
-        return window.start + onset(window.samples) / SAMPLE_RATE
+    def _spans(self, window: Window, boundaries: Tensor, whole: bool = False) -> list[tuple[float, float]]:
+        """Seconds of a window's tokens; CIF gives the silence around them to the first and last, which is taken off."""
+        first, last = (0, len(window.samples)) if whole else sounding(window.samples)
+        begin, limit = window.start + first / SAMPLE_RATE, window.start + last / SAMPLE_RATE
+        ends = [window.start + end / FRAMES_PER_SECOND for end in boundaries.tolist()]
+        ends = ends if whole else [min(max(begin, end), limit) for end in ends]
+        return list(zip([begin, *ends[:-1]], ends, strict=True))
 
     def _share(self, windows: Sequence[np.ndarray], tokens: int) -> list[int]:
         """Divides the tokens of a transcript among windows, by what CIF hears in each."""

@@ -10,7 +10,7 @@ from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError
 from blspkd_fairseq.data.conversation import Speech, Turn
 from blspkd_fairseq.data.vad import speech_windows
 from blspkd_fairseq.data.windows import WindowCutter
-from blspkd_fairseq.generation.streaming import Delta, Request, Sampling
+from blspkd_fairseq.generation.streaming import Request, Sampling
 from blspkd_fairseq.hub import BlspKd
 
 WINDOW_SECONDS = 6.0
@@ -26,7 +26,8 @@ class ChatSession:
         for text in session.answer(max_new_tokens=64):
             print(text, end="")
 
-    Earlier turns are not read again, and of what was fed only the last window is still to hear when the answer begins.
+    Earlier turns are not read again, and of what was fed only the last window is still to hear and to read when the
+    answer begins.
 
     Args:
         model: answers.
@@ -88,12 +89,9 @@ class ChatSession:
         self._close_piece()
         if not self._parts:
             raise ValueError("the user has said nothing: use say or feed before answer")
-        turn, said = Turn("user", tuple(self._parts)), ""
-        silent = not any(isinstance(part, str) or self._speech[part.piece] for part in turn.parts)
-        segments = self.model.chat_format.render((*self.turns, turn))
-        request = Request(segments, list(self._speech), Sampling(**sampling), silent)
+        request, turn, said = self._request(Sampling(**sampling)), Turn("user", tuple(self._parts)), ""
         try:
-            for delta in self.deltas(request):
+            for delta in self.model.decoder.stream(request):
                 said += delta.text
                 if delta.text:
                     yield delta.text
@@ -104,9 +102,12 @@ class ChatSession:
             else:
                 del self._speech[sum(isinstance(part, Speech) for one in self.turns for part in one.parts) :]
 
-    def deltas(self, request: Request) -> Iterator[Delta]:
-        """The steps of an answer."""
-        return self.model.decoder.stream(request)
+    def _request(self, sampling: Sampling) -> Request:
+        """The conversation as far as it goes."""
+        turn = Turn("user", tuple(self._parts))
+        silent = not any(isinstance(part, str) or self._speech[part.piece] for part in turn.parts)
+        segments = self.model.chat_format.render((*self.turns, turn))
+        return Request(segments, [list(piece) for piece in self._speech], sampling, silent)
 
     def _begin_piece(self) -> list[np.ndarray]:
         self._parts.append(Speech(len(self._speech)))
@@ -126,7 +127,7 @@ class ChatSession:
             windows = [part for one in windows for _, part in speech_windows(one, self.vad)]
         if windows:
             self._speech[-1] += windows
-            self.model.decoder.hear(windows)
+            self.model.decoder.read_ahead(self._request(Sampling()))
 
     def _at_16k(self, chunk: np.ndarray, rate: int) -> np.ndarray:
         if rate == SAMPLE_RATE:

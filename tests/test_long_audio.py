@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tiny import save_llm, save_whisper
+from commands import fairseq, train
+from tiny import read_jsonl, save_llm, save_whisper, write_split
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError
 from blspkd_fairseq.data.audio_stream import seconds_of, stream_windows
+from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.data.transcript import FORMATS, Segment, Transcript, Word, cues_of, join_texts, words_of
 from blspkd_fairseq.data.vad import VadError, find_speech
-from blspkd_fairseq.data.windows import WindowCutter, cut_windows, onset, quietest_place, starts
+from blspkd_fairseq.data.windows import WindowCutter, cut_windows, quietest_place, sounding, starts
 from blspkd_fairseq.generation.decoding import hear_windows
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
@@ -85,9 +87,11 @@ def test_without_a_pause_the_quietest_place_is_cut() -> None:
         WindowCutter(0.1)
 
 
-def test_onset_is_where_sound_begins() -> None:
-    assert onset(np.concatenate([hiss(0.5), tone(1.0)])) == pytest.approx(0.5 * SAMPLE_RATE, abs=320)
-    assert onset(np.zeros(500, np.float32)) == 0 == onset(np.zeros(5, np.float32))
+def test_silence_around_a_sound_is_found() -> None:
+    first, last = sounding(np.concatenate([hiss(0.5), tone(1.0), hiss(0.7)]))
+    assert (first, last) == (pytest.approx(0.5 * SAMPLE_RATE, abs=320), pytest.approx(1.5 * SAMPLE_RATE, abs=320))
+    for silence in (np.zeros(500, np.float32), np.zeros(5, np.float32)):
+        assert sounding(silence) == (0, len(silence))
 
 
 @pytest.mark.parametrize(("rate", "form"), [(16_000, "wav"), (44_100, "flac"), (48_000, "wav"), (8_000, "flac")])
@@ -244,6 +248,7 @@ def test_an_hour_takes_no_more_memory_than_minutes(model: BlspKd, tmp_path: Path
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_three_minutes_of_known_utterances_come_back_in_order() -> None:
     sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
     import sentences
@@ -257,7 +262,8 @@ def test_three_minutes_of_known_utterances_come_back_in_order() -> None:
     time = 0
     for number, text in enumerate(texts):
         clip = np.asarray(speak(text, 1.0), np.float32)
-        spans.append((time / SAMPLE_RATE, (time + len(clip)) / SAMPLE_RATE))
+        (sound,) = np.nonzero(np.abs(clip) > 0.02)  # the voice's own silence is no part of the utterance
+        spans.append(((time + sound[0]) / SAMPLE_RATE, (time + sound[-1]) / SAMPLE_RATE))
         parts += [clip, np.zeros(int((0.3, 0.5, 0.8)[number % 3] * SAMPLE_RATE), np.float32)]
         time += len(parts[-2]) + len(parts[-1])
     model = load_published()
@@ -278,4 +284,21 @@ def test_three_minutes_of_known_utterances_come_back_in_order() -> None:
         elif mine + 1 == len(said) or said[mine + 1][1] != number:
             differences.append(abs(words[its][1].end - spans[number][1]))
     assert len(differences) > 100
-    assert np.mean(np.array(differences) < 0.2) >= 0.95 and max(differences) < 0.5
+    assert np.mean(np.array(differences) < 0.2) >= 0.95 and max(differences) < 1
+
+
+def test_generation_from_a_manifest_hears_any_length(tmp_path: Path) -> None:
+    llm, whisper = save_llm(tmp_path / "llm"), save_whisper(tmp_path / "whisper")
+    write_split(tmp_path / "data", "train", 2)
+    train(tmp_path / "data", tmp_path / "save", llm, whisper, "--max-update", 1, "--disable-validation")
+    audio = speech_with_pauses(11)[0]  # 32 s
+    soundfile.write(tmp_path / "data" / "long.flac", audio, SAMPLE_RATE)
+    rows = list(Manifest.load(write_split(tmp_path / "data", "test", 1)))
+    rows += [{**rows[0], "id": "long", "audio": "long.flac", "n_frames": str(len(audio))}]
+    write_manifest(tmp_path / "data" / "test.tsv", rows, list(rows[0]))
+    options = ["--path", tmp_path / "save" / "checkpoint_last.pt", "--beam", 1, "--max-len-b", 6, "--batch-size", 2]
+    options += ["--results-path", tmp_path / "out", "--max-audio-seconds", 100, "--prompt", "repeat"]
+    fairseq("generate", tmp_path / "data", *options)
+    answers = {row["id"]: row["hypothesis"] for row in read_jsonl(tmp_path / "out" / "generate-test.jsonl")}
+    model = BlspKd.from_pretrained(tmp_path / "save" / "checkpoint_last.pt")
+    assert answers["long"] == model.generate(tmp_path / "data" / "long.flac", "repeat", max_new_tokens=6)

@@ -13,6 +13,7 @@ from test_llm_families import make as make_llm
 from tiny import save_llm, save_whisper
 from tokenizers_util import bpe_tokenizer, sentencepiece_tokenizer
 
+from blspkd_fairseq.data.audio import AudioError
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import ConversationError, Speech
 from blspkd_fairseq.generation.streaming import Delta, Request, Sampling, StreamingDecoder
@@ -22,6 +23,7 @@ from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import CFormer
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
+from blspkd_fairseq.session import ChatSession
 
 NOISE = np.random.default_rng(0).normal(size=40_000).astype(np.float32) / 10
 
@@ -323,3 +325,65 @@ def test_rows_come_and_go_in_every_family(kind: str, tmp_path: Path) -> None:
     # Again, with what was kept: the same, and less to read where states can be cut.
     again = [list(decoder.stream(one)) for one in requests]
     assert [text_of(one) for one in again] == alone
+
+
+# --- sessions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_what_is_fed_while_it_is_spoken_is_heard_as_a_whole(
+    model: BlspKd, rate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syllables = np.abs(np.sin(np.arange(10 * rate) / rate * 2)) > 0.3  # a pause each 1.6 s
+    samples = np.tile(NOISE, 12)[: 10 * rate] * syllables
+    model.model.window_seconds = 3.0
+    try:
+        session = ChatSession(model, vad=None, window_seconds=3.0)
+        for begin in range(0, len(samples), rate // 10):
+            session.feed(samples[begin : begin + rate // 10], rate)
+        heard: list[int] = []
+        adapt = model.model.adapt
+        monkeypatch.setattr(model.model, "adapt", lambda w, *a, **k: (heard.append(w.shape[1]), adapt(w, *a, **k))[1])
+        answer = "".join(session.answer(max_new_tokens=8))
+        assert len(heard) == 1 and heard[0] <= 3 * 16_000  # the last window alone
+        assert len(session._speech[0]) > 3
+        deltas = list(model.decoder.stream(session.model.request([said((samples, rate))], Sampling(max_new_tokens=1))))
+        assert deltas[-1].usage is not None
+        if rate == 16_000:
+            assert answer == model.chat([said((samples, rate))], max_new_tokens=8)
+    finally:
+        model.model.window_seconds = 30.0
+
+
+def test_reading_ahead_spares_reading_later_and_changes_nothing(model: BlspKd) -> None:
+    request = model.request([said("Listen: ", speech(0, 2.0))], Sampling(max_new_tokens=8))
+    decoder = model.streaming_decoder(chunk=16)
+    decoder.read_ahead(request)
+    deltas = list(decoder.stream(request))
+    assert deltas[-1].usage is not None and deltas[-1].usage.reused > deltas[-1].usage.prompt / 2
+    assert text_of(deltas) == text_of(list(model.streaming_decoder().stream(request)))
+    decoder.read_ahead(model.request([said("No speech.")]))  # nothing to do
+    with pytest.raises(ValueError, match="the LLM reads 512"):
+        decoder.read_ahead(model.request([said("light " * 600, speech(0, 1.0))]))
+
+
+def test_a_session_remembers_its_turns(model: BlspKd) -> None:
+    session = ChatSession(model, system="Be short.", vad="energy")
+    session.say("Call my mother.")
+    first = "".join(session.answer(max_new_tokens=6))
+    session.feed(np.zeros(16_000, np.float32))
+    assert list(session.answer()) == []  # nobody spoke: no turn
+    session.say("Listen: ")
+    session.say({"audio": speech(0, 1.0)})
+    session.say({"array": speech(9000, 0.8)[0], "sampling_rate": 16_000})
+    session.vad = None
+    second = "".join(session.answer(max_new_tokens=6))
+    assert [turn.role for turn in session.turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert session.turns[2].parts == (first,) and session.turns[4].parts == (second,)
+    with pytest.raises(ValueError, match="the user has said nothing"):
+        list(session.answer())
+    with pytest.raises(AudioError, match="finite"):
+        session.feed(np.full(100, np.nan, np.float32))
+    session.feed(NOISE[:4000], 8_000)
+    with pytest.raises(AudioError, match="from 8000 to 44100 Hz"):
+        session.feed(NOISE[:4000], 44_100)

@@ -90,10 +90,11 @@ def end_of_pause(waveform: np.ndarray, after: int) -> int | None:
     return int(ends[0] - _ONSET_HOPS) * _HOP if len(ends) else None
 
 
-def onset(waveform: np.ndarray) -> int:
-    """The sample at which the first sound begins that is not 35 dB below the loudest; 0 where all is as quiet."""
+def sounding(waveform: np.ndarray) -> tuple[int, int]:
+    """The first sample, and the one behind the last, that are not 35 dB below the loudest; all where all is quiet."""
     power = _powers(waveform)
-    return int(np.argmax(power > power.max() * _QUIET)) * _HOP if len(power) else 0
+    loud = np.flatnonzero(power > power.max() * _QUIET) if len(power) else power
+    return (int(loud[0]) * _HOP, int(loud[-1] + 1) * _HOP) if len(loud) else (0, len(waveform))
 
 
 def quietest_place(waveform: np.ndarray, after: int) -> int:

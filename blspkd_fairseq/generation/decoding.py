@@ -17,6 +17,7 @@ from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
+from blspkd_fairseq.data.windows import cut_windows
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, SpeechPlaces, speech_positions
 from blspkd_fairseq.modules.speech_llm import ChatLLM, SpeechLLM
@@ -216,9 +217,13 @@ def speech_of(inputs: Mapping[str, Any], pieces: Sequence[int]) -> dict[str, Any
 
 
 def hear(model: SpeechLLM, waveforms: Tensor | None, lengths: Tensor, **options: Any) -> tuple[Tensor, list[int]]:
-    """Speech embeddings ``[P, U, D]`` of pieces of speech, and how many each has."""
+    """Speech embeddings ``[P, U, D]`` of pieces of speech, and how many each has; longer ones are heard in windows."""
     if not len(lengths):
         return model.embed(torch.zeros(0, 0, dtype=torch.long, device=model.device)), []
+    if waveforms is not None and waveforms.shape[1] > model.speech_encoder.max_samples:
+        samples = options.get("samples") or lengths.tolist()
+        cut = (one[:count] for one, count in zip(waveforms.cpu().numpy(), samples, strict=True))
+        return hear_windows(model, [cut_windows(one, model.window_seconds) for one in cut])
     adapter = model.adapt(waveforms, lengths, **options)
     return adapter.embeddings.to(model.llm.dtype), adapter.lengths.tolist()
 

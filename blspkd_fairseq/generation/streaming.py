@@ -234,25 +234,9 @@ class StreamingDecoder:
         Raises:
             ValueError: its segments do not fit its speech, or end with it.
         """
-        pieces = sum(isinstance(one, Speech) for one in request.segments)
-        if pieces != len(request.speech):
-            raise ValueError(f"the conversation has {pieces} pieces of speech, not {len(request.speech)}")
-        if not request.segments or isinstance(request.segments[-1], Speech) or not len(request.segments[-1]):
-            raise ValueError("the chat template must write something between the user's speech and the answer")
-        limit = self.model.speech_encoder.max_samples
-        if any(not 0 < len(window) <= limit for piece in request.speech for window in piece):
-            raise ValueError(f"windows of speech must have 1 to {limit} samples: cut longer audio (data/windows.py)")
-        digests = [[_digest(window) for window in piece] for piece in request.speech]
-        windows = {d: w for ds, ws in zip(digests, request.speech, strict=True) for d, w in zip(ds, ws, strict=True)}
-        generator = None
-        if request.sampling.temperature > 0:
-            generator = torch.Generator()
-            seed = request.sampling.seed
-            generator.seed() if seed is None else generator.manual_seed(seed)
-        text = TextStream(self.chat, request.sampling.stop)
-        self._numbers += 1
-        self._waiting.append(_Row(self._numbers, request, text, generator, digests, windows))
-        return self._numbers
+        row = self._row_of(request)
+        self._waiting.append(row)
+        return row.number
 
     def cancel(self, row: int) -> None:
         """Forgets a row; one that is over, or unknown, is no error."""
@@ -288,6 +272,47 @@ class StreamingDecoder:
         """Hears windows ahead of the request that will hold them; they are known by content."""
         self._hear({_digest(window): window for window in windows})
 
+    @torch.no_grad()
+    def read_ahead(self, request: Request) -> None:
+        """Hears and reads a conversation up to the end of its last piece of speech, for requests that go on from there.
+
+        Raises:
+            ValueError: as of :meth:`add`, and where the LLM has no room for it.
+        """
+        row = self._row_of(request)
+        self._hear(row.unheard)
+        self._compose(row)
+        assert row.speech is not None
+        if not len(row.speech) or not self._has_plain_cache or not self.kept_bytes:
+            return
+        row.prompt = int(row.speech[-1]) + 2  # what is behind it may change
+        while row.unread > 0:
+            portion = min(self.chunk, row.unread)
+            row.cache = self._read_columns([row], portion)
+            row.length += portion
+        if row.cache is not None:
+            self._keep(tuple(row.signature[: row.length]), row.cache)
+
+    def _row_of(self, request: Request) -> _Row:
+        pieces = sum(isinstance(one, Speech) for one in request.segments)
+        if pieces != len(request.speech):
+            raise ValueError(f"the conversation has {pieces} pieces of speech, not {len(request.speech)}")
+        if not request.segments or isinstance(request.segments[-1], Speech) or not len(request.segments[-1]):
+            raise ValueError("the chat template must write something between the user's speech and the answer")
+        limit = self.model.speech_encoder.max_samples
+        if any(not 0 < len(window) <= limit for piece in request.speech for window in piece):
+            raise ValueError(f"windows of speech must have 1 to {limit} samples: cut longer audio (data/windows.py)")
+        digests = [[_digest(window) for window in piece] for piece in request.speech]
+        windows = {d: w for ds, ws in zip(digests, request.speech, strict=True) for d, w in zip(ds, ws, strict=True)}
+        generator = None
+        if request.sampling.temperature > 0:
+            generator = torch.Generator()
+            seed = request.sampling.seed
+            generator.seed() if seed is None else generator.manual_seed(seed)
+        text = TextStream(self.chat, request.sampling.stop)
+        self._numbers += 1
+        return _Row(self._numbers, request, text, generator, digests, windows)
+
     # ---- steps -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -316,10 +341,16 @@ class StreamingDecoder:
         self._hear(self._choose_windows(rows))
         for row in rows:
             row.unheard = {d: w for d, w in row.unheard.items() if d not in self._heard}
-            if row.embeds is None and not row.unheard:
-                self._compose(row, deltas)
-        gone = {delta.row for delta in deltas}
-        self._read([row for row in rows if row.embeds is not None and row.number not in gone])
+            if row.request.silent:
+                self._waiting.remove(row)
+                deltas.append(Delta(row.number, "", "stop", Usage(0, 0, 0)))
+            elif row.embeds is None and not row.unheard:
+                try:
+                    self._compose(row)
+                except ValueError as error:
+                    self._waiting.remove(row)
+                    deltas.append(Delta(row.number, "", "error", Usage(row.prompt, 0, 0), error))
+        self._read([row for row in rows if row.embeds is not None and row in self._waiting])
 
     # ---- hearing -----------------------------------------------------------------------------------------------
 
@@ -360,12 +391,12 @@ class StreamingDecoder:
             if digest not in needed:
                 total -= self._heard.pop(digest).nbytes
 
-    def _compose(self, row: _Row, deltas: list[Delta]) -> None:
-        """The prompt's embeddings, and as much of its keys and values as an earlier conversation has left."""
-        if row.request.silent:
-            self._waiting.remove(row)
-            deltas.append(Delta(row.number, "", "stop", Usage(0, 0, 0)))
-            return
+    def _compose(self, row: _Row) -> None:
+        """The prompt's embeddings, and as much of its keys and values as an earlier conversation has left.
+
+        Raises:
+            ValueError: the LLM has no room for it.
+        """
         parts: list[Tensor] = []
         places: list[int] = []
         for segment in row.request.segments:
@@ -383,12 +414,7 @@ class StreamingDecoder:
         row.prompt = len(row.signature)
         row.next_id = int(row.request.segments[-1][-1])
         row.speech = torch.tensor(places, dtype=torch.long)
-        try:
-            check_context(self.model, row.prompt)
-        except ValueError as error:
-            self._waiting.remove(row)
-            deltas.append(Delta(row.number, "", "error", Usage(row.prompt, 0, 0), error))
-            return
+        check_context(self.model, row.prompt)
         self._reuse(row)
         self._forget_speech()
 
@@ -496,7 +522,7 @@ class StreamingDecoder:
         if not all(goes_on):
             for index, row in enumerate(group.rows):
                 if not goes_on[index]:
-                    self._keep(row, group.cache, index)
+                    self._keep_row(row, group.cache, index)
             self._leave(group, goes_on)
         return [delta for delta in deltas if delta.text or delta.finish]
 
@@ -536,14 +562,15 @@ class StreamingDecoder:
 
     # ---- earlier conversations ---------------------------------------------------------------------------------
 
-    def _keep(self, row: _Row, cache: Any, index: int) -> None:
-        if not self._has_plain_cache or not self.kept_bytes:
-            return
-        signature = tuple(row.signature[: row.length])
+    def _keep_row(self, row: _Row, cache: Any, index: int) -> None:
+        if self._has_plain_cache and self.kept_bytes:
+            self._keep(tuple(row.signature[: row.length]), take_row(cache, index, row.length))
+
+    def _keep(self, signature: tuple[Hashable, ...], cache: Any) -> None:
+        """Keeps a conversation in place of those that it goes on from."""
         for known in [one for one in self._kept if one == signature[: len(one)]]:
             del self._kept[known]
-        own = take_row(cache, index, row.length)
-        self._kept[signature] = _Kept(signature, own, cache_bytes(own))
+        self._kept[signature] = _Kept(signature, cache, cache_bytes(cache))
         while self._kept and sum(one.bytes for one in self._kept.values()) > self.kept_bytes:
             self._kept.popitem(last=False)
 

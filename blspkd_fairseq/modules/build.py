@@ -177,6 +177,7 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
         product_dtype=DTYPES.get(config.product_dtype),
         speech_encoder_dtype=DTYPES.get(config.speech_encoder_dtype),
     )
+    model.window_seconds = min(config.window_seconds or model.window_seconds, model.window_seconds)
     return model, chat
 
 

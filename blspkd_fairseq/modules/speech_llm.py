@@ -30,7 +30,13 @@ from blspkd_fairseq.modules.partial_lora import (
     speech_positions,
 )
 from blspkd_fairseq.modules.ragged import Ragged, pad, rows_of
-from blspkd_fairseq.modules.whisper_encoder import SAMPLES_PER_FRAME, SpeechEncoder, frame_counts, frame_lengths
+from blspkd_fairseq.modules.whisper_encoder import (
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    SpeechEncoder,
+    frame_counts,
+    frame_lengths,
+)
 
 LORA_SCOPES = ("speech", "all", "none")
 
@@ -169,6 +175,7 @@ class SpeechLLM(ChatLLM):
         self.speech_encoder = speech_encoder
         self.adapter = adapter
         self.train_speech_encoder = train_speech_encoder
+        self.window_seconds = speech_encoder.max_samples / SAMPLE_RATE  # of longer speech in use
         self.product_dtype = product_dtype
         self.speech_encoder_dtype = speech_encoder_dtype
         self.speech_encoder.requires_grad_(train_speech_encoder)

@@ -58,7 +58,10 @@ class BlspKdConfig(FairseqDataclass):
             "help": "instruction for rows without a prompt: a name (continue, repeat, ...) or a text with {speech}"
         },
     )
-    max_audio_seconds: float = field(default=30.0, metadata={"help": "longest utterance; Whisper hears 30 s at most"})
+    max_audio_seconds: float = field(
+        default=30.0,
+        metadata={"help": "longest utterance; training hears 30 s at most, generation any length, in windows"},
+    )
     skip_bad_audio: bool = field(
         default=False,
         metadata={"help": "leave out training rows whose audio is too long, missing or unreadable, and say so"},

@@ -1,0 +1,223 @@
+"""How soon an answer begins and how fast it goes on: this project's streaming, transformers' generate, the cascade.
+
+    python scripts/bench_inference.py --out scripts/bench_inference.csv
+    python scripts/bench_inference.py --model checkpoints/checkpoint_best.pt --whisper openai/whisper-small
+
+"stream" hears the speech and answers through `StreamingDecoder`; "generate" hears it in the same way and gives the same
+prompt to transformers' `generate`; "cascade" transcribes with Whisper and gives the transcript to `generate`. All write
+as many tokens. "feed" is "stream" of one utterance that was heard while it was spoken: its times begin with the last
+tenth of a second of speech. Rounds alternate between the systems; medians. Seconds of the CPU stand beside those of the
+clock, which other programs make longer.
+"""
+
+import argparse
+import copy
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from bench_modules import cpu_name
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from blspkd_fairseq.base_models import PUBLISHED, load_published
+from blspkd_fairseq.cache import default_cache
+from blspkd_fairseq.data.audio import SAMPLE_RATE, load_audio
+from blspkd_fairseq.data.conversation import one_turn
+from blspkd_fairseq.data.windows import WindowCutter
+from blspkd_fairseq.generation.decoding import build_prompts, hear_windows
+from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
+from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.session import WINDOW_SECONDS
+from blspkd_fairseq.systems.systems import WhisperTranscriber
+
+CHUNK = SAMPLE_RATE // 10
+
+
+class Times(NamedTuple):
+    """Seconds from the begin to the first token and to the last, by the clock and of the CPU."""
+
+    first: float
+    last: float
+    cpu_first: float
+    cpu_last: float
+
+
+class Clock:
+    """Notes when the first token is there."""
+
+    def __init__(self) -> None:
+        self.begin = self.now()
+        self.first: tuple[float, float] | None = None
+
+    @staticmethod
+    def now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def token(self) -> None:
+        self.first = self.first or self.now()
+
+    def times(self) -> Times:
+        (wall, cpu), (first, cpu_first), (last, cpu_last) = self.begin, self.first or self.now(), self.now()
+        return Times(first - wall, last - wall, cpu_first - cpu, cpu_last - cpu)
+
+
+class FirstToken(LogitsProcessor):
+    """Tells the clock that the logits of a token are there."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.clock.token()
+        return scores
+
+
+class Bench:
+    """A model whose answers do not end, and Whisper."""
+
+    def __init__(self, model: BlspKd, whisper: str, tokens: int) -> None:
+        self.model = model
+        self.chat: Any = copy.copy(model.chat_format)
+        self.chat.eos_ids = []
+        self.tokens = tokens
+        self.segments = model.chat_format.render(one_turn("{speech}"))
+        self.transcriber = WhisperTranscriber(whisper)
+
+    def stream(self, speech: list[np.ndarray]) -> Times:
+        decoder = StreamingDecoder(self.model.model, self.chat, kept_bytes=0)
+        clock = Clock()
+        for waveform in speech:
+            windows = self.model.windows((waveform, SAMPLE_RATE))
+            decoder.add(Request(self.segments, [windows], Sampling(max_new_tokens=self.tokens)))
+        return self._steps(decoder, clock)
+
+    def feed(self, speech: list[np.ndarray]) -> Times:
+        (waveform,) = speech
+        decoder = StreamingDecoder(self.model.model, self.chat)
+        cutter, windows = WindowCutter(min(WINDOW_SECONDS, self.model.window_seconds)), []
+        last = len(waveform) - CHUNK
+        for begin in range(0, last, CHUNK):
+            complete = cutter.feed(waveform[begin : min(begin + CHUNK, last)])
+            windows += complete
+            if complete:
+                decoder.read_ahead(Request(self.segments, [windows]))
+        clock = Clock()
+        windows += [*cutter.feed(waveform[last:]), *cutter.flush()]
+        decoder.add(Request(self.segments, [windows], Sampling(max_new_tokens=self.tokens)))
+        return self._steps(decoder, clock)
+
+    def generate(self, speech: list[np.ndarray]) -> Times:
+        clock = Clock()
+        model = self.model.model
+        heard = hear_windows(model, [self.model.windows((one, SAMPLE_RATE)) for one in speech])
+        prompts = build_prompts(model, [self.segments] * len(speech), *heard)
+        return self._generate(clock, inputs_embeds=prompts.embeds, attention_mask=prompts.valid)
+
+    def cascade(self, speech: list[np.ndarray]) -> Times:
+        clock = Clock()
+        texts = self.transcriber.transcribe(speech, ["en"] * len(speech))
+        conversations = [self.segments] * len(speech)
+        ids = [self.chat.encode_text(text) for text in texts]
+        prompts = build_prompts(self.model.model, conversations, transcripts=ids, student=False)
+        return self._generate(clock, inputs_embeds=prompts.embeds, attention_mask=prompts.valid)
+
+    def _steps(self, decoder: StreamingDecoder, clock: Clock) -> Times:
+        while decoder.active:
+            decoder.step()
+            if any(row.answered for group in decoder._groups for row in group.rows):
+                clock.token()
+        return clock.times()
+
+    @torch.no_grad()
+    def _generate(self, clock: Clock, **prompts: torch.Tensor) -> Times:
+        self.model.model.llm.generate(
+            **prompts,
+            do_sample=False,
+            max_new_tokens=self.tokens,
+            min_new_tokens=self.tokens,
+            logits_processor=LogitsProcessorList([FirstToken(clock)]),
+        )
+        return clock.times()
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    model = load_published() if args.model is None else BlspKd.from_pretrained(args.model)
+    bench = Bench(model, args.whisper, args.tokens)
+    rows = []
+    for seconds in args.seconds:
+        for batch in args.batch:
+            systems = {name: getattr(bench, name) for name in ("stream", "generate", "cascade")}
+            if batch == 1:
+                systems["feed"] = bench.feed
+            rows += measure(systems, seconds, batch, args)
+            for row in rows[-len(systems) :]:
+                print(*(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
+    if args.out:
+        with open(args.out, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="default: the model that the package carries")
+    parser.add_argument("--whisper", default=str(default_cache() / "whisper-tiny.en"), help="of the cascade")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[3, 10, 30], help="of speech, 30 at most")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="CSV, replaced")
+    return parser.parse_args()
+
+
+def measure(
+    systems: dict[str, Callable[[list[np.ndarray]], Times]], seconds: float, batch: int, args: argparse.Namespace
+) -> list[dict[str, str]]:
+    speech = [recording(seconds, number) for number in range(batch)]
+    found: dict[str, list[Times]] = {name: [] for name in systems}
+    for round_ in range(args.rounds + 1):  # the first is not counted
+        for name, run in systems.items():
+            times = run(speech)
+            if round_:
+                found[name].append(times)
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{cpu_name()} ({torch.get_num_threads()} threads)"
+    medians = {name: Times(*map(statistics.median, zip(*times, strict=True))) for name, times in found.items()}
+    return [
+        {
+            "model": Path(args.model or PUBLISHED).name,
+            "device": device,
+            "seconds": f"{seconds:g}",
+            "batch": str(batch),
+            "system": name,
+            "first_token_s": f"{times.first:.3f}",
+            "first_token_cpu_s": f"{times.cpu_first:.3f}",
+            "tokens_per_s": f"{batch * args.tokens / times.last:.1f}",
+            "tokens_per_cpu_s": f"{batch * args.tokens / times.cpu_last:.1f}",
+            "decoding_tokens_per_cpu_s": f"{batch * (args.tokens - 1) / (times.cpu_last - times.cpu_first):.1f}",
+            "first_token_ratio": f"{times.cpu_first / medians['stream'].cpu_first:.2f}",
+        }
+        for name, times in medians.items()
+    ]
+
+
+def recording(seconds: float, number: int) -> np.ndarray:
+    """The published model's example again and again with short pauses, from another place each time."""
+    sentence = np.concatenate([load_audio(PUBLISHED / "example.flac"), np.zeros(SAMPLE_RATE // 3, np.float32)])
+    samples = int(seconds * SAMPLE_RATE)
+    whole = np.tile(sentence, 2 + samples // len(sentence))
+    begin = number * 1999 % len(sentence)
+    return whole[begin : begin + samples]
+
+
+if __name__ == "__main__":
+    main()
