@@ -1,0 +1,50 @@
+"""The class that VoiceBench calls."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_llm, save_whisper
+
+from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
+from blspkd_fairseq.systems.voicebench import VoiceBenchAssistant
+
+
+@pytest.fixture(scope="module", params=["speech", "all"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("voicebench")
+    config = SpeechLlmConfig(
+        speech_encoder=str(save_whisper(root / "whisper")), llm=str(save_llm(root / "llm")), llm_dtype="float32",
+        adapter_heads=2, lora_scope=request.param,
+    )  # fmt: skip
+    model, chat = build_speech_llm(config)
+    for name, parameter in model.llm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    BlspKd(model, chat, config).save_pretrained(root / "model")
+    return root / "model"
+
+
+def test_it_answers_sound_and_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLSPKD_MODEL", str(folder))
+    assistant = VoiceBenchAssistant()
+    model = assistant.model
+    samples = np.random.default_rng(0).normal(size=20_000) / 10  # float64, as datasets gives them
+    answer = assistant.generate_audio({"array": samples, "sampling_rate": 22_050, "path": None}, max_new_tokens=12)
+    assert answer == model.generate((samples, 22_050), max_new_tokens=12) and answer
+    assert answer.startswith(assistant.generate_ttft({"array": samples, "sampling_rate": 22_050}))
+    assert isinstance(
+        assistant.generate_audio({"array": samples, "sampling_rate": 22_050}), str
+    )  # to the context's end
+
+
+def test_text_is_answered_by_the_llm_that_hears_nothing(folder: Path) -> None:
+    model = BlspKd.from_pretrained(folder)
+    answer = VoiceBenchAssistant(model).generate_text("Call my mother.", max_new_tokens=12)
+    for name, parameter in model.model.llm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    assert VoiceBenchAssistant(model).generate_text("Call my mother.", max_new_tokens=12) == answer
+    assert answer == model.chat([{"role": "user", "content": "Call my mother."}], max_new_tokens=12)
