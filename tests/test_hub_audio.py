@@ -115,6 +115,6 @@ def test_silence_is_warned_about_by_the_commands(model: BlspKd, tmp_path: Path) 
     with pytest.warns(AudioWarning, match="test.tsv line 2 .id u. is audio with a flaw .digital silence"):
         read_waveform(Questions("asr", manifest, "repeat"), 0)
     with pytest.warns(AudioWarning, match="test.tsv line 2 .id u. is audio with a flaw .digital silence"):
-        assert isinstance(RowsToAnswer(manifest, model.chat, 30.0)[0], Utterance)
+        assert isinstance(RowsToAnswer(manifest, model.chat_format, 30.0)[0], Utterance)
     with pytest.warns(AudioWarning, match="a.wav is audio with a flaw .digital silence"):
         LinesToAnswer("{speech}", tmp_path, 30.0, None).read(["a.wav"])
