@@ -197,7 +197,7 @@ def kill_trainings(work: Path, share: float) -> list[Count]:
         ends += [rng.randrange(ends[-1], updates) for _ in range(round(share * 10) - len(ends))]
         for index, update in enumerate(ends):
             events = EVENTS_OF_A_SAVE if (update + 1) % of_epoch else EVENTS_OF_A_COPY
-            event = rng.randrange(events) if index % 5 < 2 else None
+            event = rng.randrange(events) if index % 5 in (1, 3) else None
             count = anywhere if event is None else in_save
             code = killed.start(kill=Kill(update, event)).wait()
             count.times += code == -signal.SIGKILL
