@@ -11,13 +11,14 @@ import torch
 from test_llm_families import FAMILIES
 from test_llm_families import make as make_llm
 from tiny import save_llm, save_whisper
+from tokenizers import AddedToken
 from tokenizers_util import bpe_tokenizer, sentencepiece_tokenizer
 
 from blspkd_fairseq.data.audio import AudioError
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import ConversationError, Speech
 from blspkd_fairseq.generation.streaming import Delta, Request, Sampling, StreamingDecoder
-from blspkd_fairseq.generation.text_stream import TextStream
+from blspkd_fairseq.generation.text_stream import AnswerStream, TextStream
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import CFormer
@@ -230,7 +231,7 @@ def test_audio_in_every_shape_is_the_same(model: BlspKd, tmp_path: Any) -> None:
     messages = [[{"role": "user", "content": [{"type": "audio", "audio": one}]}] for one in shapes]
     assert len({model.chat(one, max_new_tokens=6) for one in messages}) == 1
     assert len({model.generate(one, max_new_tokens=6) for one in shapes}) == 1
-    with pytest.raises(ValueError, match="the audio cannot be decoded"):
+    with pytest.raises(ValueError, match="audio cannot be decoded"):
         model.chat([said(b"no audio" * 100)])
     with pytest.raises(ValueError, match="rate"):
         model.chat([said({"array": samples})])
@@ -290,6 +291,32 @@ def test_a_stop_string_may_come_in_parts() -> None:
         assert stream.stopped == (stop in text)
 
 
+@pytest.mark.parametrize("kind", ["special", "text"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Hello!",
+        "<think>I should greet</think>Hello!",
+        "  <think>ab",
+        "<b>bold</b> [1]",
+        "a < b",
+        "<",
+        "naïve 日本語 🎉",
+    ],
+)
+def test_a_user_sees_no_reasoning_while_it_is_made(answer: str, kind: str) -> None:
+    tokenizer = bpe_tokenizer()
+    if kind == "special":
+        tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in ("<think>", "</think>")])
+    chat = ChatFormat(tokenizer)
+    ids = list(tokenizer.encode(answer, add_special_tokens=False))
+    stream = AnswerStream(chat)
+    shown = [stream.push(token) for token in ids] + [stream.finish()]
+    assert "".join(shown) == chat.decode_answer(ids)
+    if answer == "Hello!" or answer.startswith("a "):
+        assert len([one for one in shown if one]) > 1 or len(ids) == 1  # piece by piece
+
+
 # --- families of LLMs -----------------------------------------------------------------------------
 
 
@@ -300,6 +327,8 @@ class Numbers:
 
     def decode(self, ids: Any) -> str:
         return "".join(f" {token}" for token in ids)
+
+    answer_so_far = decode_answer = decode
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

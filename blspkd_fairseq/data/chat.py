@@ -31,6 +31,7 @@ TEMPLATE_DATE = date(2024, 7, 26)
 _REASONING = r"(?:\w+:)?(?:think(?:ing)?|thought|reason(?:ing)?)"
 _BEGINS = re.compile(rf"[<\[◁]\|?(?:start_|begin_(?:of_)?)?{_REASONING}\|?[>\]▷]|<\|channel>", re.IGNORECASE)
 _ENDS = re.compile(rf"[<\[◁]\|?(?:/|end_(?:of_)?){_REASONING}\|?[>\]▷]|<channel\|>", re.IGNORECASE)
+_MAY_BECOME_A_MARK = re.compile(r"\s*([<\[◁][^>\]▷]{0,30})?")
 _TAG = re.compile(r"<([A-Za-z][\w:]*)>")
 # Harmony's channels: <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...
 _CHANNEL, _MESSAGE, _FINAL = "<|channel|>", "<|message|>", "final"
@@ -150,6 +151,11 @@ class ChatFormat:
         if self._begins.union(self._ends).isdisjoint(tokens):
             return _without_reasoning(self.decode(tokens))
         return self.decode(self._without_reasoning(tokens)).lstrip()
+
+    def answer_so_far(self, ids: Iterable[int]) -> str:
+        """:meth:`decode_answer` of an answer that goes on: nothing yet of what may become a mark of reasoning."""
+        answer = self.decode_answer(ids)
+        return "" if _MAY_BECOME_A_MARK.fullmatch(answer) else answer
 
     def _without_reasoning(self, ids: Iterable[int]) -> list[int]:
         """The ids outside of blocks of reasoning; what is before the end of a block was in it."""

@@ -56,7 +56,7 @@ from blspkd_fairseq.generation.kv_cache import (
     keep_rows,
     take_row,
 )
-from blspkd_fairseq.generation.text_stream import TextStream
+from blspkd_fairseq.generation.text_stream import AnswerStream, TextStream
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, SpeechPlaces, speech_positions
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import SAMPLE_RATE
@@ -309,7 +309,7 @@ class StreamingDecoder:
             generator = torch.Generator()
             seed = request.sampling.seed
             generator.seed() if seed is None else generator.manual_seed(seed)
-        text = TextStream(self.chat, request.sampling.stop)
+        text = AnswerStream(self.chat, request.sampling.stop)
         self._numbers += 1
         return _Row(self._numbers, request, text, generator, digests, windows)
 

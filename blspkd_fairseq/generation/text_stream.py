@@ -68,6 +68,26 @@ class TextStream:
         return text
 
 
+class AnswerStream(TextStream):
+    """As :class:`TextStream`, of what a user sees of an answer: no reasoning, neither while it is made nor after."""
+
+    _shown = 0
+
+    def _decode_new(self) -> str:
+        # The whole each time, since a mark may change what is seen: a tenth of a millisecond beside a step of the LLM.
+        return self.chat.answer_so_far(self._ids)[self._shown :]
+
+    def finish(self) -> str:
+        """What was held back; a mark that was never ended is text."""
+        rest = self.chat.decode_answer(self._ids)[self._shown :]
+        shown = self._pass_on(rest)
+        return shown + ("" if self.stopped else self._take_held())
+
+    def _pass_on(self, text: str) -> str:
+        self._shown += len(text)
+        return super()._pass_on(text)
+
+
 def _overlap(text: str, stop: str) -> int:
     """Longest end of ``text`` that ``stop`` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
