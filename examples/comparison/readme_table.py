@@ -1,6 +1,6 @@
 """Writes the main rows of the comparison into the README's first table.
 
-    python examples/comparison/readme_table.py --results examples/comparison/results --data out/comparison/data
+    python examples/comparison/readme_table.py --results examples/comparison/results
 
 The seeds' range of each figure is in RESULTS.md.
 """
@@ -30,7 +30,7 @@ ROWS = {
 COLUMNS = {
     'WER of "repeat", %': ("heard", "wer"),
     "... a voice never heard": ("unheard", "wer"),
-    "Self-BLEU of continuations": ("heard", "self_bleu"),
+    "BLEU of continuations against the text's": ("heard", "self_bleu"),
     "... of answers": ("questions_heard", "answer_bleu"),
     "response KL": ("heard", "response_kl"),
 }
@@ -39,7 +39,7 @@ COLUMNS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="of compare.py (default: the texts beside the results)")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     args = parser.parse_args(arguments)
     text, made = args.readme.read_text(encoding="utf-8"), table(Report.load(args.results, args.data))

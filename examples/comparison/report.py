@@ -310,9 +310,14 @@ class Report:
         return text + (f". **Not measured yet:** {', '.join(missing)}" if missing else "")
 
     def sizes(self) -> str:
-        """Utterances of each set."""
+        """Utterances of each set, and how many recordings are left out."""
         sets = self.runs.of["text"][0]["sets"]
-        counts = [f"{len(sets[one]['id'])} utterances of {title}" for one, title in SETS.items()]
+        counts = []
+        for one, title in SETS.items():
+            spoken = self.spoken([one])
+            silent = len(spoken) - int(spoken.sum())
+            left_out = f" ({silent} more, in which nobody speaks, are left out)" if silent else ""
+            counts.append(f"{int(spoken.sum())} utterances of {title}{left_out}")
         return ", ".join([*counts, f"{len(sets[QUESTIONS[0]]['id'])} questions in both kinds of voices"])
 
     def machine(self) -> str:
@@ -508,7 +513,7 @@ Runs so far: {seeds}. On {machine}.
 
 **Data.** 2,400 sentences of a grammar of 140 words and 32 countries in three synthetic voices, since a few CPU hours
 do not teach an open vocabulary. Tested on {sizes}. The sentences of the heard voices and of the voice never heard are
-the same, new ones made of known words; the real recordings (a person's telephone prompts) hold mostly words that
+the same, new ones made of known words; the real recordings (telephone prompts: Asterisk core sounds, CC-BY-SA-3.0) hold mostly words that
 training never had, which nothing here but the cascade can repeat. There are no audio books among them: no package of
 the sources used here has some.
 
