@@ -132,7 +132,7 @@ def _read_messages(messages: Sequence[Message], service: Service) -> list[dict[s
     Raises:
         ApiError: audio that cannot be used, or more of audio or text than a request may have.
     """
-    read = [
+    read: list[dict[str, Any]] = [
         {
             "role": "system" if message.role == "developer" else message.role,
             "content": [
