@@ -43,10 +43,16 @@ def register() -> None:
     compat.require_fairseq()
     compat.allow_safe_checkpoint_globals()
     compat.silence_fairseq()
-    compat.copy_checkpoints_atomically()
-    compat.say_why_a_checkpoint_is_refused()
+    compat.write_checkpoints_whole()
+    compat.read_whole_checkpoints()
     compat.attend_commands()
+    compat.go_on_exactly()
+    compat.share_checkpoints()
     compat.sum_gradients_as_they_are()
+    compat.guard_updates()
+    compat.end_in_one_sentence()
+    compat.attend_generation()
+    compat.distrust_checkpoints()
     from fairseq.models import import_models
     from fairseq.tasks import import_tasks
 

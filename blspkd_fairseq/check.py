@@ -121,6 +121,8 @@ def check_torchaudio() -> Row:
         compat.block_broken_torchaudio()
     if sys.modules.get("torchaudio") is not None:
         return Row("torchaudio", found, "", "not used")
+    if "_blspkd_torchaudio" in sys.modules:  # what pip has put beside this package; see setup.py
+        return Row("torchaudio", found, "", "cannot be loaded, hidden")
     what = (
         f"torchaudio {found}, which pip installed for fairseq, cannot be loaded beside this torch; it is hidden "
         "here, but transformers fails in programs that do not import blspkd_fairseq first"

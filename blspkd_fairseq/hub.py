@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -13,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio, prepare_waveform
+from blspkd_fairseq.data.audio import (
+    MAX_SECONDS,
+    SAMPLE_RATE,
+    AudioError,
+    decode_audio,
+    load_audio,
+    prepare_waveform,
+    warn_of_flaw,
+)
 from blspkd_fairseq.data.audio_stream import Window, stream_windows
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
@@ -27,13 +34,15 @@ from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDeco
 from blspkd_fairseq.generation.text_stream import TextStream
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import AdapterOutput
+from blspkd_fairseq.modules.pretrained import show_base_models
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained, write_trained
 from blspkd_fairseq.modules.whisper_encoder import FRAMES_PER_SECOND
 
 Audio = str | Path | bytes | tuple[Any, int] | Mapping[str, Any]
-"""A path (or ``shard.zip:offset:length``), the bytes of a file, or samples [S] (numpy, torch or list) with their rate
-in Hz: ``(array, rate)`` or ``{"array": array, "sampling_rate": rate}``."""
+"""A path (or ``shard.zip:offset:length``); the bytes of a file; samples [S] (numpy, torch or list) with their rate in
+Hz; or an element of an audio column of Hugging Face's data sets: ``{"array": ..., "sampling_rate": ...}``,
+``{"bytes": ..., "path": ...}``, or a decoder of torchcodec."""
 
 
 class AlignedToken(NamedTuple):
@@ -70,7 +79,11 @@ class BlspKd:
 
     @classmethod
     def from_pretrained(
-        cls, checkpoint_or_dir: str | os.PathLike[str], device: str | torch.device | None = None, **overrides: Any
+        cls,
+        checkpoint_or_dir: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        **overrides: Any,
     ) -> "BlspKd":
         """Loads a trained model.
 
@@ -78,17 +91,21 @@ class BlspKd:
             checkpoint_or_dir: a checkpoint of fairseq-train, a folder with ``checkpoint_best.pt`` or
                 ``checkpoint_last.pt``, or a folder of :meth:`save_pretrained`.
             device: default: the GPU if there is one.
+            trust_remote_code: run code that comes with the LLM's files; what the checkpoint says of it does not count.
             overrides: options in place of the checkpoint's, such as ``llm="/models/qwen"`` or ``llm_dtype="float32"``.
 
         Raises:
-            ValueError: nothing to load there, an unknown option, or other base models than in training.
+            ValueError: nothing to load there, an unknown option, other base models than in training, or one that needs
+                code of its own.
         """
         options, state = read_trained(Path(checkpoint_or_dir))
         names = {field.name for field in dataclasses.fields(SpeechLlmConfig)}
         unknown = sorted(set(overrides) - names)
         if unknown:
             raise ValueError(f"unknown options {', '.join(unknown)}: choose from {', '.join(sorted(names))}")
-        config = SpeechLlmConfig(**{k: v for k, v in {**options, **overrides}.items() if k in names})
+        chosen = {**options, **overrides, "trust_remote_code": trust_remote_code}
+        config = SpeechLlmConfig(**{k: v for k, v in chosen.items() if k in names})
+        show_base_models(str(checkpoint_or_dir), LLM=config.llm, speech_encoder=config.speech_encoder)
         model, chat = build_speech_llm(config)
         load_trained_state_dict(model, state)
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), chat, config)
@@ -122,7 +139,7 @@ class BlspKd:
 
         Args:
             audio: one utterance, or a list of them. One longer than the speech encoder's window is heard in several,
-                and is one piece of speech for the LLM.
+                and is one piece of speech for the LLM. Digital silence and other flaws are warned about.
             instruction: text with a ``{speech}`` slot (else the speech follows it), or the name of a prompt; by
                 default the speech itself is what the user says.
             batch_size: utterances at a time; it does not change the answers.
@@ -422,41 +439,58 @@ def read_options(checkpoint_or_dir: str | os.PathLike[str]) -> Mapping[str, Any]
 
 
 def _is_single(audio: Any) -> bool:
-    if isinstance(audio, (str, os.PathLike, bytes)):
+    if isinstance(audio, (str, os.PathLike, bytes, Mapping)) or hasattr(audio, "get_all_samples"):
         return True
-    if isinstance(audio, Mapping):
-        return isinstance(audio.get("sampling_rate"), (int, float, np.number)) and "array" in audio
     return isinstance(audio, tuple) and len(audio) == 2 and isinstance(audio[1], (int, float, np.number))
 
 
 def _as_list(audio: Any) -> list[Any]:
     if audio is None:
-        raise ValueError("there is no audio: give a path, or samples with their rate: (array, 16000)")
+        raise ValueError(f"there is no audio: {_ACCEPTED}")
     return [audio] if _is_single(audio) else list(audio)
 
 
+_ACCEPTED = 'give a path, samples with their rate, (array, 16000), or {"array": ..., "sampling_rate": 16000}'
+
+
 def _samples(audio: Audio, max_seconds: float | None = MAX_SECONDS) -> np.ndarray:
+    """``[S]`` float32 at 16 kHz; warns if nothing can be heard in it."""
+    if isinstance(audio, Mapping):
+        name, waveform = _read_mapping(audio, max_seconds)
+    else:
+        name, waveform = _read_audio(audio, max_seconds)
+    warn_of_flaw(waveform, name)
+    return waveform
+
+
+def _read_audio(audio: Any, max_seconds: float | None) -> tuple[str, np.ndarray]:
+    """Its name, and the waveform."""
     if isinstance(audio, (str, os.PathLike)):
-        return load_audio(audio, max_seconds=max_seconds)
+        return str(audio), load_audio(os.fspath(audio), max_seconds=max_seconds)
     if isinstance(audio, bytes):
-        return _decode_bytes(audio, max_seconds)
+        return "audio", decode_audio(audio, max_seconds=max_seconds)
+    if hasattr(audio, "get_all_samples"):
+        decoded = audio.get_all_samples()
+        audio = (decoded.data, decoded.sample_rate)
     if not _is_single(audio):
-        raise ValueError("give a path, or samples with their rate: (array, 16000)")
-    samples, rate = (audio["array"], audio["sampling_rate"]) if isinstance(audio, Mapping) else audio
-    if not np.isfinite(rate) or rate != int(rate):
-        raise ValueError(f"the rate of audio must be a whole number of Hz, got {rate}")
-    return prepare_waveform(samples, int(rate), max_seconds=max_seconds)
+        raise ValueError(_ACCEPTED)
+    if not np.isfinite(audio[1]) or audio[1] != int(audio[1]):
+        raise ValueError(f"the rate of audio must be a whole number of Hz, got {audio[1]}")
+    return "audio", prepare_waveform(audio[0], int(audio[1]), max_seconds=max_seconds)
 
 
-def _decode_bytes(content: bytes, max_seconds: float | None) -> np.ndarray:
-    """Decodes a file in memory. Its name is not the client's: nothing that it says is opened."""
-    with tempfile.NamedTemporaryFile(prefix="blspkd-") as file:
-        file.write(content)
-        file.flush()
-        try:
-            return load_audio(file.name, max_seconds=max_seconds)
-        except AudioError as error:
-            raise AudioError(str(error).replace(file.name, "the audio")) from error
+def _read_mapping(audio: Mapping[str, Any], max_seconds: float | None) -> tuple[str, np.ndarray]:
+    """Decoded or not, as a column of audio has it."""
+    name = str(audio.get("path") or "audio")
+    if audio.get("array") is not None:
+        if audio.get("sampling_rate") is None:
+            raise AudioError(f'{name} has an "array" and no "sampling_rate": give its number of samples per second')
+        return name, _read_audio((audio["array"], audio["sampling_rate"]), max_seconds)[1]
+    if audio.get("bytes") is not None:
+        return name, decode_audio(audio["bytes"], name, max_seconds)
+    if audio.get("path"):
+        return _read_audio(audio["path"], max_seconds)
+    raise AudioError(f"a mapping with {', '.join(map(repr, audio)) or 'nothing'} in it is no audio: {_ACCEPTED}")
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -22,6 +22,7 @@ REQUIRED = [
     "safetensors>=0.4,<1",
     "sentencepiece>=0.2,<1",
     "numpy>=2,<3",
+    "scipy>=1.13,<2",  # Student's t, also for scikit-learn
     "soundfile>=0.12,<1",
     "soxr>=0.5,<2",
     "sacrebleu>=2.6,<3",
@@ -55,7 +56,7 @@ EXTRAS = {
     "ray": ["ray[data]>=2.40,<3"],  # scripts/generate_responses.py on many machines
     "vad": ["silero-vad>=6,<7", "onnxruntime>=1.20,<2"],  # --vad silero
     "mic": ["sounddevice>=0.5,<1"],  # blspkd chat --mic, with the library PortAudio
-    "recordings": ["av>=14,<19"],  # decodes what scripts/fetch_recordings.py fetches
+    "recordings": ["av>=14,<19"],  # decodes M4A, AAC, WebM, and what scripts/fetch_recordings.py fetches
     # blspkd serve and blspkd demo; python-multipart reads uploads.
     "serve": [
         "fastapi>=0.120,<1",
@@ -72,6 +73,7 @@ EXTRAS = {
         "openai==3.57.0",
         "playwright==1.65.2",
         "av>=14,<19",
+        "hypothesis==6.170.17",
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",
         "ruff==0.17.5",

@@ -4,7 +4,8 @@
 #   --train "A.tsv B.tsv"  manifests to train on (README, Data)       --valid FILE    --test FILE
 #   --small                the same steps on real recordings, on two CPU cores, in minutes
 #   --speech-encoder NAME  default openai/whisper-small                --llm NAME      default Qwen/Qwen2.5-7B-Instruct
-#   --gpus N               on this machine (default 8; 0: CPU)         --nodes N --node-rank R --master HOST:PORT
+#   --gpus N               on this machine (default 8; 0: CPU)         --nodes N --node-rank R --master HOST:PORT, with a
+#                          shared --out: node 0 runs all stages, the others take part in training and wait else
 #   --from FILE            checkpoint to begin with
 #   --stage N --stop-stage N --max-update N                            --out DIR       default out/SYSTEM, SYSTEM_small
 #   -- OPTIONS             more options of fairseq-train, in place of the recipe's where it has them
@@ -15,6 +16,7 @@ set -euo pipefail
 
 # updates: 2,600 of 768 utterances are an epoch of 3,000 hours
 name="" prompt=continue response_tokens=48 lr=1e-4 warm_up=1000 per_update=768 updates=2600 max_update=0
+save_every=250  # updates: what a lost machine costs at most
 train_options=() small_options=() trained=yes needs_responses=yes needs_start=""
 recipe_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$recipe_folder/.." && pwd)
@@ -29,6 +31,7 @@ recipe() {
         max-update -- "${own[@]}"
     [ -n "$trained" ] || [ ${#more[@]} -eq 0 ] || fail "${more[*]}: nothing is trained here"
     whole_numbers stage stop_stage gpus nodes node_rank max_update
+    check_nodes 3
     if [ -z "$small" ] && { [ -z "$test" ] || { [ -n "$trained" ] && { [ -z "$train" ] || [ -z "$valid" ]; }; }; }; then
         fail "${trained:+--train, --valid and }--test must be given (or --small; --help lists the options)"
     fi
@@ -59,8 +62,9 @@ recipe() {
     if [ -n "$trained" ]; then
         run_stage 1 "$name, data" make_data "$out"
         [ -z "$needs_responses" ] || run_stage 2 "$name, responses of the LLM to the transcripts" make_responses "$out"
-        run_stage 3 "$name, train" run_training "$out" "$max_update updates"
+        on_all_nodes=yes run_stage 3 "$name, train" run_training "$out" "$max_update updates"
     fi
+    [ "$node_rank" -eq 0 ] || return 0
     run_stage 4 "$name, evaluate" run_evaluation "$out"
     [ "$stop_stage" -lt 4 ] || echo "report: $out/report/report.md"
 }
@@ -77,8 +81,8 @@ make_data() {
 make_responses() {
     local split
     for split in train valid; do
-        python scripts/generate_responses.py --llm "$llm" --prompt "$prompt" --input "$out/data/$split.tsv" \
-            --output "$out/data/responses/$split.tsv" "${responses[@]}"
+        answer_on_gpus --llm "$llm" --prompt "$prompt" --input "$out/data/$split.tsv" "${responses[@]}" \
+            --output "$out/data/responses/$split.tsv"
     done
 }
 
@@ -90,8 +94,10 @@ run_training() {
         --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" \
         --optimizer adam --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warm_up" --weight-decay 0.05 \
         --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update" \
-        --batch-size "$batch" --update-freq "$accumulation" \
-        --skip-bad-audio --seed 1 --num-workers 2 --log-interval 10 --keep-last-epochs 5 --save-dir "$out/model" \
+        --batch-size "$batch" --update-freq "$accumulation" --max-tokens $((batch * 480000)) \
+        --skip-bad-audio --seed 1 --num-workers 2 --log-interval 10 --save-dir "$out/model" \
+        --save-interval-updates "$save_every" --validate-interval-updates "$save_every" --keep-interval-updates 3 \
+        --keep-last-epochs 5 \
         "${start[@]}" "${train_options[@]}" "${more[@]}"
 }
 

@@ -97,6 +97,23 @@ def download(names: Sequence[str], folder: Path) -> dict[str, Path]:
     return {name: next(folder.glob(f"{name}_*.deb")) for name in names}
 
 
+def fetch_debian(folder: Path, names: Sequence[str]) -> Path:
+    """Downloads Debian packages and unpacks them into ``folder``, which appears when it is complete; once.
+
+    Raises:
+        FetchError: one cannot be downloaded or is damaged.
+    """
+    with locked(folder.parent):
+        if not folder.is_dir():
+            print(f"downloading {', '.join(names)}", flush=True)
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+                work = Path(temporary)
+                packages = download(names, work / "download")
+                unpack(packages.values(), work / "packages")
+                (work / "packages").rename(folder)
+    return folder
+
+
 def unpack(packages: Iterable[Path], folder: Path) -> None:
     """Unpacks Debian packages, all into one folder.
 

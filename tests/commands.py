@@ -59,7 +59,8 @@ def fairseq(command: str, data: Path, *options: Any, stdin: str = "") -> str:
         with patches, contextlib.redirect_stdout(output):
             getattr(fairseq_cli, command).cli_main()
     except SystemExit as end:
-        assert end.code == 0
+        if end.code:
+            raise
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
@@ -100,9 +101,7 @@ def train_on_two(
     seconds: float = PATIENCE,
 ) -> None:
     """``fairseq-train`` in two processes that share the CPU or one card."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     workers = [
         start(
             "train", data, "--llm", llm, "--speech-encoder", whisper, "--save-dir", save_dir, *TRAIN_OPTIONS, *options,
@@ -112,6 +111,18 @@ def train_on_two(
         )
         for rank in range(2)
     ]  # fmt: skip
+    end_together(workers, seconds)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def end_together(workers: "list[subprocess.Popen[str]]", seconds: float = PATIENCE) -> None:
+    """Waits for processes that wait for each other; all must end well, or none is left."""
     try:
         for worker in workers:
             output, _ = worker.communicate(timeout=seconds)

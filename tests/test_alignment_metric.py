@@ -11,6 +11,7 @@ from blspkd_fairseq.evaluation.alignment import (
     Boundaries,
     boundary_differences,
     boundary_measurement,
+    calibration_of,
     match_word_ends,
     summarize,
 )
@@ -73,3 +74,14 @@ def test_nothing_to_match() -> None:
     summary = summarize([boundary_differences([], WORDS)])
     assert math.isnan(summary.mean_ms) and math.isnan(summary.bias_ms) and summary.unmatched == 5
     assert math.isnan(boundary_measurement([boundary_differences([], WORDS)]).score)
+
+
+def test_a_bias_is_told_from_what_is_left_without_it() -> None:
+    found = summarize([Boundaries(np.array([-100.0, -80.0, -60.0]), 3), Boundaries(np.array([-80.0]), 1)])
+    assert (found.mean_ms, found.bias_ms, found.centred_ms) == (80, -80, 10)
+
+
+def test_calibration_by_known_word_ends() -> None:
+    found = calibration_of([10.0, -30.0, 50.0])
+    assert (found.bias_ms, found.error_ms, found.known) == (10, 30, 3)
+    assert math.isnan(calibration_of([]).bias_ms) and calibration_of([]).known == 0

@@ -87,7 +87,7 @@ def test_reading_ends_when_it_is_told(left_over: Callable[..., list[str]], worke
         if workers:
             assert any("pin_memory" in name for name in left_over(seconds=0))
 
-    compat._followed_by_an_end(main)()
+    compat.commands._followed_by_an_end(main)()
     assert held == [[1, 5, 9]] and left_over() == []
 
 

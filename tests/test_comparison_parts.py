@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from blspkd_fairseq.data.manifest import write_manifest
+from blspkd_fairseq.evaluation.verdicts import Verdict
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "comparison"))
 import compare  # noqa: E402
-from report import Report, Runs  # noqa: E402
+import texts  # noqa: E402
+from report import Report, Runs, share_start  # noqa: E402
 from systems import CLAIMS, QUESTIONS, ROWS, SETS  # noqa: E402
 
 LOG = """
@@ -99,36 +101,81 @@ def measured(wrong: dict[str, int]) -> dict[str, Any]:
     return {"sets": sets}
 
 
-def verdicts(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, str]:
+def verdicts(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Verdict]:
     """On WER, by the two rows that a claim compares."""
     rows = {i: {"src_text": text, "tgt_text": text} for i, text in zip(IDS, SENTENCES, strict=True)}
-    texts = dict.fromkeys((*SETS, *QUESTIONS), rows)
+    said = dict.fromkeys((*SETS, *QUESTIONS), rows)
     right = {"heard": 0, "unheard": 0}
-    report = Report(Runs({"text": {0: measured(right)}, **runs}, {}), texts, 0.0, "")
+    report = Report(Runs({"text": {0: measured(right)}, **runs}, {}), said, "")
     found = report.claims_on("wer")
+    assert all(report.claim_cell("wer", one) for one in found.values())
     return {f"{claim.better}>{claim.worse}": found[claim.text] for claim in CLAIMS if claim.text in found}
 
 
-def test_a_claim_holds_where_every_common_seed_agrees() -> None:
-    good, bad = {"heard": 0, "unheard": 1}, {"heard": 10, "unheard": 10}
+def seeds_of(count: int, heard: int, unheard: int) -> dict[int, dict[str, Any]]:
+    """Runs that differ a little from seed to seed."""
+    return {s: measured({"heard": heard + s % 2, "unheard": unheard + s % 3}) for s in range(1, count + 1)}
+
+
+def test_a_claim_holds_with_five_seeds_and_has_no_verdict_with_fewer() -> None:
+    for count, verdict, opposite in ((5, "holds", "the opposite holds"), (3, "no verdict", "no verdict")):
+        runs = {"kl": seeds_of(count, 0, 0), "ce": seeds_of(count, 7, 7)}
+        found = verdicts(runs)["kl>ce"]
+        assert found.verdict == verdict and found.estimate and found.estimate.seeds == count
+        assert verdicts({"kl": runs["ce"], "ce": runs["kl"]})["kl>ce"].verdict == opposite
+
+
+def test_only_common_seeds_are_compared() -> None:
+    good, bad = {"heard": 0, "unheard": 1}, {"heard": 9, "unheard": 10}
     runs = {"kl": {1: measured(good), 2: measured(good)}, "ce": {1: measured(bad), 3: measured(good)}}
-    # Seed 1 alone is common; the other seeds change nothing.
-    assert verdicts(runs) == {"kl>ce": verdicts({"kl": {1: measured(good)}, "ce": {1: measured(bad)}})["kl>ce"]}
-    assert verdicts(runs)["kl>ce"].startswith("**holds**: -95.0")
-    assert verdicts({"kl": runs["ce"], "ce": runs["kl"]})["kl>ce"].startswith("**the opposite holds**: +95.0")
-    nearly = {"kl": {s: measured(good) for s in (1, 2, 3)}, "ce": {1: measured(bad), 2: measured(bad)}}
-    nearly["ce"][3] = measured({"heard": 0, "unheard": 0})
-    nearly["kl"][3] = measured({"heard": 0, "unheard": 2})
-    # Significant over sentences, and yet the third seed says the opposite.
-    text = verdicts(nearly)["kl>ce"]
-    assert text.startswith("not decided: -60.0") and "(-95.0 to +10.0)" in text and float(text.split("p ")[1]) < 0.05
+    alone = verdicts({"kl": {1: measured(good)}, "ce": {1: measured(bad)}})["kl>ce"]
+    found = verdicts(runs)["kl>ce"]
+    assert (found.estimate, found.scores, found.verdict) == (alone.estimate, alone.scores, alone.verdict)
+    assert found.verdict == "no verdict" and "knows nothing of other seeds" in found.sentence
 
 
-def test_both_voices_of_a_sentence_are_one_observation() -> None:
-    """Five sentences differ in both voices: 2 of 2^5 exchanges are as large; as ten rows it were 2 of 2^10."""
-    runs = {"kl": {1: measured({"heard": 0, "unheard": 0})}, "ce": {1: measured({"heard": 5, "unheard": 5})}}
-    p = float(verdicts(runs)["kl>ce"].split("p ")[1])
-    assert p == pytest.approx(2 / 2**5, abs=0.01)
+def test_seeds_that_disagree_decide_nothing() -> None:
+    runs = {"kl": seeds_of(5, 0, 0), "ce": seeds_of(5, 5, 5)}
+    for seed in (4, 5):
+        runs["ce"][seed] = measured({"heard": 0, "unheard": 0})
+        runs["kl"][seed] = measured({"heard": 6, "unheard": 6})
+    assert verdicts(runs)["kl>ce"].verdict == "undecided"
+
+
+def test_both_voices_of_a_sentence_are_one_cluster() -> None:
+    found = verdicts({"kl": seeds_of(5, 0, 0), "ce": seeds_of(5, 5, 5)})["kl>ce"]
+    assert found.estimate and found.estimate.clusters == len(SENTENCES)
+
+
+def test_rows_without_speech_are_left_out() -> None:
+    rows = {i: {"src_text": text} for i, text in zip(IDS, SENTENCES, strict=True)}
+    rows["3"] = {"src_text": "(3 seconds of silence)"}
+    run = measured({"heard": 0, "unheard": 0})
+    run["sets"]["heard"]["repeat"][3] = "many words that nobody said " * 20
+    report = Report(Runs({"text": {0: run}}, {}), dict.fromkeys(SETS, rows), "")
+    (made,) = report.measurements("text", ["heard"], "wer")
+    assert made.score == 0 and len(made.statistics) == len(SENTENCES) - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [("(3 seconds of silence)", False), ("[sound of monkeys screaming]", False), ("", False), ("yes (laughs)", True)],
+)
+def test_remarks_are_no_speech(text: str, spoken: bool) -> None:
+    assert texts.is_speech(text) == spoken
+
+
+def test_sentences_have_the_template_that_made_them() -> None:
+    assert texts.template_of("Turn on the light in the kitchen.") == "{turn} the {device} in the {room}."
+    assert texts.template_of("Turn on the light in the kitchen after lunch.").endswith("in the {room} {when}.")
+    assert texts.template_of("What is the weather in Iran on Friday?").startswith("What is the weather")
+    assert texts.template_of("Nobody said this.") == ""
+
+
+def test_rows_that_go_on_from_the_same_weights_are_pairs() -> None:
+    pairs = {(claim.better, claim.worse): share_start(claim) for claim in CLAIMS}
+    assert pairs["x_opd", "longer"] and pairs["warm_kl", "warm_ce"] and not pairs["cnn_kl", "blsp"]
+    assert not pairs["warm_blsp_kd", "cascade"]
 
 
 def continuing(answers: list[str]) -> dict[str, Any]:
@@ -142,7 +189,7 @@ def test_a_score_of_several_seeds_is_their_mean() -> None:
     full = [f"we see that {sentence} today" for sentence in SENTENCES]
     seeds = {1: continuing(["today"] * len(full)), 2: continuing([f"{sentence} and so on" for sentence in full])}
     rows = {i: {"src_text": sentence} for i, sentence in zip(IDS, SENTENCES, strict=True)}
-    report = Report(Runs({"text": {0: continuing(full)}, "kl": seeds}, {}), dict.fromkeys(SETS, rows), 0.0, "")
+    report = Report(Runs({"text": {0: continuing(full)}, "kl": seeds}, {}), dict.fromkeys(SETS, rows), "")
     short, long = (made.score for made in report.measurements("kl", ["heard"], "self_bleu"))
     interval = report.interval("kl", "heard", "self_bleu")
     assert interval and interval.score == pytest.approx((short + long) / 2)
@@ -150,9 +197,9 @@ def test_a_score_of_several_seeds_is_their_mean() -> None:
 
 
 def test_a_system_without_training_stands_for_every_seed() -> None:
-    better, worse = {"heard": 0, "unheard": 0}, {"heard": 9, "unheard": 9}
-    runs = {"warm_blsp_kd": {1: measured(better), 2: measured(better)}, "cascade": {0: measured(worse)}}
-    assert verdicts(runs)["warm_blsp_kd>cascade"].startswith("**holds**: -90.0")
+    runs = {"warm_blsp_kd": seeds_of(5, 0, 0), "cascade": {0: measured({"heard": 9, "unheard": 9})}}
+    found = verdicts(runs)["warm_blsp_kd>cascade"]
+    assert found.verdict == "holds" and found.estimate and found.estimate.seeds == 5
 
 
 def test_results_without_the_text_are_refused(tmp_path: Path) -> None:

@@ -1,18 +1,19 @@
 """Two processes train like one with a batch twice as large: every criterion, with both of fairseq's wrappers."""
 
-import blspkd_fairseq  # first, since processes that are spawned import this file alone: it hides a broken torchaudio
-
-# isort: split
-import os
+import subprocess
+import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from commands import end_together, free_port
 from tiny import save_llm, save_whisper, write_split
 from torch import Tensor, distributed
 
+import blspkd_fairseq
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 
@@ -72,7 +73,7 @@ def build(root: Path, case: Case) -> tuple[BlspKdModel, Any]:
     task = SimpleNamespace(chat=model.chat, target_dictionary=None)
     if not case.on_policy:
         return model, KlDistillationCriterion(KlDistillationConfig(**case.criterion), task)
-    defaults = {"rollouts": 2, "rollout_max_tokens": 4, "seed": 1, "trust_remote_code": False}
+    defaults = {"rollouts": 2, "rollout_max_tokens": 4, "seed": 1}
     return model, OnPolicyDistillationCriterion(OnPolicyDistillationConfig(**defaults | case.criterion), task)
 
 
@@ -100,11 +101,12 @@ def wrap(model: BlspKdModel, backend: str) -> Any:
     return DistributedFairseqModel(options, model, distributed.group.WORLD, torch.device("cpu"))
 
 
-def one_of_two(rank: int, root: Path) -> None:
+def one_of_two(root: Path, rank: int, port: int) -> None:
     """Two updates of every case on half of the rows; the gradients of the second are left in a file."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(minutes=2)
+    )
     found = {}
     for name, case in CASES.items():
         model, criterion = build(root, case)
@@ -134,7 +136,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two_processes(root: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
     """Gradients by case and wrapper; all in one go, since a process takes seconds to begin."""
-    torch.multiprocessing.spawn(one_of_two, (root,), nprocs=2)
+    port = free_port()
+    end_together(
+        [
+            subprocess.Popen(
+                [sys.executable, __file__, root, str(rank), str(port)],
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(2)
+        ]
+    )
     return torch.load(root / "gradients.pt")
 
 
@@ -182,3 +195,7 @@ def test_a_batch_reaches_a_gpu_of_pytorch_ddp_in_one_piece(root: Path) -> None:
     _, (moved,) = _to_kwargs((), inputs | {"positions": ()}, torch.device("meta"), False)
     assert all(moved[name].device.type == "meta" for name in ("src_tokens", "src_lengths", "plan"))
     assert moved["spec"] is inputs["spec"] and moved["samples"] == inputs["samples"] and moved["positions"] == ()
+
+
+if __name__ == "__main__":
+    one_of_two(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -166,9 +166,7 @@ def test_cross_entropy_with_the_cnn(root: Path) -> None:
 @pytest.mark.parametrize("lora_scope", ["speech", "all"])
 def test_on_policy_distillation_but_for_its_roll_outs(root: Path, estimator: str, lora_scope: str) -> None:
     model = build(root, lora_scope=lora_scope, llm_dtype="float32")
-    cfg = OnPolicyDistillationConfig(
-        rollouts=2, rollout_max_tokens=4, seed=1, trust_remote_code=False, estimator=estimator
-    )
+    cfg = OnPolicyDistillationConfig(rollouts=2, rollout_max_tokens=4, seed=1, estimator=estimator)
     criterion = OnPolicyDistillationCriterion(cfg, SimpleNamespace(chat=model.chat, target_dictionary=None))
     roll_out = criterion._roll_out
     for sample in batches(root, model):

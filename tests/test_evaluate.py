@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from blspkd_fairseq import BlspKd, evaluate
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.data.record_store import StoreError
+from blspkd_fairseq.evaluation import report as report_module
+from blspkd_fairseq.evaluation.metrics import error_rate
+from blspkd_fairseq.evaluation.scoring import Answered, ScoringOptions, score_task
 from blspkd_fairseq.systems import systems
 
-ROWS = 14
+ROWS = 22  # with fewer than 20 there are no intervals
+SPEAKERS = 11  # and with fewer than 10 no tests
 
 
 class Setting:
@@ -39,7 +44,7 @@ class Setting:
         tiny.write_split(root / "data", "test", ROWS, tiny.SENTENCES[:7], src_lang="en", tgt_lang="de", speaker="s")
         rows = list(Manifest.load(root / "data" / "test.tsv"))
         for i, row in enumerate(rows):
-            row["speaker"] = f"s{i % 4}"
+            row["speaker"] = f"s{i % SPEAKERS}"
         write_manifest(root / "data" / "test.tsv", rows)
 
     def arguments(self, out: Path, *options: Any) -> list[str]:
@@ -66,11 +71,13 @@ class Mishearing:
     """Hears every third word wrong in loud audio; it knows what was said from how long the audio is."""
 
     texts: dict[int, str] = {}
+    beams: list[int] = []
 
     def __init__(self, name: str) -> None:
         pass
 
-    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str]) -> list[str]:
+    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str], beam: int = 1) -> list[str]:
+        self.beams.append(beam)
         heard = []
         for waveform in waveforms:
             words = self.texts[len(waveform)].split()
@@ -78,9 +85,22 @@ class Mishearing:
             heard.append(" ".join("uh" if loud and i % 3 == 0 else w for i, w in enumerate(words)))
         return heard
 
-    def word_ends(self, waveform: np.ndarray) -> list[tuple[str, float]]:
-        words = self.texts[len(waveform)].split()
+    def word_ends(self, waveform: np.ndarray, transcript: str = "") -> list[tuple[str, float]]:
+        words = transcript.split()
         return [(word, (i + 1) * len(waveform) / 16_000 / len(words)) for i, word in enumerate(words)]
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Pictures take most of the time: one test draws."""
+    if "pictures" not in request.fixturenames:
+        for name in ("plot_scores", "plot_robustness"):
+            monkeypatch.setattr(report_module, name, lambda *_: None)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """For a test that looks at them."""
 
 
 @pytest.fixture
@@ -97,14 +117,16 @@ def read(out: Path, *parts: str) -> list[dict[str, Any]]:
     return tiny.read_jsonl(out.joinpath("answers", *parts))
 
 
-def test_all_systems_tasks_and_conditions_in_one_report(setting: Setting, cascade: list[Any], tmp_path: Path) -> None:
-    options = [*setting.checkpoints(), *cascade, "--text", "--conditions", "white:0", "8khz", "--align"]
+def test_all_systems_tasks_and_conditions_in_one_report(
+    setting: Setting, cascade: list[Any], tmp_path: Path, pictures: None
+) -> None:
+    options = [*setting.checkpoints(), *cascade, "--text", "--conditions", "white:0", "8khz", "--align", "--cost", 2]
     evaluate.main(setting.arguments(tmp_path, *options))
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["tasks"]) == {"asr", "translation", "qa"}
     names = {"a", "b-checkpoint_last", "cascade", "text"}
     for kind, task in report["tasks"].items():
-        assert task["rows"] == ROWS and task["speakers"] == 4
+        assert task["rows"] == ROWS and task["speakers"] == SPEAKERS
         assert set(task["scores"]) == names
         assert set(task["robustness"]["a"]) == {"clean", "white:0", "8khz"}
         assert (tmp_path / f"scores-{kind}.png").stat().st_size > 5000
@@ -119,9 +141,19 @@ def test_all_systems_tasks_and_conditions_in_one_report(setting: Setting, cascad
     assert {(d["system_a"], d["system_b"]) for d in differences} == {(n, "a") for n in names - {"a"}}
     assert set(report["tasks"]["translation"]["sacrebleu"]) == {"bs", "ar"}
     assert "Self-BLEU" not in report["tasks"]["qa"]["scores"]["text"]
-    assert report["alignment"]["a"][0]["matched"] > 0 and (tmp_path / "alignment-a.png").exists()
+    assert report["alignment"]["a"]["summary"]["matched"] > 0 and (tmp_path / "alignment-a.png").exists()
+    assert set(report["costs"]) == names and all(cost["real_time_factor"] > 0 for cost in report["costs"].values())
     text = (tmp_path / "report.md").read_text()
-    for heading in ("Which differences hold", "Degraded speech", "How an error in the cascade's", "## Alignment"):
+    assert "## Cost" in text and "systems in turns (3 each)" in text
+    assert "corpus BLEU against the text answers" in text and "Self-BLEU" not in text
+    for heading in (
+        "Differences of these systems",
+        "Errors in detail",
+        "By speaker",
+        "Degraded speech",
+        "How an error in the cascade's",
+        "## Alignment",
+    ):
         assert heading in text
     for picture in [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]:
         assert (tmp_path / picture).exists()
@@ -255,11 +287,124 @@ def test_rows_in_several_languages_get_no_common_score(setting: Setting, tmp_pat
         evaluate.main(arguments)
 
 
-def test_judgements_of_voicebench_come_into_the_report(setting: Setting, tmp_path: Path) -> None:
-    judged = tmp_path / "result.jsonl"
-    rows = [{"prompt": "p", "response": "r", "score": ["4", "5", "3"]} for _ in range(5)]
-    judged.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.main(setting.arguments(tmp_path / "out", "--text", "--judged", f"text={judged}"))
+def write_scores(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def judged_rows(rating: int) -> list[dict[str, Any]]:
+    """Ratings of all questions, in another order than the manifest's."""
+    scores = [str(min(5, rating + i % 2)) for i in range(ROWS)]
+    rows = [{"id": f"test-{i}", "prompt": "p", "response": "r", "score": [scores[i]]} for i in range(ROWS)]
+    return rows[::-1]
+
+
+def test_judgements_are_tested_as_any_score(setting: Setting, tmp_path: Path) -> None:
+    options = ["--text", *setting.checkpoints()[:2]]
+    for name, rating in (("a", 2), ("text", 4)):
+        path = write_scores(tmp_path / f"{name}.jsonl", judged_rows(rating))
+        options += ["--judged", f"{name}={path}"]
+    evaluate.main(setting.arguments(tmp_path / "out", *options))
+    task = json.loads((tmp_path / "out" / "report.json").read_text())["tasks"]["qa"]
+    assert task["scores"]["text"]["VoiceBench rating"]["score"] == pytest.approx(4.5)
+    tested = [one for one in task["differences"] if one["metric"] == "VoiceBench rating"]
+    assert [(one["system_a"], one["system_b"], one["holds"]) for one in tested] == [("text", "a", True)]
+    assert tested[0]["difference"] == pytest.approx(2)
+    assert "VoiceBench rating" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_judgements_of_other_questions_are_refused(setting: Setting, tmp_path: Path) -> None:
+    path = write_scores(tmp_path / "judged.jsonl", [{**row, "id": f"x{i}"} for i, row in enumerate(judged_rows(2))])
+    with pytest.raises(ValueError, match="22 ids are missing"):
+        evaluate.main(setting.arguments(tmp_path / "out", "--text", "--judged", f"text={path}"))
+    path = write_scores(tmp_path / "judged.jsonl", judged_rows(2))
+    with pytest.raises(ValueError, match="'other', which is no system"):
+        evaluate.main(setting.arguments(tmp_path / "out", "--text", "--judged", f"other={path}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_row_scores_of_other_programs_are_tested_as_any_score(setting: Setting, tmp_path: Path) -> None:
+    options = ["--text", *setting.checkpoints()[:2]]
+    for name, value in (("a", 0.2), ("text", 0.9)):
+        rows = [{"id": f"test-{i}", "value": value + 0.01 * (i % 3), "signature": "comet-x"} for i in range(ROWS)]
+        options += ["--row-scores", f"translation/{name}:COMET={write_scores(tmp_path / f'{name}.jsonl', rows)}"]
+    evaluate.main(setting.arguments(tmp_path / "out", *options))
+    tasks = json.loads((tmp_path / "out" / "report.json").read_text())["tasks"]
+    assert tasks["translation"]["signatures"]["COMET"] == "comet-x" and "COMET" not in tasks["asr"]["signatures"]
+    (tested,) = [one for one in tasks["translation"]["differences"] if one["metric"] == "COMET"]
+    assert tested["difference"] == pytest.approx(0.7) and tested["holds"]
+    with pytest.raises(ValueError, match="names no task: write one of asr, translation, qa"):
+        evaluate.main(setting.arguments(tmp_path / "o", "--text", "--row-scores", f"text:COMET={tmp_path}/a.jsonl"))
+    with pytest.raises(ValueError, match="no system"):
+        evaluate.main(setting.arguments(tmp_path / "o", "--text", "--row-scores", f"asr/b:COMET={tmp_path}/a.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["asr", "translation", "qa"])
+def test_clusters_are_drawn_in_every_task(kind: str) -> None:
+    """22 rows of 11 talks; all rows of a talk are alike, so that intervals over rows would be too narrow."""
+    talks = [f"t{i // 2}" for i in range(ROWS)]
+    words = [f"w{i // 2} " * 6 for i in range(ROWS)]
+    said = [text if i // 2 % 2 else "x y z" for i, text in enumerate(words)]
+    rows = [Answered(f"r{i}", "", "", words[i], said[i], words[i]) for i in range(ROWS)]
+    perfect = [replace(row, hypothesis=row.transcript) for row in rows]
+    answers = {"a": {"clean": [rows]}, "text": {"clean": [perfect]}}
+    by_talk, by_row = (
+        score_task(kind, answers, ScoringOptions("de", "a", 400, 400, blocks=blocks)) for blocks in (talks, [""] * ROWS)
+    )
+    wide, narrow = (one.scores["a"][one.main] for one in (by_talk, by_row))
+    assert wide.high - wide.low > 1.2 * (narrow.high - narrow.low)
+    assert by_talk.speakers == 11 and set(by_talk.by_speaker["a"]) == set(talks)
+
+
+def test_a_column_of_clusters_is_chosen(setting: Setting, tmp_path: Path) -> None:
+    rows = list(Manifest.load(setting.root / "data" / "test.tsv"))
+    write_manifest(tmp_path / "t.tsv", [{**row, "talk": f"t{i % 21}"} for i, row in enumerate(rows)])
+    options = ["--text", "--translation", tmp_path / "t.tsv", "--asr", tmp_path / "t.tsv", "--qa", tmp_path / "t.tsv"]
+    evaluate.main(setting.arguments(tmp_path / "out", *options, "--clusters", "talk"))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["judgements"]["text"]["VoiceBench rating"]["score"] == pytest.approx(4)
-    assert "VoiceBench" in (tmp_path / "out" / "report.md").read_text()
+    assert {task["speakers"] for task in report["tasks"].values()} == {21}
+    with pytest.raises(ValueError, match="no column 'document'"):
+        evaluate.main(setting.arguments(tmp_path / "out", *options, "--clusters", "document"))
+
+
+def test_a_cascades_transcript_is_scored_in_the_language_of_the_speech() -> None:
+    rows = [Answered(f"r{i}", f"s{i}", "", "今天天气好", "good", "good weather", "今天天汽好") for i in range(25)]
+    options = ScoringOptions("en", "a", 50, 50, speech_language="zh")
+    found = score_task("translation", {"a": {"clean": [rows]}}, options)
+    assert found.heard_metric == "CER (normalized)" and found.heard["a"]["clean"].score == pytest.approx(20)
+
+
+def test_cascades_have_names_and_the_beam_of_the_llm(setting: Setting, cascade: list[Any], tmp_path: Path) -> None:
+    Mishearing.beams.clear()
+    options = [*cascade, "--cascade", f"tuned={setting.whisper}", "--beam", "2", "--text"]
+    evaluate.main(setting.arguments(tmp_path, *options))
+    assert set(Mishearing.beams) == {2}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["tasks"]["asr"]["scores"]) == {"cascade", "tuned", "text"}
+    with pytest.raises(ValueError, match="two systems are named 'cascade'"):
+        evaluate.main(setting.arguments(tmp_path, *cascade, *cascade))
+
+
+def test_several_draws_of_the_noise(setting: Setting, cascade: list[Any], tmp_path: Path) -> None:
+    options = [*cascade, "--conditions", "white:0", "8khz", "babble:0", "--noise-seeds", "2"]
+    evaluate.main(setting.arguments(tmp_path, *options))
+    answers = sorted(path.name for path in (tmp_path / "answers" / "asr").glob("*.jsonl"))
+    noisy = [f"cascade.{kind}{draw}.jsonl" for kind in ("babble-0", "white-0") for draw in (".draw-2", "")]
+    assert answers == sorted(["cascade.8khz.jsonl", "cascade.jsonl", *noisy])
+    task = json.loads((tmp_path / "report.json").read_text())["tasks"]["asr"]
+    assert task["noise_seeds"] == 2
+    scores = []
+    for name in ("cascade.white-0.jsonl", "cascade.white-0.draw-2.jsonl"):
+        rows = read(tmp_path, "asr", name)
+        said, texts = ([row[key] for row in rows] for key in ("hypothesis", "transcript"))
+        scores.append(error_rate(said, texts, "WER", "en").score)
+    assert task["robustness"]["cascade"]["white:0"]["score"] == pytest.approx(np.mean(scores))
+    assert "mean over 2 draws" in (tmp_path / "report.md").read_text()
+
+
+def test_rows_are_not_chosen_and_compared_by_the_same_errors(
+    setting: Setting, cascade: list[Any], tmp_path: Path
+) -> None:
+    evaluate.main(setting.arguments(tmp_path, *cascade, "--text"))
+    text = (tmp_path / "report.md").read_text()
+    assert "its column shows how its errors travel, and is not to be compared" in text

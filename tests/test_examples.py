@@ -11,6 +11,7 @@ import pytest
 import tiny
 from commands import load
 from conftest import THREADS
+from tiny import PATIENCE
 
 from blspkd_fairseq.data.manifest import Manifest
 
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.recordings]
 def run(name: str, out: Path, *options: object) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
     command = ["bash", str(EXAMPLES / name / "run.sh"), "--out", str(out), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=2 * PATIENCE)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
 
@@ -91,8 +92,10 @@ def test_what_is_missing_is_said(tmp_path: Path, name: str, options: list[str], 
         ("blsp", [], "--lr 5e-5 --warmup-updates 1000 --max-update 2600 --batch-size 8 --update-freq 12"),
         ("blsp_kd", [], "--lr 1e-4 --warmup-updates 1000 --max-update 2600 --batch-size 8 --update-freq 12"),
         ("x_opd", [], "--lr 2e-5 --warmup-updates 50 --max-update 109 --batch-size 8 --update-freq 4"),
-        ("blsp_kd", ["--gpus", 2, "--nodes", 3], "--batch-size 8 --update-freq 16"),
-        ("x_opd", ["--nodes", 8], "--batch-size 4 --update-freq 1"),
+        ("blsp_kd", ["--gpus", 2, "--nodes", 3, "--master", "a:1"], "--batch-size 8 --update-freq 16"),
+        ("x_opd", ["--nodes", 8, "--master", "a:1"], "--batch-size 4 --update-freq 1 --max-tokens 1920000"),
+        ("blsp", [], "--save-interval-updates 250 --validate-interval-updates 250 --keep-interval-updates 3"),
+        ("x_opd", [], "--save-interval-updates 25 --validate-interval-updates 25 --max-tokens 3840000"),
         ("blsp_kd", ["--gpus", 7], "an update has 784 utterances, not 768 --batch-size 8 --update-freq 14"),
     ],
 )

@@ -167,6 +167,16 @@ def test_the_spelling_table_comes_from_a_whisper_tokenizer(tmp_path: Path) -> No
     assert metrics.whisper_spelling(object()) == {}
 
 
+@pytest.mark.parametrize("text", ["今天天气很好", "Это был кот", "हिन्दी", "?!", "", "three small words"])
+@pytest.mark.parametrize("language", ["", "en", "zh", "ru"])
+def test_equal_texts_score_100_in_rouge_l(text: str, language: str) -> None:
+    assert metrics.rouge_l([text], [text], language).score == 100
+
+
+def test_other_texts_do_not(text: str = "今天天气很好") -> None:
+    assert metrics.rouge_l([text], ["今天下雨"], "en").score == 0
+
+
 # --- empty texts and matches ------------------------------------------------------------------------
 
 
@@ -194,6 +204,10 @@ def test_a_remark_in_brackets_is_in_the_raw_figure_only() -> None:
         ("Paris", "?!", 0, 0),
         ("", "", 100, 100),
         ("the answer is twenty one", "twenty-one", 0, 100),
+        ("It is not Paris.", "Paris", 0, 0),
+        ("It isn't in Paris", "Paris", 0, 0),
+        ("Not Lyon, but Paris", "Paris", 0, 100),
+        ("It is not Lyon. It is Paris, not Nice", "Paris", 0, 100),
     ],
 )
 def test_matches(answer: str, reference: str, exact: float, contains: float) -> None:

@@ -74,7 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def criterion_of(model: BlspKdModel, **options: Any) -> OnPolicyDistillationCriterion:
-    defaults = {"rollouts": 2, "rollout_max_tokens": 6, "seed": 1, "quantity_weight": 0.0, "trust_remote_code": False}
+    defaults = {"rollouts": 2, "rollout_max_tokens": 6, "seed": 1, "quantity_weight": 0.0}
     cfg = OnPolicyDistillationConfig(**{**defaults, **options})  # type: ignore[arg-type]
     return OnPolicyDistillationCriterion(cfg, SimpleNamespace(chat=model.chat, target_dictionary=None))
 
@@ -533,7 +533,7 @@ def test_a_teacher_with_other_words_is_refused(world: World, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="ends a turn with .*, the student's LLM with"):
         own = SimpleNamespace(**{**vars(model.chat), "eos_ids": [3]})
         OnPolicyDistillationCriterion(
-            OnPolicyDistillationConfig(seed=1, trust_remote_code=False, teacher_llm=str(world.llm)),
+            OnPolicyDistillationConfig(seed=1, teacher_llm=str(world.llm)),
             SimpleNamespace(chat=own, target_dictionary=None),
         )
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from commands import load, train
 from tiny import save_llm, save_whisper, write_split
@@ -32,6 +33,21 @@ def test_it_takes_the_steps_of_fairseqs_adam() -> None:
             optimizer.zero_grad()
         weights.append(torch.cat([p.detach().flatten() for p in parameters]))
     torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 100.0])
+def test_the_norm_of_all_gradients_is_that_of_fairseq(max_norm: float) -> None:
+    found = []
+    for kind in (FairseqAdam, AdamW):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5)), nn.Parameter(torch.ones(2))]
+        optimizer = kind(SETTINGS, parameters)
+        sum(p.square().sum() for p in parameters[:2]).backward()  # one parameter has no gradient
+        norm = optimizer.clip_grad_norm(max_norm, lambda norm: 2 * norm)
+        found.append(torch.cat([norm.view(1), *(p.grad.flatten() for p in parameters[:2])]))
+    torch.testing.assert_close(*found)
+    empty = AdamW(SETTINGS, [nn.Parameter(torch.ones(2))])
+    assert float(empty.clip_grad_norm(max_norm)) == 0
 
 
 def test_training_with_it_is_resumed(tmp_path: Path) -> None:

@@ -112,9 +112,7 @@ class World:
 def criterion_of(model: BlspKdModel, term: str) -> Any:
     task = SimpleNamespace(chat=model.chat, target_dictionary=None)
     if term == "on_policy":
-        cfg = OnPolicyDistillationConfig(
-            rollouts=2, rollout_max_tokens=4, seed=1, trust_remote_code=False, estimator="exact"
-        )
+        cfg = OnPolicyDistillationConfig(rollouts=2, rollout_max_tokens=4, seed=1, estimator="exact")
         return OnPolicyDistillationCriterion(cfg, task)
     weights = {one.option: float(term in (one.option, "all")) for one in TERMS}
     return KlDistillationCriterion(KlDistillationConfig(**weights), task)

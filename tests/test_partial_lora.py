@@ -316,7 +316,7 @@ def test_cannot_be_added_twice_or_merged() -> None:
 def test_the_cache_is_passed_by_the_name_of_the_installed_version(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     output = make_dataclass("Output", ["last_hidden_state", name])
     monkeypatch.setattr("transformers.modeling_outputs.BaseModelOutputWithPast", output)
-    monkeypatch.setattr(compat, "_cache_name", compat._cache_name.__wrapped__)
+    monkeypatch.setattr(compat.llm, "_cache_name", compat.llm._cache_name.__wrapped__)
     assert compat.cache_argument(3) == {name: 3}
     assert compat.cache_of(output(None, 4)) == 4
 

@@ -23,7 +23,7 @@ import pytest
 import soundfile
 from tiny import PATIENCE, read_jsonl, write_speech
 
-from blspkd_fairseq.data import preparation
+from blspkd_fairseq.data import conversion, preparation
 from blspkd_fairseq.data.audio import find_zip_entry, load_audio
 from blspkd_fairseq.data.corpora import EN_TO_X, X_TO_EN, check_direction, punctuate, read_table
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
@@ -186,12 +186,12 @@ def gigaspeech(root: Path) -> Path:
 
 
 def test_gigaspeech(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blspkd_fairseq.data.corpora._READ_CHARACTERS", 50)  # elements come in many pieces
+    monkeypatch.setattr("blspkd_fairseq.data.corpora.gigaspeech._READ_CHARACTERS", 50)  # elements come in many pieces
     root, out = gigaspeech(tmp_path / "giga"), tmp_path / "out"
     arguments = ["--root", str(root), "--subsets", "XL", "DEV", "--max-dropped", "0.4", "--processes", "1"]
     decoded: list[str] = []
-    load = preparation.load_audio
-    monkeypatch.setattr(preparation, "load_audio", lambda p, **k: (decoded.append(p.name), load(p, **k))[1])
+    load = conversion.load_audio
+    monkeypatch.setattr(conversion, "load_audio", lambda p, **k: (decoded.append(p.name), load(p, **k))[1])
     prepare_gigaspeech.main([*arguments, "--output", str(out)])
     rows = rows_of(out / "train-xl.tsv")
     assert [(row["id"], row["src_text"]) for row in rows] == [("POD1_S0", "HELLO, WORLD."), ("POD1_S2", "REALLY? YES!")]

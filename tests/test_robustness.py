@@ -134,6 +134,23 @@ def test_babble_without_others_is_refused(pool: Voices | None) -> None:
         degrade(speech(), Condition("babble", 5), "u0", voices=pool)
 
 
+@pytest.mark.parametrize("utterance", ["u0", "u5"])
+def test_nobody_babbles_behind_himself(utterance: str) -> None:
+    loaded: list[str] = []
+
+    def load(name: str) -> np.ndarray:
+        loaded.append(name)
+        return speech(1, seed=int(name[1:]))
+
+    ids = [f"u{i}" for i in range(12)]
+    speakers = {name: f"s{i % 3}" for i, name in enumerate(ids)}
+    for seed in range(5):
+        degrade(speech(), Condition("babble", 5), utterance, seed, Voices(ids, load, speakers))
+    assert {speakers[name] for name in loaded} == {"s0", "s1", "s2"} - {speakers[utterance]}
+    with pytest.raises(ValueError, match="by other speakers"):
+        degrade(speech(), Condition("babble", 5), utterance, voices=Voices(ids, load, dict.fromkeys(ids, "one")))
+
+
 def test_babble_of_silence_is_refused() -> None:
     with pytest.raises(ValueError, match="noise is silent"):
         degrade(speech(), Condition("babble", 5), "u0", voices=Voices(["u1"], lambda _: np.zeros(9)))

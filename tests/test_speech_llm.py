@@ -146,6 +146,21 @@ def test_gradient_checkpointing_changes_nothing(build: Callable[..., SpeechLLM])
     assert_same(losses_and_gradients(model.train()), expected)
 
 
+def test_modes_change_without_a_walk_over_the_modules(
+    build: Callable[..., SpeechLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    enable_gradient_checkpointing(model.llm)
+    model.train()
+    monkeypatch.setattr(nn.Module, "named_modules", lambda *_: pytest.fail("the modules are walked again"))
+    states = [[module.training for module in (model, model.adapter.pre[0], model.llm.model.layers[0])]]
+    for mode in (False, True):
+        model.train(mode)
+        states.append([module.training for module in (model, model.adapter.pre[0], model.llm.model.layers[0])])
+    assert states == [[True] * 3, [False] * 3, [True] * 3]
+    assert not model.llm.training and not model.speech_encoder.training and not model.llm.model.layers[0].mlp.training
+
+
 def test_losses_do_not_depend_on_the_batch(build: Callable[..., SpeechLLM]) -> None:
     model = build().train()
     together = losses_and_gradients(model)

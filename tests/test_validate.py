@@ -1,8 +1,11 @@
 """The check of a finished data directory."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from tiny import write_speech, write_split
 
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
@@ -118,3 +121,77 @@ def test_no_manifest_is_told(tmp_path: Path) -> None:
 def test_sentences_are_compared_as_they_sound() -> None:
     assert sentence_key("Hello,  WORLD!") == sentence_key("hello world") != sentence_key("hello word")
     assert sentence_key("你好。") == sentence_key("你好") and sentence_key("...") == ""
+
+
+# --- what is wrong without a word -----------------------------------------------------------------
+
+
+def write_audio(data: Path, name: str, samples: np.ndarray, rate: int = 16_000) -> None:
+    soundfile.write(data / "audio" / name, samples, rate)
+
+
+@pytest.mark.parametrize(
+    ("samples", "flaw"),
+    [
+        (np.zeros(13_760), "digital silence"),
+        (np.full(13_760, 0.2), "digital silence"),
+        (np.sign(np.sin(np.arange(13_760))), "clipped throughout"),
+        (np.sin(np.arange(13_760)) * 0.1 + 0.6, "constant offset"),
+    ],
+)
+def test_audio_in_which_nothing_is_heard_is_a_warning(data: Path, samples: np.ndarray, flaw: str) -> None:
+    write_audio(data, "train-2.flac", samples)
+    findings = validate(data)
+    assert not findings.problems
+    expected = (
+        f"train.tsv line 4 (id train-2): audio/train-2.flac is audio with a flaw ({flaw}): is anything said in it?"
+    )
+    assert [expected in warning for warning in findings.warnings] == [True]
+    assert main([str(data), "--strict"]) == 1
+
+
+def test_opposite_channels_are_heard(data: Path) -> None:
+    samples, rate = soundfile.read(data / "audio" / "train-2.flac")
+    write_audio(data, "train-2.flac", np.stack([samples, -samples], 1), rate)
+    assert validate(data) and not validate(data).problems and not validate(data).warnings
+
+
+def test_integers_as_floats_are_a_problem(data: Path) -> None:
+    samples, rate = soundfile.read(data / "audio" / "train-2.flac")
+    soundfile.write(data / "audio" / "loud.wav", samples * 32768, rate, subtype="FLOAT")
+    change(data / "train.tsv", 2, audio="audio/loud.wav")
+    assert any("audio/loud.wav holds samples of up to" in problem for problem in validate(data).problems)
+
+
+@pytest.mark.parametrize("form", ["copy", "FLAC as WAV", "MP3"])
+@pytest.mark.parametrize("text", ["the same", "another"])
+def test_a_recording_of_the_training_set_under_another_name_is_a_problem(data: Path, form: str, text: str) -> None:
+    name = {"copy": "x.flac", "FLAC as WAV": "x.wav", "MP3": "x.mp3"}[form]
+    source = data / "audio" / "train-2.flac"
+    samples, rate = soundfile.read(source)
+    if form == "copy":
+        shutil.copy(source, data / "audio" / name)
+    else:
+        write_audio(data, name, samples, rate)
+    row = Manifest.load(data / "train.tsv")[2]
+    cells = {"src_text": row["src_text"].upper()} if text == "the same" else {}
+    change(data / "valid.tsv", 4, audio=f"audio/{name}", n_frames=str(len(samples)), **cells)
+    problems = validate(data).problems
+    if form == "copy" or text == "the same":
+        assert len(problems) == 1 and "valid.tsv has 1 recordings of" in problems[0]
+        assert "line 6 and train line 4 are the same recording" in problems[0]
+        assert not any("are the same recording" in problem for problem in validate(data, "none").problems)
+    else:  # what is said is another text, and the file another one: nobody can tell without hearing all
+        assert not problems
+
+
+def test_what_a_spreadsheet_has_put_around_cells_is_a_warning(data: Path) -> None:
+    change(data / "train.tsv", 2, src_text='"He said ""yes"", twice."')
+    change(data / "train.tsv", 3, src_text='"Yes", he said "twice".')
+    assert [w for w in validate(data).warnings if "1 cells of src_text are in quotes" in w and "line 4" in w]
+
+
+@pytest.mark.parametrize(("language", "is_known"), [("xx", False), ("Klingon", False), ("zho_Hans", True), ("", True)])
+def test_unknown_languages_are_a_warning(data: Path, language: str, is_known: bool) -> None:
+    change(data / "train.tsv", 2, src_lang=language)
+    assert any("src_lang has languages that are not known" in w for w in validate(data).warnings) != is_known

@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 _NO_KL = {"response_kl_weight": 0.0, "input_kl_weight": 0.0}
 _ALL_TERMS = ("response_ce", "end_of_turn_kl", "response_l2", "token_ce", "token_mse")
-_DRAWN = {"rollouts": 2, "rollout_max_tokens": 4, "seed": 1, "trust_remote_code": False}
+_DRAWN = {"rollouts": 2, "rollout_max_tokens": 4, "seed": 1}
 CASES = {
     "kl_distillation, all terms": Case({f"{name}_weight": 1.0 for name in _ALL_TERMS}),
     "warm-up": Case(_NO_KL | {"token_ce_weight": 1.0, "token_mse_weight": 1.0}),

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from blspkd_fairseq import compat
-from blspkd_fairseq.files import whole_file
+from blspkd_fairseq.checkpoint_files import read_checkpoint, write_checkpoint
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,13 +58,12 @@ def average(paths: list[Path]) -> dict[str, Any]:
     """The first checkpoint with the mean of all weights in place of its own.
 
     Raises:
-        ValueError: checkpoints of different parameters.
+        ValueError: checkpoints of different parameters, or one that is damaged.
     """
-    compat.allow_safe_checkpoint_globals()
     first: dict[str, Any] = {}
     total: dict[str, torch.Tensor] = {}
     for path in paths:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(path)
         weights = checkpoint["model"]
         if not first:
             first, total = checkpoint, {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
@@ -82,5 +80,4 @@ def average(paths: list[Path]) -> dict[str, Any]:
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        torch.save(checkpoint, partial)
+    write_checkpoint(checkpoint, path)

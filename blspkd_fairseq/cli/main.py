@@ -41,6 +41,8 @@ COMMANDS = {
     "merge": Command("cli.merge", "one manifest of several"),
     "average": Command("cli.average", "one checkpoint of several"),
     "evaluate": Command("evaluate", "compare systems on test sets, with intervals and pictures"),
+    "compare": Command("compare", "compare ways of training over seeds and speakers, as planned"),
+    "power": Command("power", "how many seeds and rows an effect needs"),
     "transcribe": Command("cli.transcribe", "what is said in files of any length, as text, JSON or subtitles"),
     "chat": Command("cli.chat", "talk to a model in the terminal, by files, microphone or keyboard"),
     "align": Command("cli.align", "where CIF cuts the speech: times of tokens, and a picture"),

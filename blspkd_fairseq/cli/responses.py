@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from blspkd_fairseq.data.manifest import Manifest, write_manifest
+from blspkd_fairseq.data.manifest import Manifest, read_by_teacher, write_manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.record_store import RecordStore
 from blspkd_fairseq.generation.responses import (
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
+        trust_remote_code=args.trust_remote_code,
     )
     manifest = Manifest.load(args.input, ("id", "audio", "n_frames", "src_text"), ("src_text",))
     if args.num_shards > 1 and args.shard is None:
@@ -67,6 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="the same manifest with tgt_text and cut")
     parser.add_argument("--llm", required=True, help="Hugging Face name or local directory")
     parser.add_argument("--llm-dtype", default="bfloat16", choices=list(DTYPES))
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the LLM's files")
     parser.add_argument("--prompt", default="continue", help="name of a prompt or a text with {speech}")
     parser.add_argument("--system-prompt", default="")
     parser.add_argument("--chat-template", default="", help="file with a Jinja chat template")
@@ -124,7 +126,7 @@ def requests(args: argparse.Namespace, settings: ResponseSettings, manifest: Man
 def request(settings: ResponseSettings, row: dict[str, str]) -> Request:
     own = row.get("prompt", "")
     prompt = resolve_prompt(own, row.get("src_lang", ""), row.get("tgt_lang", "")) if own else settings.prompt
-    return Request(row["id"], row["src_text"], prompt)
+    return Request(row["id"], read_by_teacher(row), prompt)
 
 
 def fill(args: argparse.Namespace, settings: ResponseSettings, manifest: Manifest, store: RecordStore) -> None:

@@ -76,7 +76,6 @@ class OnPolicyDistillationConfig(DistillationConfig):
         },
     )
     seed: int = II("common.seed")  # of the roll-outs
-    trust_remote_code: bool = II("model.trust_remote_code")  # of the teacher, as of the student
     im_weight: float = field(
         default=0.5, metadata={"help": "lambda: share of the student reading text; hearing has the rest (X-OPD: 0.5)"}
     )
@@ -249,7 +248,7 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
             speech, counts = hear(model.speech_llm, **speech_of(sample["net_input"], pieces))
             prompts = build_prompts(model.speech_llm, conversations, speech, counts)
         else:
-            transcripts = [transcript for row in chosen for transcript in row.transcripts]
+            transcripts = [transcript for row in chosen for transcript in row.read]
             counts = [len(transcript) for transcript in transcripts]
             prompts = build_prompts(model.speech_llm, conversations, transcripts=transcripts)
         update, copies = model.num_updates if training else -1, self.cfg.rollouts
@@ -389,9 +388,8 @@ def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:
     Raises:
         ValueError: it cannot be loaded, or has not the student's words and ends of turn.
     """
-    config = SpeechLlmConfig(
-        llm=cfg.teacher_llm, llm_dtype=cfg.teacher_llm_dtype, trust_remote_code=cfg.trust_remote_code
-    )
+    trusts = getattr(task, "trust_remote_code", False)  # by what the user said of the student
+    config = SpeechLlmConfig(llm=cfg.teacher_llm, llm_dtype=cfg.teacher_llm_dtype, trust_remote_code=trusts)
     chat = ChatFormat(load_tokenizer(config, "teacher-llm"), task.chat.system, task.chat.chat_template)
     if chat.tokenizer.get_vocab() != task.chat.tokenizer.get_vocab():
         raise ValueError(

@@ -1,5 +1,6 @@
 """What the criterions share: means per utterance, figures to log that cost one wait, and options."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,8 +96,9 @@ class Sums:
         values = list(self._sums.values())
         alpha = values[0].new_zeros(0) if self._alpha_sum is None else self._alpha_sum
         read: list[float] = torch.cat([torch.stack([v.double() for v in values]), alpha.double()]).tolist()
-        if self._alpha_sum is not None:
-            check_alpha_sum(read[len(values) :], pieces)
+        alphas = read[len(values) :]
+        if alphas and all(map(math.isfinite, alphas)):  # else the loss is no number either, which the update refuses
+            check_alpha_sum(alphas, pieces)
         return dict.fromkeys(names, 0.0) | dict(zip(self._sums, read, strict=False)) | self._numbers
 
 

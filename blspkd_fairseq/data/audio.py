@@ -1,7 +1,7 @@
 """Audio files as mono float32 waveforms at 16 kHz, and what can be wrong with them.
 
-Decoding is libsndfile's (WAV, FLAC, MP3, OGG, ...) and resampling is soxr's. libsndfile hides that a file was cut
-off: here, FLAC, MP3 and WAV are compared with the length in their header, and every format with the manifest's.
+Decoding is libsndfile's (WAV, FLAC, MP3, OGG, ...), or PyAV's (M4A, WebM, ...), and resampling is soxr's. libsndfile
+hides that a file was cut off: here, files are compared with the length in their header and with the manifest's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ import io
 import math
 import re
 import struct
+import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,17 +22,57 @@ import numpy as np
 import soundfile
 import soxr
 
+from blspkd_fairseq.data.audio_error import AudioError, Reason
+from blspkd_fairseq.data.audio_headers import (
+    UNCHECKED_FORMATS,
+    check_header,
+    check_mp3,
+    mp3_has_length,
+    tolerance,
+)
+from blspkd_fairseq.data.av_audio import container_of, decode_container
+
+__all__ = [
+    "MAX_SECONDS",
+    "SAMPLE_RATE",
+    "AudioError",
+    "AudioWarning",
+    "Flaw",
+    "Reason",
+    "audio_bytes",
+    "audio_identity",
+    "audio_size",
+    "decode_audio",
+    "find_flaw",
+    "find_zip_entry",
+    "load_audio",
+    "prepare_waveform",
+    "warn_of_flaw",
+]
+
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 30.0
 
 _ZIP_ENTRY = re.compile(r"(.+):(\d+):(\d+)", re.DOTALL)
 _BLOCK_FRAMES = 1 << 18
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile reports more than this for a stream of unknown length
-_WAV_PLACEHOLDER = 0x7FFFF000  # programs that write WAV into a pipe give sizes from here on, or 0
+_LOUDEST = 2.0  # times full scale: decoders of lossy formats overshoot, by a little
+_QUIETEST = 2.0 / 32768  # from the lowest to the highest sample, which dither alone reaches
+_CLIPPED = 0.25  # fraction of samples at full scale
+_OFFSET = 0.25  # of full scale
+_CANCELLED = 0.2  # of the energy that the mean of unrelated channels has
 
 
-class AudioError(ValueError):
-    """Audio that cannot be used; the message names the file and what to do."""
+class Flaw(StrEnum):
+    """What is wrong with samples that can be used and mean nothing, or little."""
+
+    SILENT = "digital silence"
+    CLIPPED = "clipped throughout"
+    OFFSET = "constant offset"
+
+
+class AudioWarning(UserWarning):
+    """Audio that can be used, though an answer to it may mean nothing."""
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -52,20 +96,51 @@ def load_audio(
         ``[samples]`` float32, mono, 16 kHz.
 
     Raises:
-        AudioError: missing, outside of ``root``, empty, unreadable, truncated, too long, or with NaN or Inf samples.
+        AudioError: missing, outside of ``root``, empty, unreadable, truncated, too long, or with samples that are NaN
+            or far out of [-1, 1]; its ``reason`` says which.
     """
     name = str(spec)
-    try:
-        with _open(name, root) as file:
-            samples, rate = _decode(file, name, max_seconds)
-    except (OSError, ValueError) as error:
-        if isinstance(error, AudioError):
-            raise
-        raise AudioError(f"{name} cannot be read: {error}") from error
-    waveform = _to_mono_16k(samples, rate, name, max_seconds)
+    with _reading(name), _open(name, root) as file:
+        waveform = _to_mono_16k(*_decode(file, name, max_seconds), name, max_seconds)
     if declared_samples is not None:
         _check_length(len(waveform), declared_samples, SAMPLE_RATE, name, "the manifest declares")
     return waveform
+
+
+def decode_audio(content: bytes, name: str = "audio", max_seconds: float | None = MAX_SECONDS) -> np.ndarray:
+    """Reads the bytes of a file as :func:`load_audio` does the file."""
+    if not content:
+        raise AudioError(f"{name} is empty: remove its row or restore the file", Reason.EMPTY)
+    with _reading(name):
+        return _to_mono_16k(*_decode(io.BytesIO(content), name, max_seconds), name, max_seconds)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Names the file in what the system and the decoders say."""
+    try:
+        yield
+    except AudioError:
+        raise
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{name} cannot be read: {error}") from error
+
+
+def find_flaw(waveform: np.ndarray) -> Flaw | None:
+    """What makes a waveform ``[samples]`` in which nothing, or little, can be heard; None if nothing does."""
+    lowest, highest = float(waveform.min()), float(waveform.max())
+    if highest - lowest <= _QUIETEST:
+        return Flaw.SILENT
+    if np.mean(np.abs(waveform) >= 0.999) >= _CLIPPED:
+        return Flaw.CLIPPED
+    return Flaw.OFFSET if abs(float(waveform.mean())) > _OFFSET else None
+
+
+def warn_of_flaw(waveform: np.ndarray, name: str) -> None:
+    """Warns of samples in which nothing can be heard: what a model says to them is made up."""
+    flaw = find_flaw(waveform)
+    if flaw is not None:
+        warnings.warn(f"{name} is audio with a flaw ({flaw}): what is answered to it may be made up", AudioWarning, 3)
 
 
 def audio_identity(spec: str | Path, root: Path | None = None) -> str:
@@ -78,6 +153,26 @@ def audio_identity(spec: str | Path, root: Path | None = None) -> str:
     stat = path.stat()
     part = "" if entry is None else f"{entry[2]}:{entry[3]}"
     return f"{path.resolve()}\0{part}\0{stat.st_size}\0{stat.st_mtime_ns}"
+
+
+def audio_size(spec: str | Path, root: Path | None = None) -> int:
+    """Bytes of a file or of a member of an archive.
+
+    Raises:
+        AudioError: missing, or outside of ``root``.
+    """
+    path, entry = _locate(str(spec), root)
+    return path.stat().st_size if entry is None else int(entry[3])
+
+
+def audio_bytes(spec: str | Path, root: Path | None = None) -> bytes:
+    """What a file or a member of an archive holds.
+
+    Raises:
+        AudioError: missing, outside of ``root``, or not readable.
+    """
+    with _reading(str(spec)), _open(str(spec), root) as file:
+        return file.read()
 
 
 def prepare_waveform(
@@ -96,7 +191,7 @@ def prepare_waveform(
         ``[samples]`` float32, mono, 16 kHz.
 
     Raises:
-        AudioError: of another shape or type, empty, too long, or with NaN or Inf samples.
+        AudioError: of another shape or type, empty, too long, or with samples that are NaN or far out of [-1, 1].
     """
     if not (rate > 0 and math.isfinite(rate)):
         raise AudioError(f"{name} has the sample rate {rate}: give its number of samples per second")
@@ -140,7 +235,7 @@ def _open(spec: str, root: Path | None) -> BinaryIO:
     if entry is not None:
         return io.BytesIO(_read_zip_entry(path, int(entry[2]), int(entry[3]), spec))
     if path.stat().st_size == 0:
-        raise AudioError(f"{spec} is an empty file: remove its row or restore the file")
+        raise AudioError(f"{spec} is an empty file: remove its row or restore the file", Reason.EMPTY)
     return open(path, "rb")
 
 
@@ -152,7 +247,7 @@ def _locate(spec: str, root: Path | None) -> tuple[Path, re.Match[str] | None]:
         path = _confined(entry[1], root)
     if not path.is_file():
         hint = "" if root is None else f" in the audio root {root}"
-        raise AudioError(f"{spec} does not exist{hint}: check the path")
+        raise AudioError(f"{spec} does not exist{hint}: check the path", Reason.MISSING)
     return path, entry
 
 
@@ -162,7 +257,9 @@ def _confined(path: str, root: Path | None) -> Path:
     folder = root.resolve()
     resolved = (folder / path).resolve()
     if not resolved.is_relative_to(folder):
-        raise AudioError(f"{path} is outside of the audio root {root}: choose a root that holds all audio")
+        raise AudioError(
+            f"{path} is outside of the audio root {root}: choose a root that holds all audio", Reason.OUTSIDE
+        )
     return resolved
 
 
@@ -188,11 +285,20 @@ class _Stream(soundfile.SoundFile):
 
 def _decode(file: BinaryIO, name: str, max_seconds: float | None) -> tuple[np.ndarray, int]:
     """All samples ``[frames, channels]`` float32, and their rate."""
-    file = _check_wav(file, name)
-    has_length = _mp3_has_length(file)
+    container = container_of(file)
+    if container:
+        samples, rate, seconds = decode_container(file, name, container, max_seconds)
+        if seconds is not None:
+            _check_seconds(min(seconds, len(samples) / rate + 0.1), name, max_seconds)
+            _check_length(len(samples), round(seconds * rate), rate, name, "its header declares")
+        return samples, rate
+    file = check_header(file, name)
+    has_length = mp3_has_length(file)
     try:
         with _Stream(file) as sound:
             is_mp3, rate = sound.format == "MP3", sound.samplerate
+            if sound.format in UNCHECKED_FORMATS:
+                raise AudioError(f"{name} is {sound.format_info}, which hides whether it is whole: convert it to FLAC")
             declared = sound.frames if sound.frames < _UNKNOWN_FRAMES and (has_length or not is_mp3) else None
             if declared is not None:
                 _check_seconds(declared / rate, name, max_seconds)
@@ -201,6 +307,10 @@ def _decode(file: BinaryIO, name: str, max_seconds: float | None) -> tuple[np.nd
         raise AudioError(
             f"{name} cannot be decoded, so it is truncated, damaged or no audio: {error.error_string or error}"
         ) from error
+    if is_mp3:
+        end = file.tell()
+        check_mp3(file, name)
+        file.seek(end)
     if declared is not None:
         _check_length(len(samples), declared, rate, name, "its header declares")
     elif is_mp3 and file.tell() + 2048 < file.seek(0, io.SEEK_END):
@@ -223,74 +333,41 @@ def _read_frames(sound: soundfile.SoundFile, max_seconds: float | None) -> np.nd
     return np.concatenate(blocks)
 
 
-def _check_wav(file: BinaryIO, name: str) -> BinaryIO:
-    """Compares the size in a WAV header with the file; returns the file to decode.
-
-    A header that was written before its size was known gets one that libsndfile takes for "up to the end".
-    """
-    riff = file.read(12)
-    size = file.seek(0, io.SEEK_END)
-    begin, declared = _wav_data(file, size) if riff[:4] == b"RIFF" and riff[8:] == b"WAVE" else (0, 0)
-    file.seek(0)
-    if begin == 0 or declared >= _WAV_PLACEHOLDER:
-        return file
-    riff_size = int.from_bytes(riff[4:8], "little")
-    if declared == 0 and (riff_size == 0 or riff_size >= _WAV_PLACEHOLDER):
-        content = bytearray(file.read())
-        content[begin - 4 : begin] = b"\xff\xff\xff\xff"
-        return io.BytesIO(content)
-    if declared > size - begin:
-        raise AudioError(
-            f"{name} holds {size - begin} of the {declared} bytes of samples that its header declares: "
-            "it is truncated, remove its row or restore the file"
-        )
-    return file
-
-
-def _wav_data(file: BinaryIO, size: int) -> tuple[int, int]:
-    """First byte of the samples of a WAV file and how many the header declares; (0, 0) if there are none."""
-    position = 12
-    while position + 8 <= size:
-        file.seek(position)
-        kind, length = struct.unpack("<4sI", file.read(8))
-        position += 8
-        if kind == b"data":
-            return position, length
-        position += length + length % 2
-    return 0, 0
-
-
-def _mp3_has_length(file: BinaryIO) -> bool:
-    """Whether an MP3 begins with a Xing, Info or VBRI header; libsndfile only guesses the length of others."""
-    file.seek(0)
-    tag = file.read(10)
-    skipped = 0
-    if tag[:3] == b"ID3" and len(tag) == 10:
-        a, b, c, d = tag[6:]
-        skipped = 10 + (a << 21 | b << 14 | c << 7 | d)
-    file.seek(skipped)
-    first_frame = file.read(256)
-    file.seek(0)
-    return any(mark in first_frame for mark in (b"Xing", b"Info", b"VBRI"))
-
-
 # --- samples --------------------------------------------------------------------------------------
 
 
 def _to_mono_16k(samples: np.ndarray, rate: float, name: str, max_seconds: float | None) -> np.ndarray:
     """``[frames]`` or ``[frames, channels]`` to ``[samples]`` float32 at 16 kHz."""
     if samples.size == 0:
-        raise AudioError(f"{name} holds no samples: remove its row or restore the file")
+        raise AudioError(f"{name} holds no samples: remove its row or restore the file", Reason.EMPTY)
     _check_seconds(len(samples) / rate, name, max_seconds)
-    with np.errstate(over="ignore"):  # float64 beyond float32 becomes Inf, which the next line reports
-        mono = np.asarray(samples if samples.ndim == 1 else samples.mean(axis=1), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 is Inf, which is reported
+        mono = _mixed(np.asarray(samples, np.float32))
     if not np.isfinite(mono).all():
-        raise AudioError(f"{name} holds samples that are NaN or infinite: write the file anew")
+        raise AudioError(f"{name} holds samples that are NaN or infinite: write the file anew", Reason.NO_NUMBERS)
+    peak = float(np.abs(mono).max())
+    if peak > _LOUDEST:
+        raise AudioError(
+            f"{name} holds samples of up to {peak:.4g}, which are to be in [-1, 1]: if they are 16-bit integers as "
+            "floats, divide them by 32768",
+            Reason.OUT_OF_RANGE,
+        )
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     if len(mono) == 0:
-        raise AudioError(f"{name} is too short to hold one sample at 16 kHz: remove its row")
+        raise AudioError(f"{name} is too short to hold one sample at 16 kHz: remove its row", Reason.EMPTY)
     return np.ascontiguousarray(mono)
+
+
+def _mixed(samples: np.ndarray) -> np.ndarray:
+    """The mean of the channels; of channels that cancel out, such as two of opposite polarity, the loudest."""
+    if samples.ndim == 1:
+        return samples
+    mono = samples.mean(axis=1)
+    energies = np.square(samples, dtype=np.float64).mean(axis=0)
+    if np.square(mono, dtype=np.float64).mean() < _CANCELLED * energies.mean() / samples.shape[1]:
+        return np.ascontiguousarray(samples[:, int(energies.argmax())])
+    return np.asarray(mono, np.float32)
 
 
 def _as_array(samples: Any) -> np.ndarray:
@@ -315,13 +392,16 @@ def _scaled(array: np.ndarray, name: str) -> np.ndarray:
 def _check_seconds(seconds: float, name: str, max_seconds: float | None) -> None:
     if max_seconds is not None and seconds > max_seconds:
         shown = f"{seconds:.2f}" if seconds - max_seconds >= 0.01 else f"{seconds:.5f}"
-        raise AudioError(f"{name} is {shown} s long; the limit is {max_seconds:g} s: cut it into segments")
+        raise AudioError(
+            f"{name} is {shown} s long; the limit is {max_seconds:g} s: cut it into segments", Reason.TOO_LONG
+        )
 
 
 def _check_length(found: int, declared: int, rate: int, name: str, who: str) -> None:
     """Audio is as long as declared, up to what MP3 headers and resampling do to lengths."""
-    if declared - found > max(0.1 * rate, 0.02 * declared):
+    if declared - found > tolerance(declared, rate):
         raise AudioError(
             f"{name} holds {found / rate:.2f} s of the {declared / rate:.2f} s that {who}: "
-            "it is truncated, remove its row or restore the file"
+            "it is truncated, remove its row or restore the file",
+            Reason.SHORTER,
         )

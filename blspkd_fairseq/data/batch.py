@@ -56,6 +56,7 @@ class PlanRow:
         samples: of each piece.
         response: ids.
         pieces: the numbers of the row's pieces in the batch.
+        taught: ids that the teacher reads in place of each transcript; None: it reads the transcripts.
     """
 
     segments: Sequence[Segment]
@@ -63,6 +64,12 @@ class PlanRow:
     samples: Sequence[int]
     response: Sequence[int]
     pieces: Sequence[int]
+    taught: Sequence[Sequence[int]] | None = None
+
+    @property
+    def read(self) -> Sequence[Sequence[int]]:
+        """Ids that the teacher reads at each piece."""
+        return self.transcripts if self.taught is None else self.taught
 
 
 @dataclass(frozen=True)
@@ -163,12 +170,27 @@ class Labels(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Alike:
+    """The speech positions at which student and teacher can be compared: the teacher reads what is said there.
+
+    Attributes:
+        student, teacher: ``[N]`` their places in either layout.
+        labels: of the tokens.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    labels: Labels
+
+
+@dataclass(frozen=True)
 class Batch:
     """Everything that a training step needs to know of its texts.
 
     Attributes:
-        student, teacher: layouts; the same object when speech has as many embeddings as the transcript tokens.
-        transcript: labels of the transcripts' tokens, which are the first places of the teacher's layout.
+        student, teacher: layouts; the same object when speech has as many embeddings as the teacher reads tokens.
+        transcript: labels of the transcripts' tokens, which are the first places of the teacher's layout unless it
+            reads something else.
         response: labels of the responses' tokens.
         ends: ``[E]`` which of the response's positions predict the end of a turn.
         piece_rows: ``[P]`` the row of each piece of speech.
@@ -177,6 +199,7 @@ class Batch:
         pieces: embeddings of each piece.
         tokens: tokens of all transcripts.
         nrows: sequences; several of them may share pieces of speech (roll-outs).
+        alike: where the teacher reads the transcript; None: everywhere.
     """
 
     student: Layout
@@ -190,6 +213,7 @@ class Batch:
     pieces: Rows
     tokens: int
     nrows: int
+    alike: Alike | None = None
 
     def flatten(self) -> tuple[Tensor, FlatSpec]:
         """All tensors as one ``[K]`` int64, which reaches a device in a single copy, and how to take it apart."""
@@ -218,7 +242,7 @@ class FlatSpec:
         return batch
 
 
-_BUILT = (Batch, Layout, Rows, Labels)
+_BUILT = (Batch, Layout, Rows, Labels, Alike)
 
 
 def _flatten(value: Any, tensors: list[Tensor], seen: dict[int, int]) -> Any:
@@ -265,10 +289,12 @@ def plan_batch(
         end_of_turn: the token that ends a turn.
     """
     transcripts: dict[int, Sequence[int]] = {}
+    taught: dict[int, Sequence[int]] = {}
     samples: dict[int, int] = {}
     owner: dict[int, int] = {}
     for number, row in enumerate(rows):
         transcripts |= zip(row.pieces, row.transcripts, strict=True)
+        taught |= zip(row.pieces, row.read, strict=True)
         samples |= zip(row.pieces, row.samples, strict=True)
         for piece in row.pieces:
             owner.setdefault(piece, number)
@@ -281,8 +307,9 @@ def plan_batch(
     written = [_Written(row, transcripts, with_response) for row in rows]
     prefix = common_prefix([row.opening for row in written]) if share_prefix else []
     longest = max(counts, default=0)
-    teacher = _layout(written, prefix, tokens, max(tokens, default=0), transcripts)
-    student = teacher if counts == tokens else _layout(written, prefix, counts, longest, None)
+    reads = [len(taught[piece]) for piece in pieces]
+    teacher = _layout(written, prefix, reads, max(reads, default=0), taught)
+    student = teacher if counts == reads else _layout(written, prefix, counts, longest, None)
     spoken = [[token for piece, ids in row.parts if piece is not None for token in ids] for row in written]
     responses = [list(row.response) if with_response else [] for row in rows]
     answer = _labels(responses)
@@ -300,6 +327,7 @@ def plan_batch(
         Rows(_int64(counts), tuple(counts), causal=False),
         sum(tokens),
         len(rows),
+        None if taught == transcripts else _alike(written, counts, taught),
     )
 
 
@@ -412,6 +440,26 @@ def _layout(
         torch.from_numpy(response),
         Rows(_int64(lengths), tuple(lengths), len(prefix), torch.from_numpy(order), torch.from_numpy(place)),
     )
+
+
+def _alike(rows: Sequence[_Written], counts: Sequence[int], taught: Mapping[int, Sequence[int]]) -> Alike:
+    """The places of the pieces that the teacher reads as they are said; ``counts`` are the student's."""
+    student: list[int] = []
+    teacher: list[int] = []
+    spoken: list[list[int]] = []
+    heard = read = 0
+    for row in rows:
+        spoken.append([])
+        for piece, ids in row.parts:
+            if piece is None:
+                continue
+            if list(ids) == list(taught[piece]):
+                student += range(heard, heard + len(ids))
+                teacher += range(read, read + len(ids))
+                spoken[-1] += ids
+            heard += counts[piece]
+            read += len(taught[piece])
+    return Alike(_int64(student), _int64(teacher), _labels(spoken))
 
 
 def _order(pattern: Sequence[Sequence[tuple[bool, int]]], speech: int, prefix: int) -> tuple[np.ndarray, list[int]]:

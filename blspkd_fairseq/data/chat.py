@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,17 @@ _MARKER_CHARACTER = "[\U000f0000\U000f0001]"
 _BYTE_PIECE = "<0x[0-9A-F]{2}>"
 _NOTHING = "(?!)"
 
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What templates that ask for today's date are told, on whatever day: Llama 3.1's own default."""
+
+# Reasoning that a user does not see: <think>, [THINK], <|begin_of_thought|>, <|START_THINKING|>, <seed:think>, ...
+_REASONING = r"(?:\w+:)?(?:think(?:ing)?|thought|reason(?:ing)?)"
+_BEGINS = re.compile(rf"[<\[◁]\|?(?:start_|begin_(?:of_)?)?{_REASONING}\|?[>\]▷]|<\|channel>", re.IGNORECASE)
+_ENDS = re.compile(rf"[<\[◁]\|?(?:/|end_(?:of_)?){_REASONING}\|?[>\]▷]|<channel\|>", re.IGNORECASE)
+_TAG = re.compile(r"<([A-Za-z][\w:]*)>")
+# Harmony's channels: <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...
+_CHANNEL, _MESSAGE, _FINAL = "<|channel|>", "<|message|>", "final"
+
 
 class ChatError(ValueError):
     """A tokenizer or a chat template that cannot be used; the message says what to do."""
@@ -32,6 +45,11 @@ class ChatFormat:
 
     Control tokens are the special tokens, and the added ones that look like markup (``<think>``). They come from the
     chat template alone: a transcript, a response, an instruction that spells one gives the ids of ordinary text.
+
+    Answers are what a user sees: :meth:`decode_answer` leaves out blocks of reasoning, and all channels of Harmony but
+    the final one. The prompt ends where the template begins the text of an answer, with the block closed or in the
+    final channel, if that is how it writes answers without reasoning. A template that leaves a block open is refused,
+    since answers to speech would begin with reasoning.
 
     Texts are encoded on their own, so the number of tokens of a transcript does not depend on what surrounds it.
     With byte-level BPE, ``decode(encode_text(text)) == text`` for every text. With SentencePiece, a space at the
@@ -50,7 +68,8 @@ class ChatFormat:
         eos_ids: tokens at which generation stops: ``end_of_turn_id`` first.
 
     Raises:
-        ChatError: there is no chat template, it has no place for a user or a system message, or nothing ends a turn.
+        ChatError: there is no chat template, it has no place for a user or a system message, nothing ends a turn, or it
+            opens a block of reasoning that it does not close.
     """
 
     def __init__(
@@ -64,8 +83,13 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.system = system
         self.chat_template = chat_template
+        self._dated_template = _with_fixed_date(str(tokenizer.get_chat_template(chat_template)))
         control = _control_tokens(tokenizer)
         self.control_ids = frozenset(control)
+        self._begins = frozenset(token for token, name in control.items() if _BEGINS.fullmatch(name))
+        self._ends = frozenset(token for token, name in control.items() if _ENDS.fullmatch(name))
+        channel = {name: token for token, name in control.items() if name in (_CHANNEL, _MESSAGE)}
+        self._channel, self._message = channel.get(_CHANNEL), channel.get(_MESSAGE)
         # Longer names first, so that one name inside of another does not hide it.
         names = sorted(map(re.escape, control.values()), key=len, reverse=True)
         self._control_names = re.compile("|".join([*names, _MARKER_CHARACTER]))
@@ -79,6 +103,7 @@ class ChatFormat:
         # An unknown character is no control token, unless the tokenizer uses one token for both.
         self._unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self.eos_ids else None
         self._warned = False
+        self._opening = self._find_opening()
         self._cached_render = lru_cache(maxsize=1024)(self._render_turns)
         self.prompt_ids(SPEECH_SLOT)  # a template that cannot be used is said now
 
@@ -116,6 +141,46 @@ class ChatFormat:
         """The text of ids; control ids are skipped."""
         plain = [token for token in map(int, ids) if token not in self.control_ids]
         return str(self.tokenizer.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def decode_answer(self, ids: Iterable[int]) -> str:
+        """What a user sees of what the LLM generated: no reasoning, and of several channels the final one."""
+        tokens = list(map(int, ids))
+        if self._channel in tokens:
+            tokens = self._final_channel(tokens)
+        if self._begins.union(self._ends).isdisjoint(tokens):
+            return _without_reasoning(self.decode(tokens))
+        return self.decode(self._without_reasoning(tokens)).lstrip()
+
+    def _without_reasoning(self, ids: Iterable[int]) -> list[int]:
+        """The ids outside of blocks of reasoning; what is before the end of a block was in it."""
+        kept: list[int] = []
+        is_inside = False
+        for token in ids:
+            if token in self._begins:
+                is_inside = True
+            elif token in self._ends:
+                kept = kept if is_inside else []
+                is_inside = False
+            elif not is_inside:
+                kept.append(token)
+        return kept
+
+    def _final_channel(self, ids: Sequence[int]) -> list[int]:
+        """What is said in the final channel, in which the prompt ends if the template says so."""
+        places = [place for place, token in enumerate(ids) if token == self._channel]
+        kept = self._until_control(ids[: places[0]])
+        for start, end in zip(places, [*places[1:], len(ids)], strict=True):
+            part = list(ids[start + 1 : end])
+            place = part.index(self._message) if self._message in part else len(part)
+            if self.decode(part[:place]).strip() == _FINAL:
+                kept += self._until_control(part[place + 1 :])
+        return kept
+
+    def _until_control(self, ids: Sequence[int]) -> list[int]:
+        """The ids before the first control token but for blocks."""
+        ends = self.control_ids - self._begins - self._ends
+        end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        return list(ids[:end])
 
     def _encode_as_is(self, text: str) -> list[int]:
         """What the tokenizer gives by itself, control tokens included."""
@@ -225,7 +290,7 @@ class ChatFormat:
         ]
         if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": hidden.hide_names(self.system)})
-        rendered = self._render(messages, add_generation_prompt=True)
+        rendered = self._render(messages, add_generation_prompt=True) + self._opening
         if messages[0]["role"] == "system" and messages[0]["content"].strip() not in rendered:
             raise ChatError(f"the chat template of {_name(self.tokenizer)} ignores the system message: leave it out")
         found = [(rendered.find(marker), marker) for marker in slots]
@@ -273,12 +338,40 @@ class ChatFormat:
             )
         return end
 
+    def _find_opening(self) -> str:
+        """What the template writes between its prompt for an answer and the text of an answer without reasoning.
+
+        Harmony's prompt leaves the channel to the LLM, and that of some reasoners opens a block, which their finished
+        answers close before they begin.
+
+        Raises:
+            ChatError: the prompt opens a block, and finished answers do not say how it ends.
+        """
+        hidden = _Hidden(self._control_names)
+        question, answer = hidden.hide(""), hidden.hide("")
+        asked = [{"role": "user", "content": question}]
+        prompt = self._render(asked, add_generation_prompt=True).rpartition(question)[2]
+        answered = self._render([*asked, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        header = answered.partition(answer)[0].rpartition(question)[2]
+        opening = header.removeprefix(prompt) if header.startswith(prompt) else ""
+        if not (self._control_names.search(opening) or _BEGINS.search(opening) or _ENDS.search(opening)):
+            opening = ""  # spaces, which the answer brings itself
+        open_block = _open_block((prompt + opening).removeprefix(header))
+        if open_block:
+            raise ChatError(
+                f"the chat template of {_name(self.tokenizer)} opens {open_block} before every answer, so that answers "
+                "begin with reasoning, which nobody is to hear: take an LLM that answers at once, or give "
+                f"--chat-template a copy of the template that closes the block ({open_block} and its end, empty) in "
+                "the generation prompt"
+            )
+        return opening
+
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
-                    chat_template=self.chat_template,
+                    chat_template=self._dated_template,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     enable_thinking=False,
@@ -311,6 +404,40 @@ class _Hidden:
         pieces = _HIDDEN.split(rendered)  # text, number, text, number, ..., text
         parts = [(self.texts[int(piece)], True) if i % 2 else (piece, False) for i, piece in enumerate(pieces)]
         return [part for part in parts if part[0]]
+
+
+def _with_fixed_date(template: str) -> str:
+    """A template in which ``strftime_now`` writes :data:`TEMPLATE_DATE`: answers would change by the day.
+
+    A macro takes the place of transformers' function, and replaces one directive of the format after another.
+    """
+    if "strftime_now" not in template:
+        return template
+    codes = [f"%{flag}{letter}" for letter in "aAbBcdDeFGHIjmMpRSTuUVwWxXyYzZ" for flag in ("", "-")]
+    written = {code: TEMPLATE_DATE.strftime(code) for code in codes}
+    macro = (
+        "{%- macro strftime_now(format) -%}{%- set written = namespace(text=format) -%}"
+        f"{{%- for code, text in {json.dumps(written)}.items() -%}}"
+        "{%- set written.text = written.text | replace(code, text) -%}{%- endfor -%}{{ written.text }}{%- endmacro -%}"
+    )
+    return macro + template
+
+
+def _open_block(prompt: str) -> str:
+    """The mark of a block that a prompt leaves open, or ""."""
+    begin = max(_BEGINS.finditer(prompt), key=lambda match: match.start(), default=None)
+    if begin and not _ENDS.search(prompt, begin.end()):
+        return begin[0]
+    tags = [match for match in _TAG.finditer(prompt) if f"</{match[1]}>" not in prompt[match.end() :]]
+    return tags[-1][0] if tags else ""
+
+
+def _without_reasoning(text: str) -> str:
+    """A text without the block of reasoning that it begins with, spelled by ordinary tokens."""
+    if not _BEGINS.match(text.lstrip()):
+        return text
+    end = _ENDS.search(text)
+    return text[end.end() :].lstrip() if end else ""
 
 
 def _without_text(part: str | Speech) -> str | Speech:

@@ -1,9 +1,10 @@
 r"""Manifests: tab-separated tables in the style of fairseq's speech_to_text, one utterance per row.
 
-Columns ``id audio n_frames`` (samples at 16 kHz), optionally ``tgt_text src_text speaker src_lang tgt_lang prompt``,
-and any others. Rows end at ``\n`` and cells at ``\t``; everything else, quotes and backslashes included, stands for
-itself, so that ``csv.DictReader(..., delimiter="\t", quoting=csv.QUOTE_NONE)`` reads the same. One exception: a cell
-that cannot be written so (it holds a tab or a line break, or begins with ``json:"``) is ``json:`` and a JSON string.
+Columns ``id audio n_frames`` (samples at 16 kHz), optionally ``tgt_text src_text speaker src_lang tgt_lang prompt
+teacher_text``, and any others. Rows end at ``\n`` and cells at ``\t``; everything else, quotes and backslashes
+included, stands for itself, so that ``csv.DictReader(..., delimiter="\t", quoting=csv.QUOTE_NONE)`` reads the same. One
+exception: a cell that cannot be written so (it holds a tab or a line break, or begins with ``json:"``) is ``json:`` and
+a JSON string.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _TAB, _LF, _CR = b"\t\n\r"
 _JSON_CELL = 'json:"'
 _BLOCK_BYTES = 1 << 24  # validated at a time: what the arrays of one block need stays small beside the file
 _MAX_DIGITS = 18  # of n_frames: what an int64 holds
+_TEXTS = ("src_text", "tgt_text", "conversation")
 
 
 class ManifestError(ValueError):
@@ -34,6 +36,12 @@ class ManifestError(ValueError):
 
 
 # --- cells ----------------------------------------------------------------------------------------
+
+
+def read_by_teacher(row: Mapping[str, str]) -> str:
+    """The text in place of the speech for the teacher: ``teacher_text`` where there is one, else ``src_text``."""
+    text = row.get("teacher_text", "")
+    return text if text.strip() else row.get("src_text", "")
 
 
 def response_is_cut(row: Mapping[str, str]) -> bool:
@@ -118,22 +126,30 @@ def _replacing(path: Path) -> Iterator[TextIO]:
 class Manifest:
     """The rows of a manifest, read from the file when they are asked for.
 
-    The file is mapped into memory, so that any number of worker processes share one copy of it; a row costs 16
+    The file is mapped into memory, so that any number of worker processes share one copy of it; a row costs 24
     bytes besides. Rows are dicts of decoded cells, in the order of the file.
 
     Attributes:
         path: the file.
         columns: their names in the order of the file.
         n_frames: ``[rows]`` int64, samples at 16 kHz.
+        text_bytes: ``[rows]`` int64, of the texts that an LLM reads, as they stand in the file.
     """
 
     def __init__(
-        self, path: Path, columns: tuple[str, ...], is_crlf: bool, offsets: np.ndarray, n_frames: np.ndarray
+        self,
+        path: Path,
+        columns: tuple[str, ...],
+        is_crlf: bool,
+        offsets: np.ndarray,
+        n_frames: np.ndarray,
+        text_bytes: np.ndarray,
     ) -> None:
         """Use :meth:`load`. ``offsets`` [rows + 1]: the byte at which each row begins, and the end of the last."""
         self.path = path
         self.columns = columns
         self.n_frames = n_frames
+        self.text_bytes = text_bytes
         self._is_crlf = is_crlf
         self._offsets = offsets
         self._data = _map(path)
@@ -154,8 +170,7 @@ class Manifest:
         """
         path = Path(path)
         scan = _Scan(path, required, non_empty)
-        offsets, n_frames = scan.run()
-        return cls(path, scan.columns, scan.is_crlf, offsets, n_frames)
+        return cls(path, scan.columns, scan.is_crlf, *scan.run())
 
     def __len__(self) -> int:
         return len(self.n_frames)
@@ -227,20 +242,22 @@ class _Scan:
         self.header_end = self._line_end(0)
         self.columns, self.is_crlf = self._read_header((*REQUIRED_COLUMNS, *required, *non_empty))
         self.not_blank = [self.columns.index(name) for name in dict.fromkeys(("id", *non_empty))]
+        self.text_columns = [self.columns.index(name) for name in _TEXTS if name in self.columns]
         self.id_column, self.frames_column = self.columns.index("id"), self.columns.index("n_frames")
 
-    def run(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the offsets [rows + 1] and n_frames [rows]."""
-        begins, frames, hashes = [], [], []
+    def run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the offsets [rows + 1], n_frames [rows] and text_bytes [rows]."""
+        begins, frames, hashes, texts = [], [], [], []
         for start, block in self._blocks():
             begins.append(start + block.starts[:, 0])
             frames.append(self._frames(block))
             hashes.append(self._id_hashes(block))
+            texts.append((block.ends - block.starts)[:, self.text_columns].sum(1))
             self._check_json(block)
             self._check_not_blank(block)
         offsets = _joined([*begins, np.array([len(self.data)])])
         self._check_unique(_joined(hashes), offsets)
-        return offsets, _joined(frames)
+        return offsets, _joined(frames), _joined(texts)
 
     def _line_end(self, position: int) -> int:
         """The byte after the line end at or after ``position``."""

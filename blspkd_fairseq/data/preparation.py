@@ -9,61 +9,38 @@ that were dropped are looked at again by every run, since the corpus may have be
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
-import math
 import multiprocessing
 import os
 import re
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import soundfile
 from tqdm import tqdm
 
-from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio
-from blspkd_fairseq.data.corpora import MALFORMED, NO_CLIP, NO_SPEECH, Dropped, Entry, Item
+from blspkd_fairseq.data.audio import MAX_SECONDS
+from blspkd_fairseq.data.conversion import AUDIO_REASONS, Limits, Result, Task, do_job, file_name
+from blspkd_fairseq.data.corpora import MALFORMED, NO_SPEECH, Dropped, Entry, Item
 from blspkd_fairseq.data.manifest import write_manifest
 from blspkd_fairseq.data.record_store import RecordStore
 from blspkd_fairseq.data.zip_shards import MAX_SHARD_BYTES, ShardWriter, member_of
-from blspkd_fairseq.files import write_whole
 
-ZERO_LENGTH = "zero length"
-UNREADABLE = "unreadable"
-SHORTER = "shorter than declared"
-TOO_LONG = "too long"
-TOO_SHORT = "too short"
 EMPTY_TEXT = "empty text"
 CONTROL = "control characters"
-OUTSIDE = "outside the root"
-REASONS = (
-    *(NO_CLIP, ZERO_LENGTH, UNREADABLE, SHORTER, TOO_LONG, TOO_SHORT, EMPTY_TEXT, CONTROL, OUTSIDE, MALFORMED),
-    NO_SPEECH,
-)
+REASONS = (*AUDIO_REASONS, EMPTY_TEXT, CONTROL, MALFORMED, NO_SPEECH)
 _EXPECTED = frozenset({NO_SPEECH})  # parts of the corpus that are no utterances: no sign of damage
 
 # C0 controls but tab and line feed, and halves of surrogate pairs, which are no characters.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]")
 _JOB_ROWS = 16
 _FOLDER_ROWS = 10_000  # files in one folder
-# What load_audio says after the name of the file, and what that means here.
-_AUDIO_REASONS = (
-    ("; the limit is", TOO_LONG),
-    ("declares", SHORTER),
-    ("holds no samples", ZERO_LENGTH),
-    ("too short to hold", ZERO_LENGTH),
-    ("is an empty file", ZERO_LENGTH),
-    ("does not exist", NO_CLIP),
-)
 
 Reader = Callable[[], Iterator[Item]]
 
@@ -80,15 +57,14 @@ class Options:
         processes: how many decode audio.
         zip: write zip shards in place of files.
         shard_bytes: size at which a shard is closed.
-        min_seconds, max_seconds: shorter and longer utterances are dropped.
+        limits: which audio is taken.
         max_dropped: fraction of the rows of a split that may be dropped.
     """
 
     processes: int = 1
     zip: bool = False
     shard_bytes: int = 1_000_000_000
-    min_seconds: float = 0.1
-    max_seconds: float = MAX_SECONDS
+    limits: Limits = Limits()
     max_dropped: float = 0.05
 
 
@@ -119,6 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-seconds", type=float, default=0.1, help="drop what is shorter (default: %(default)s)")
     parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS, help="drop what is longer (%(default)s)")
     parser.add_argument(
+        "--keep-flawed",
+        action="store_true",
+        help="keep audio that is digital silence, clipped throughout or far from zero, too (default: drop it)",
+    )
+    parser.add_argument(
         "--max-dropped", type=float, default=0.05, help="fraction of rows to drop at most (default: %(default)s)"
     )
 
@@ -138,8 +119,8 @@ def options_from(args: argparse.Namespace) -> Options:
     wrong = [problem for problem, is_wrong in problems.items() if is_wrong]
     if wrong:
         raise PreparationError(wrong[0])
-    size = args.shard_mb * 10**6
-    return Options(args.processes, args.zip, size, args.min_seconds, args.max_seconds, args.max_dropped)
+    limits = Limits(args.min_seconds, args.max_seconds, args.keep_flawed)
+    return Options(args.processes, args.zip, args.shard_mb * 10**6, limits, args.max_dropped)
 
 
 # --- the whole ------------------------------------------------------------------------------------
@@ -156,8 +137,9 @@ def prepare(corpus: Corpus, output: Path, options: Options) -> None:
     settings = {
         "root": str(corpus.root.resolve()),
         "container": f"zip of {options.shard_bytes} bytes" if options.zip else "files",
-        "min_seconds": options.min_seconds,
-        "max_seconds": options.max_seconds,
+        "min_seconds": options.limits.min_seconds,
+        "max_seconds": options.limits.max_seconds,
+        **({"keep_flawed": True} if options.limits.keep_flawed else {}),
     }
     with RecordStore(output / "prepared.jsonl", settings) as store:
         _remove_partial_files(output)
@@ -330,25 +312,6 @@ def _rows(outcomes: _Outcomes, output: Path) -> Iterator[dict[str, object]]:
 # --- one split ------------------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
-    """What a worker does to one row; ``target`` is a file in the output, or None to have the bytes returned."""
-
-    key: str
-    entry: Entry
-    source: str
-    name: str
-    target: str | None
-
-
-class Result(NamedTuple):
-    """The record of a row and, if they go into an archive, its FLAC bytes; or why it was dropped."""
-
-    record: dict[str, Any]
-    name: str
-    flac: bytes = b""
-    dropped: Dropped | None = None
-
-
 class _ThisProcess:
     """Runs jobs at once, when asked."""
 
@@ -382,7 +345,8 @@ class _SplitPreparation:
         try:
             with tqdm(total=rows, desc=self.split, unit="row") as bar:
                 for job in self._jobs(bar):
-                    pending.append((len(job), workers.submit(do_job, job, self.corpus.root, self.output, self.options)))
+                    future = workers.submit(do_job, job, self.corpus.root, self.output, self.options.limits)
+                    pending.append((len(job), future))
                     # In order, so that shards are the same in every run, and few at a time, to hold little in memory.
                     while pending and (pending[0][1].done() or len(pending) > 3 * self.options.processes):
                         self._keep(pending, bar)
@@ -439,15 +403,6 @@ class _SplitPreparation:
         return {**result.record, "audio": f"{archive}:{member.offset}:{member.length}", **member._asdict()}
 
 
-def file_name(utterance: str) -> str:
-    """A name for the file of an utterance, on any file system: its id, or what is left of it and a hash."""
-    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}", utterance):
-        return utterance
-    digest = hashlib.sha256(utterance.encode(errors="surrogatepass")).hexdigest()[:16]
-    kept = re.sub(r"[^A-Za-z0-9_-]+", "_", utterance)[:80].strip("_-")
-    return f"{kept or 'id'}-{digest}"
-
-
 # --- workers --------------------------------------------------------------------------------------
 
 
@@ -475,105 +430,3 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def do_job(tasks: Sequence[Task], root: Path, output: Path, options: Options) -> list[Result]:
-    """Converts audio to 16 kHz FLAC. A file that holds several utterances is decoded once.
-
-    Raises:
-        OSError: the output cannot be written.
-    """
-    results = []
-    decoded: tuple[Path, np.ndarray | Dropped] | None = None
-    for task in tasks:
-        entry = task.entry
-        if entry.start is None and entry.end is None:
-            audio = _load_whole(entry, root, options)
-        else:
-            if decoded is None or decoded[0] != entry.audio:
-                decoded = (entry.audio, _load(entry, root, None))
-            audio = _cut(entry, decoded[1])
-        results.append(_result(task, _check_length(entry, audio, options), output))
-    return results
-
-
-def _load_whole(entry: Entry, root: Path, options: Options) -> np.ndarray | Dropped:
-    audio = _load(entry, root, options.max_seconds)
-    if isinstance(audio, Dropped) or entry.declared_seconds is None:
-        return audio
-    return _check_declared(entry, len(audio) / SAMPLE_RATE, entry.declared_seconds) or audio
-
-
-def _check_declared(entry: Entry, seconds: float, declared: float) -> Dropped | None:
-    """MP3 headers and resampling do a little to lengths."""
-    if declared - seconds <= max(0.1, 0.02 * declared):
-        return None
-    return Dropped(entry.id, SHORTER, f"{seconds:.2f} s, the corpus declares {declared:.2f} s")
-
-
-def _load(entry: Entry, root: Path, max_seconds: float | None) -> np.ndarray | Dropped:
-    # Not resolved: links that lie in a corpus were put there by its owner, names in a list were not.
-    path = Path(os.path.abspath(entry.audio))
-    if not path.is_relative_to(os.path.abspath(root)):
-        return Dropped(entry.id, OUTSIDE, f"{entry.audio} is not in {root}")
-    if not os.path.isfile(path):  # which takes names that no file can have
-        return Dropped(entry.id, NO_CLIP, f"{path} does not exist")
-    try:
-        return load_audio(path, max_seconds=max_seconds)
-    except AudioError as error:
-        message = str(error)
-        said = message.removeprefix(str(path))
-        reason = next((reason for words, reason in _AUDIO_REASONS if words in said), UNREADABLE)
-        return Dropped(entry.id, reason, message)
-
-
-def _cut(entry: Entry, audio: np.ndarray | Dropped) -> np.ndarray | Dropped:
-    if isinstance(audio, Dropped):
-        return audio._replace(id=entry.id)
-    seconds = len(audio) / SAMPLE_RATE
-    start, end = entry.start or 0.0, seconds if entry.end is None else entry.end
-    if not (start >= 0 and math.isfinite(start) and math.isfinite(end)):
-        return Dropped(entry.id, UNREADABLE, f"from {start} s to {end} s is no part of an audio file")
-    if end <= start and entry.end is not None:
-        return Dropped(entry.id, ZERO_LENGTH, f"from {start} s to {end} s")
-    # The segment, and not the whole file, must be there: others of a file cut short are still good.
-    short = _check_declared(entry, seconds - start, end - start)
-    if short or start >= seconds:
-        return Dropped(entry.id, SHORTER, f"{entry.audio} ends at {seconds:.2f} s, the segment at {end:.2f} s")
-    return audio[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
-
-
-def _check_length(entry: Entry, audio: np.ndarray | Dropped, options: Options) -> np.ndarray | Dropped:
-    if isinstance(audio, Dropped):
-        return audio
-    seconds = len(audio) / SAMPLE_RATE
-    if len(audio) == 0:
-        return Dropped(entry.id, ZERO_LENGTH, "no samples")
-    if seconds < options.min_seconds:
-        return Dropped(entry.id, TOO_SHORT, f"{seconds:.3f} s")
-    if seconds > options.max_seconds:
-        return Dropped(entry.id, TOO_LONG, f"{seconds:.2f} s")
-    return audio
-
-
-def _result(task: Task, audio: np.ndarray | Dropped, output: Path) -> Result:
-    record: dict[str, Any] = {"id": task.key, "source": task.source}
-    if isinstance(audio, Dropped):
-        return Result(record, task.name, dropped=audio)
-    flac = encode_flac(audio)
-    record["n_frames"] = len(audio)
-    if task.target is None:
-        return Result(record, task.name, flac)
-    path = output / task.target
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, flac)
-    return Result({**record, "audio": task.target}, task.name)
-
-
-def encode_flac(samples: np.ndarray) -> bytes:
-    """Samples in [-1, 1] as 16-bit FLAC at 16 kHz; 16-bit sources come through unchanged."""
-    integers = np.clip(np.rint(samples.astype(np.float64) * 32768), -32768, 32767).astype(np.int16)
-    # In memory: libsndfile hides why a file could not be written.
-    file = io.BytesIO()
-    soundfile.write(file, integers, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    return file.getvalue()

@@ -5,7 +5,9 @@ A prompt is a text with one ``{speech}`` slot, where the teacher reads the trans
 
 from __future__ import annotations
 
-import re
+from blspkd_fairseq.data.languages import LANGUAGES, code_of, find_language, looks_like_code
+
+__all__ = ["LANGUAGES", "PROMPTS", "SPEECH_SLOT", "PromptError", "language_name", "resolve_prompt"]
 
 SPEECH_SLOT = "{speech}"
 
@@ -23,18 +25,6 @@ PROMPTS: dict[str, str] = {
     "chat": "{speech}",
 }
 
-# The languages of CoVoST 2, then others by number of speakers. Codes as in Common Voice, without the region.
-_LANGUAGES = """
-en=English fr=French de=German es=Spanish ca=Catalan it=Italian ru=Russian zh=Chinese pt=Portuguese fa=Persian
-et=Estonian mn=Mongolian nl=Dutch tr=Turkish ar=Arabic sv=Swedish lv=Latvian sl=Slovenian ta=Tamil ja=Japanese
-id=Indonesian cy=Welsh
-hi=Hindi bn=Bengali ur=Urdu te=Telugu mr=Marathi ko=Korean vi=Vietnamese yue=Cantonese sw=Swahili tl=Tagalog
-th=Thai pl=Polish uk=Ukrainian ro=Romanian el=Greek hu=Hungarian cs=Czech he=Hebrew bg=Bulgarian sr=Serbian
-hr=Croatian da=Danish fi=Finnish no=Norwegian nb=Norwegian sk=Slovak lt=Lithuanian ms=Malay af=Afrikaans
-is=Icelandic ga=Irish gl=Galician eu=Basque
-"""
-LANGUAGES: dict[str, str] = dict(entry.split("=") for entry in _LANGUAGES.split())
-
 
 class PromptError(ValueError):
     """A prompt or a language that cannot be used; the message says which, and what can be."""
@@ -46,7 +36,7 @@ def resolve_prompt(name_or_text: str, src_lang: str = "", tgt_lang: str = "") ->
     Args:
         name_or_text: a name in :data:`PROMPTS`; or a text, which the speech follows on a new line unless the text
             holds ``{speech}``. ``{src_lang}`` and ``{tgt_lang}`` are filled in; other braces stand for themselves.
-        src_lang, tgt_lang: code (``de``, ``zh-CN``) or English name of a language.
+        src_lang, tgt_lang: code (``de``, ``zh-CN``, ``zho_Hans``) or English name of a language.
 
     Returns:
         A text with one ``{speech}``.
@@ -78,16 +68,17 @@ def _own_text(text: str) -> str:
 
 
 def language_name(language: str, column: str = "language", prompt: str = "") -> str:
-    """English name of a language code; a name stays as it is.
+    """English name of a language code; a name stays as it is ("Simplified Chinese"), which is said if it is unknown.
 
     Raises:
         PromptError: no language at all, or an unknown code.
     """
     if not language.strip():
         raise PromptError(f"the prompt {prompt!r} needs a {column}: give the manifest this column and fill it in")
-    code = re.split("[-_]", language.strip().lower())[0]
-    if code in LANGUAGES:
-        return LANGUAGES[code]
-    if len(code) <= 3 and " " not in language.strip():
+    known = find_language(language)
+    if looks_like_code(language) and known is not None:
+        return known.name
+    if looks_like_code(language):
         raise PromptError(f"{column} {language!r} is an unknown language code: write its English name in place of it")
+    code_of(language, "prompts have it as it is written")
     return language.strip()

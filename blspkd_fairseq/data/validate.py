@@ -3,13 +3,15 @@
     blspkd validate DATA [--audio all|sample|none]
 
 Problems (a manifest or audio that training could not use, empty texts, audio of the training set in another set) make
-it end with status 1; warnings (texts, audio or speakers that come twice) do not, unless --strict is given.
+it end with status 1; warnings (texts, audio or speakers that come twice, audio in which nothing can be heard, cells
+in a spreadsheet's quotes, unknown languages) do not, unless --strict is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -20,10 +22,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio
+from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, find_flaw, load_audio
 from blspkd_fairseq.data.conversation import AudioPart, ConversationError, read_conversation
+from blspkd_fairseq.data.languages import find_language
 from blspkd_fairseq.data.manifest import Manifest, ManifestError, response_is_cut
 from blspkd_fairseq.data.prompts import PromptError, resolve_prompt
+from blspkd_fairseq.data.same_recordings import Place, shared_recordings
 
 _TEXTS = ("src_text", "tgt_text")
 _SHOWN = 20  # of each kind of finding
@@ -77,7 +81,8 @@ def validate(
         for name, manifest in splits.items():
             rows = _chosen(len(manifest), None if audio == "all" else sample, seed)
             findings.audio[name] = len(rows)
-            findings.problems += _check_audio(manifest, rows, audio_root, threads)
+            _check_audio(manifest, rows, audio_root, threads, findings)
+        _compare_recordings(splits, audio, sample, seed, audio_root, findings)
     findings.table = _table(splits)
     return findings
 
@@ -141,12 +146,35 @@ def _check_rows(manifest: Manifest, findings: Findings) -> _Facts:
                 before = facts.add(kind, value, index) if value else None
                 if before is not None:
                     repeated[kind].append(f"line {index + 2} has the {kind} of line {before + 2}")
+    _check_table(manifest, findings)
     for kind, places in repeated.items():
         if places:
             findings.warnings.append(
                 f"{manifest.path}: {len(places)} rows repeat the {kind} of another: {_some(places)}"
             )
     return facts
+
+
+def _check_table(manifest: Manifest, findings: Findings) -> None:
+    """What is wrong with columns as a whole: what a spreadsheet has put in, and languages that nobody knows."""
+    for column in _TEXTS:
+        quoted = [i for i, row in enumerate(manifest) if _QUOTED.fullmatch(row.get(column, ""))]
+        if quoted:
+            findings.warnings.append(
+                f"{manifest.path}: {len(quoted)} cells of {column} are in quotes, with doubled ones inside, as a "
+                f"spreadsheet writes them: {_some([f'line {i + 2}' for i in quoted])}; quotes of a manifest are text"
+            )
+    for column in ("src_lang", "tgt_lang"):
+        named = {row.get(column, "").strip() for row in manifest} - {""}
+        unknown = sorted(name for name in named if find_language(name) is None)
+        if unknown:
+            findings.warnings.append(
+                f"{manifest.path}: {column} has languages that are not known here ({', '.join(unknown[:3])}): scores "
+                "take a tokenizer for words between spaces"
+            )
+
+
+_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 
 
 def pieces_of(row: dict[str, str]) -> list[AudioPart]:
@@ -236,24 +264,66 @@ def _chosen(rows: int, sample: int | None, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(rows), sample))
 
 
-def _check_audio(manifest: Manifest, rows: Sequence[int], audio_root: Path | None, threads: int) -> list[str]:
-    def check(index: int) -> str | None:
+def _check_audio(
+    manifest: Manifest, rows: Sequence[int], audio_root: Path | None, threads: int, findings: Findings
+) -> None:
+    def check(index: int) -> tuple[str, str]:
+        """A problem and a warning, or "" in their place."""
         recordings = [str(piece.audio) for piece in pieces_of(manifest[index])]
         declared = int(manifest.n_frames[index])
         expected = declared if len(recordings) == 1 else None
+        where = manifest.location(index)
         try:
-            found = sum(len(load_audio(one, _root(one, manifest, audio_root), expected, None)) for one in recordings)
+            heard = [load_audio(one, _root(one, manifest, audio_root), expected, None) for one in recordings]
         except AudioError as error:
-            return f"{manifest.location(index)}: {error}"
+            return f"{where}: {error}", ""
+        flaws = [(one, find_flaw(waveform)) for one, waveform in zip(recordings, heard, strict=True)]
+        warning = " and ".join(f"{one} is audio with a flaw ({flaw})" for one, flaw in flaws if flaw)
+        found = sum(map(len, heard))
         difference = found - declared if len(recordings) == 1 else abs(found - declared)
+        problem = ""
         if recordings and difference > max(0.1 * SAMPLE_RATE, 0.02 * declared):
             audio = " and ".join(recordings)
-            return f"{manifest.location(index)}: n_frames is {declared}, but {audio} has {found} samples: correct it"
-        return None
+            problem = f"{where}: n_frames is {declared}, but {audio} has {found} samples: correct it"
+        return problem, f"{where}: {warning}: is anything said in it?" if warning else ""
 
     with ThreadPoolExecutor(threads) as pool:
-        checked = tqdm(pool.map(check, rows), total=len(rows), desc=f"audio of {manifest.path.name}", unit="row")
-        return [problem for problem in checked if problem]
+        checked = list(tqdm(pool.map(check, rows), total=len(rows), desc=f"audio of {manifest.path.name}", unit="row"))
+    findings.problems += [problem for problem, _ in checked if problem]
+    findings.warnings += [warning for _, warning in checked if warning]
+
+
+def _compare_recordings(
+    splits: dict[str, Manifest], audio: str, sample: int, seed: int, audio_root: Path | None, findings: Findings
+) -> None:
+    """Recordings of the training set in another one, under other names: scores of these are no measure."""
+
+    def locate(manifest: Manifest, row: int) -> Place:
+        name = str(pieces_of(manifest[row])[0].audio)
+        return name, _root(name, manifest, audio_root)
+
+    def text_of(manifest: Manifest, row: int) -> str:
+        return sentence_key(manifest[row].get("src_text", ""))
+
+    def single(manifest: Manifest, rows: Sequence[int]) -> list[int]:
+        return [row for row in rows if len(pieces_of(manifest[row])) == 1]
+
+    training = [name for name in splits if name.startswith("train")]
+    for name in [name for name in splits if name not in training]:
+        rest = splits[name]
+        rows = single(rest, _chosen(len(rest), None if audio == "all" else sample, seed))
+        for train in training:
+            pairs = shared_recordings(rest, rows, splits[train], locate, text_of)
+            places = [
+                f"line {one + 2} and {train} line {other + 2}"
+                for one, other in pairs
+                if locate(rest, one)[0] != locate(splits[train], other)[0]
+            ]
+            if places:
+                findings.problems.append(
+                    f"{rest.path} has {len(places)} recordings of {splits[train].path} under other names, which makes "
+                    f"its scores better than they are: {_some(places)} are the same recording"
+                )
 
 
 def _root(audio: str, manifest: Manifest, audio_root: Path | None) -> Path | None:

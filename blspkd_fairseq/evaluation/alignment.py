@@ -32,12 +32,14 @@ class BoundarySummary(NamedTuple):
     Attributes:
         mean_ms, median_ms: of the absolute difference.
         bias_ms: mean of the signed difference; positive: tokens end later than words.
+        centred_ms: mean of the absolute difference once the bias is taken off all of them.
         matched, unmatched: words.
     """
 
     mean_ms: float
     median_ms: float
     bias_ms: float
+    centred_ms: float
     matched: int
     unmatched: int
 
@@ -79,9 +81,33 @@ def summarize(utterances: Sequence[Boundaries]) -> BoundarySummary:
     matched = len(differences)
     unmatched = sum(utterance.words for utterance in utterances) - matched
     if not matched:
-        return BoundarySummary(float("nan"), float("nan"), float("nan"), 0, unmatched)
-    size = np.abs(differences)
-    return BoundarySummary(float(size.mean()), float(np.median(size)), float(differences.mean()), matched, unmatched)
+        nothing = float("nan")
+        return BoundarySummary(nothing, nothing, nothing, nothing, 0, unmatched)
+    size, bias = np.abs(differences), float(differences.mean())
+    centred = float(np.abs(differences - bias).mean())
+    return BoundarySummary(float(size.mean()), float(np.median(size)), bias, centred, matched, unmatched)
+
+
+class Calibration(NamedTuple):
+    """How the other method itself does where word ends are known; milliseconds, NaN if there is none.
+
+    Attributes:
+        bias_ms: mean of its word end minus the known one.
+        error_ms: mean absolute difference.
+        known: word ends.
+    """
+
+    bias_ms: float
+    error_ms: float
+    known: int
+
+
+def calibration_of(differences_ms: Sequence[float]) -> Calibration:
+    """From the differences at known word ends."""
+    if not differences_ms:
+        return Calibration(float("nan"), float("nan"), 0)
+    values = np.array(differences_ms)
+    return Calibration(float(values.mean()), float(np.abs(values).mean()), len(values))
 
 
 def boundary_measurement(utterances: Sequence[Boundaries]) -> Measurement:

@@ -14,12 +14,20 @@ import numpy as np
 import sacrebleu
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
+from blspkd_fairseq.data.languages import code_of
+
 logger = logging.getLogger(__name__)
 
 # Written without spaces between words: their "words" are letters.
-_LETTER_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "km", "yue"})
+_LETTER_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "km", "yue", "bo", "dz"})
 _BLEU_TOKENIZERS = {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab", "th": "char", "lo": "char"}
-_BLEU_TOKENIZERS |= {"my": "char", "km": "char"}
+_BLEU_TOKENIZERS |= {"my": "char", "km": "char", "bo": "char", "dz": "char"}
+# Their scripts: kana, Han, Thai and Lao, Tibetan and Burmese, Khmer.
+_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff]")
+
+
+_NEGATIONS = frozenset({"not", "never", "no", "nor", "neither", "t"})  # "isn't" is the words "isn" and "t"
+_LITTLE_WORDS = frozenset({"the", "a", "an", "in", "by", "at", "of", "called", "really"})
 
 
 class ErrorCount(NamedTuple):
@@ -34,10 +42,12 @@ def word_errors(hypothesis: str, reference: str, language: str = "", normalize: 
 
     Args:
         hypothesis, reference: plain text.
-        language: code such as "en" or "zh-CN"; decides between words and letters.
+        language: code such as "en" or "zh-CN", or English name; decides between words and letters.
         normalize: lower case, no punctuation, no bracketed remarks (Whisper's language-independent normaliser).
     """
-    letters = _base(language) in _LETTER_LANGUAGES
+    letters = is_unspaced(language)
+    if not letters:
+        _check_spaces("WER", language, [reference])
     pair = [hypothesis, reference]
     if normalize:
         pair = [_normalizer(letters)(text) for text in pair]
@@ -63,7 +73,10 @@ class BleuCounts(NamedTuple):
 
 def bleu_counts(hypotheses: Sequence[str], references: Sequence[str], language: str = "") -> BleuCounts:
     """Counts of these sentences; counts of several batches add up to those of all."""
-    score = sacrebleu.corpus_bleu(list(hypotheses), [list(references)], tokenize=bleu_tokenizer(language))
+    tokenizer = bleu_tokenizer(language)
+    if tokenizer == "13a":
+        _check_spaces("BLEU's tokenizer 13a", language, references)
+    score = sacrebleu.corpus_bleu(list(hypotheses), [list(references)], tokenize=tokenizer)
     return BleuCounts(score.counts, score.totals, score.sys_len, score.ref_len)
 
 
@@ -97,7 +110,33 @@ def bleu_tokenizer(language: str) -> str:
 
 
 def _base(language: str) -> str:
-    return language.replace("_", "-").split("-")[0].lower()
+    """The code of a language, by whatever code or name; "" for none, or for one that is unknown, which is said."""
+    return code_of(language, "BLEU takes sacreBLEU's tokenizer 13a, WER words and Whisper's basic normaliser")
+
+
+def is_unspaced(language: str) -> bool:
+    """Whether a language is written without spaces between words, so that letters are counted."""
+    return _base(language) in _LETTER_LANGUAGES
+
+
+def _check_spaces(unit: str, language: str, references: Sequence[str]) -> None:
+    """Says that words are counted in texts that have none, where all but a perfect answer is wrong altogether."""
+    letters = [c for text in references[:_EXAMINED] for c in text if c.isalpha()]
+    if 2 * sum(_UNSPACED.match(c) is not None for c in letters) > len(letters):
+        _warn_of_spaces(unit, language)
+
+
+_EXAMINED = 200  # references
+
+
+@cache
+def _warn_of_spaces(unit: str, language: str) -> None:
+    """Once for each."""
+    said = f"the language is given as {language!r}" if language else "no language is given"
+    logger.warning(
+        f"{unit} splits at spaces, and most references are in a script that is written without ({said}): give the "
+        "right language, such as zh, ja or th, by the column src_lang or tgt_lang, or by --language of evaluate"
+    )
 
 
 # --- metrics that can be resampled ------------------------------------------------------------------
@@ -113,6 +152,7 @@ class Measurement:
         statistics: ``[rows, k]`` float64, sufficient statistics of every row.
         score_of: sums over rows ``[..., k]`` to scores ``[...]``; NaN where the score is not defined.
         less_is_better: an error rate.
+        is_proportion: the percentage of rows that have a property: statistics are 0 or 1, and 1.
     """
 
     name: str
@@ -120,11 +160,29 @@ class Measurement:
     statistics: np.ndarray
     score_of: Callable[[np.ndarray], np.ndarray]
     less_is_better: bool = False
+    is_proportion: bool = False
 
     @property
     def score(self) -> float:
         """The figure of the whole corpus (in percent but for BLEU and chrF, which are 0 to 100 as well)."""
         return float(self.score_of(self.statistics.sum(axis=0)))
+
+
+def mean_of(measurements: Sequence[Measurement]) -> Measurement:
+    """The mean of the scores of several answers to the same rows (seeds, draws of noise) as one metric ``[rows, n k]``.
+
+    A row is then drawn in all of them at once. Their sums would make one corpus, and the brevity penalty of BLEU sees
+    nothing where short and long answers meet.
+    """
+    if len(measurements) == 1:
+        return measurements[0]
+
+    def score_of(totals: np.ndarray) -> np.ndarray:
+        parts = np.split(totals, len(measurements), axis=-1)
+        return np.mean([one.score_of(part) for one, part in zip(measurements, parts, strict=True)], axis=0)
+
+    statistics = np.concatenate([one.statistics for one in measurements], axis=-1)
+    return replace(measurements[0], statistics=statistics, score_of=score_of, is_proportion=False)
 
 
 def translation_metrics(hypotheses: Sequence[str], references: Sequence[str], language: str) -> list[Measurement]:
@@ -146,13 +204,13 @@ def transcription_metrics(
 
     Args:
         hypotheses, references: plain text, row by row.
-        language: code such as "en" or "zh-CN".
+        language: code such as "en" or "zh-CN", or English name.
         spelling: British to American words for English, see :func:`whisper_spelling`.
 
     Raises:
         ValueError: no rows, or not as many hypotheses as references.
     """
-    units = ["CER"] if _base(language) in _LETTER_LANGUAGES else ["WER", "CER"]
+    units = ["CER"] if is_unspaced(language) else ["WER", "CER"]
     return [
         error_rate(hypotheses, references, unit, language, normalize, spelling)
         for unit in units
@@ -174,6 +232,10 @@ def answer_metrics(
 
     Raises:
         ValueError: no rows, or columns of different lengths.
+
+    Returns:
+        Among others "Self-BLEU" and "Self-ROUGE-L", as files call corpus BLEU and ROUGE-L against the text answers (not
+        the diversity metric of that name); tables say it in full.
     """
     measurements = [
         replace(bleu(answers, text_answers, language), name="Self-BLEU"),
@@ -186,7 +248,10 @@ def answer_metrics(
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str], language: str = "") -> Measurement:
     """Corpus BLEU (0 to 100); statistics: lengths, matching and total n-grams."""
-    return _sacrebleu("BLEU", sacrebleu.BLEU(tokenize=bleu_tokenizer(language)), hypotheses, references)
+    tokenizer = bleu_tokenizer(language)
+    if tokenizer == "13a":
+        _check_spaces("BLEU's tokenizer 13a", language, references)
+    return _sacrebleu("BLEU", sacrebleu.BLEU(tokenize=tokenizer), hypotheses, references)
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Measurement:
@@ -220,9 +285,11 @@ def error_rate(
     _check_rows(hypotheses, references)
     if unit not in ("WER", "CER"):
         raise ValueError(f"unit {unit!r} is unknown: choose WER or CER")
-    clean, normalizer = _cleaner(language, normalize, spelling)
-    split = str.split if unit == "WER" else _letters_only if _base(language) in _LETTER_LANGUAGES else _letters
-    counts = [_count_errors(split(clean(h)), split(clean(r))) for h, r in zip(hypotheses, references, strict=True)]
+    if unit == "WER" and not is_unspaced(language):
+        _check_spaces("WER", language, references)
+    tokens = tokens_of(unit, language, normalize, spelling)
+    counts = [_count_errors(tokens(h), tokens(r)) for h, r in zip(hypotheses, references, strict=True)]
+    _, normalizer = _cleaner(language, normalize, spelling)
     return Measurement(
         name=f"{unit} ({'normalized' if normalize else 'raw'})",
         signature=f"{unit}|lang:{_base(language) or '?'}|norm:{normalizer}|editdistance:{version('editdistance')}",
@@ -232,30 +299,47 @@ def error_rate(
     )
 
 
+def tokens_of(
+    unit: str, language: str, normalize: bool, spelling: Mapping[str, str] | None = None
+) -> Callable[[str], list[str]]:
+    """The words or letters of a text that an error rate counts; arguments as :func:`error_rate`."""
+    clean, _ = _cleaner(language, normalize, spelling)
+    split = str.split if unit == "WER" else _letters_only if is_unspaced(language) else _letters
+    return lambda text: split(clean(text))
+
+
 def rouge_l(hypotheses: Sequence[str], references: Sequence[str], language: str = "") -> Measurement:
     """F-measure of the longest common subsequence (Lin 2004) in percent, mean over rows.
 
     English: what ``rouge-score`` gives without stemming. Other languages: words of Unicode letters, marks and digits;
-    letters where words are not spaced.
+    letters where words are not spaced. Equal texts score 1, also if they have no word for the tokenizer (another
+    alphabet, punctuation alone, nothing).
     """
     _check_rows(hypotheses, references)
     name, tokenize = _rouge_tokenizer(language)
-    scores = [_rouge_l(tokenize(h), tokenize(r)) for h, r in zip(hypotheses, references, strict=True)]
-    return _mean_over_rows("ROUGE-L", f"ROUGE-L|f1|tok:{name}|case:lc|stem:no|mean:rows", scores)
+    pairs = zip(hypotheses, references, strict=True)
+    scores = [1.0 if h.strip() == r.strip() else _rouge_l(tokenize(h), tokenize(r)) for h, r in pairs]
+    return _mean_over_rows("ROUGE-L", f"ROUGE-L|f1|tok:{name}|case:lc|stem:no|equal:1|mean:rows", scores)
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str], language: str = "") -> Measurement:
     """Percentage of answers with the words of the reference and no others, whatever case and punctuation."""
     _check_rows(answers, references)
     pairs = _token_pairs(answers, references, language)
-    return _mean_over_rows("exact match", "exact|case:lc|punct:no", [a == r for a, r in pairs])
+    return _proportion("exact match", "exact|case:lc|punct:no", [a == r for a, r in pairs])
 
 
 def contains_match(answers: Sequence[str], references: Sequence[str], language: str = "") -> Measurement:
-    """Percentage of answers that hold the words of the reference in a row; only an empty one holds an empty one."""
+    """Percentage of answers that hold the words of the reference in a row; only an empty one holds an empty one.
+
+    In English, words just after "not", "never" or the like do not count ("It is not Paris."); what a whole sentence
+    denies is for a judge.
+    """
     _check_rows(answers, references)
     pairs = _token_pairs(answers, references, language)
-    return _mean_over_rows("contains match", "contains|case:lc|punct:no", [_contains(a, r) for a, r in pairs])
+    negations = _NEGATIONS if _base(language) == "en" else frozenset()
+    signature = f"contains|case:lc|punct:no|negated:{'no' if negations else 'yes'}"
+    return _proportion("contains match", signature, [_contains(a, r, negations) for a, r in pairs])
 
 
 def whisper_spelling(tokenizer: Any) -> dict[str, str]:
@@ -281,6 +365,10 @@ def _sacrebleu(name: str, metric: Any, hypotheses: Sequence[str], references: Se
         return np.array([metric._compute_score_from_stats(row).score for row in rows]).reshape(sums.shape[:-1])
 
     return Measurement(name, str(metric.get_signature()), statistics, score_of)
+
+
+def _proportion(name: str, signature: str, values: Sequence[bool]) -> Measurement:
+    return replace(_mean_over_rows(name, signature, values), is_proportion=True)
 
 
 def _mean_over_rows(name: str, signature: str, values: Sequence[float]) -> Measurement:
@@ -327,7 +415,7 @@ def _count_errors(hypothesis: Sequence[str], reference: Sequence[str]) -> ErrorC
 def _rouge_tokenizer(language: str) -> tuple[str, Callable[[str], list[str]]]:
     if _base(language) == "en":
         return "ascii-words", _ascii_words
-    return ("letters", _letter_tokens) if _base(language) in _LETTER_LANGUAGES else ("words", _words)
+    return ("letters", _letter_tokens) if is_unspaced(language) else ("words", _words)
 
 
 def _ascii_words(text: str) -> list[str]:
@@ -363,11 +451,18 @@ def _lcs_length(left: Sequence[str], right: Sequence[str]) -> int:
 
 
 def _token_pairs(answers: Sequence[str], references: Sequence[str], language: str) -> list[tuple[list[str], list[str]]]:
-    tokenize = _letter_tokens if _base(language) in _LETTER_LANGUAGES else _words
+    tokenize = _letter_tokens if is_unspaced(language) else _words
     return [(tokenize(answer), tokenize(reference)) for answer, reference in zip(answers, references, strict=True)]
 
 
-def _contains(answer: list[str], reference: list[str]) -> bool:
+def _contains(answer: list[str], reference: list[str], negations: frozenset[str] = frozenset()) -> bool:
     if not reference:
         return not answer
-    return any(answer[start : start + len(reference)] == reference for start in range(len(answer)))
+    starts = [i for i in range(len(answer)) if answer[i : i + len(reference)] == reference]
+    return any(not negations.intersection(_before(answer, start)) for start in starts)
+
+
+def _before(answer: list[str], start: int) -> list[str]:
+    """The word before a place, and the one before that if the first is an article or a preposition."""
+    words = answer[max(0, start - 2) : start]
+    return words if words and words[0] in _NEGATIONS and words[-1] in _LITTLE_WORDS else words[-1:]

@@ -10,6 +10,8 @@ import numpy as np
 from blspkd_fairseq.data.audio import SAMPLE_RATE, load_audio
 from blspkd_fairseq.evaluation.robustness import Condition, parse_condition
 from blspkd_fairseq.evaluation.significance import Interval
+from blspkd_fairseq.evaluation.tables import in_full
+from blspkd_fairseq.evaluation.verdicts import Verdict
 
 if TYPE_CHECKING:
     from blspkd_fairseq.hub import BlspKd
@@ -90,7 +92,7 @@ def plot_robustness(scores: Mapping[str, Mapping[str, Interval]], measure: str, 
     for axis in axes[len(kinds) :]:
         axis.set_axis_off()
     for axis in axes[::columns]:
-        axis.set_ylabel(measure)
+        axis.set_ylabel(textwrap.fill(in_full(measure), 30))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -140,7 +142,7 @@ def plot_scores(scores: Mapping[str, Mapping[str, Interval]], path: Path) -> Non
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axis, metric in zip(axes, metrics, strict=False):
         _draw_bars(axis, [row.get(metric) for row in scores.values()])
-        axis.set_title(metric, fontsize=10)
+        axis.set_title(textwrap.fill(in_full(metric), 26), fontsize=10)
         axis.tick_params(labelsize=9)
     for axis in axes[len(metrics) :]:
         axis.set_axis_off()
@@ -164,6 +166,71 @@ def _draw_bars(axis: Any, intervals: Sequence[Interval | None]) -> None:
     axis.margins(x=0.2)
     axis.set_xlim(left=min(0, axis.get_xlim()[0]))
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def plot_contrasts(verdicts: Sequence[Verdict], path: Path) -> None:
+    """Differences in favour of what is to be shown, with 95 % intervals, seeds as dots, the smallest effect as a band.
+
+    Each has its own axis, as units differ.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [one for one in verdicts if one.estimate]
+    figure = Figure(figsize=(9, 0.6 + 1.05 * max(1, len(shown))), layout="constrained")
+    axes = figure.subplots(max(1, len(shown)), 1, squeeze=False).flatten()
+    for axis, one in zip(axes, shown, strict=False):
+        _draw_contrast(axis, one)
+    if not shown:
+        axes[0].text(0.5, 0.5, "no contrast could be estimated", ha="center")
+        axes[0].set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def _draw_contrast(axis: Any, one: Verdict) -> None:
+    assert one.estimate is not None
+    sign = -1 if one.less_is_better else 1
+    low, high = sorted(sign * end for end in one.estimate.interval())
+    if not np.isnan(one.smallest_effect):
+        axis.axvspan(-one.smallest_effect, one.smallest_effect, color="lightgray", alpha=0.6, linewidth=0)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.plot([low, high], [0, 0], color="tab:blue", linewidth=2)
+    axis.plot([sign * value for value in one.estimate.per_seed], [0.35] * len(one.estimate.per_seed), ".", color="gray")
+    axis.plot([sign * one.estimate.value], [0], "o", color="tab:blue")
+    verdict = f": {one.verdict}" if one.verdict else " (exploratory)"
+    axis.set_title(f"{one.contrast.name}{verdict}", fontsize=9, loc="left")
+    axis.set_xlabel(f"{one.contrast.task}: {one.metric}, to the right in its favour", fontsize=8)
+    axis.set(ylim=(-0.6, 0.8), yticks=[])
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def plot_power(tables: Mapping[str, Mapping[int, Mapping[int, float]]], target: float, path: Path) -> None:
+    """Power over rows, a curve for each number of seeds, a panel for each question; dashed: what is wanted.
+
+    Args:
+        tables: ``tables[question][seeds][rows]``, 0 to 1.
+        target: the power that is wanted.
+        path: the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.8 + 4.6 * len(tables), 4), layout="constrained")
+    axes = figure.subplots(1, len(tables), sharey=True, squeeze=False).flatten()
+    for axis, (name, by_seeds) in zip(axes, tables.items(), strict=True):
+        for seeds, by_rows in by_seeds.items():
+            axis.plot(
+                list(by_rows), [100 * one for one in by_rows.values()], marker="o", markersize=3, label=f"{seeds}"
+            )
+        axis.axhline(100 * target, color="black", linestyle="--", linewidth=0.8)
+        rows = list(next(iter(by_seeds.values())))
+        axis.set(xscale="log", xlabel="rows", ylim=(0, 101))
+        axis.minorticks_off()
+        axis.set_xticks(rows, [f"{one:,}" for one in rows], fontsize=8)
+        axis.set_title(textwrap.fill(name, 45), fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("power (%)")
+    axes[-1].legend(title="seeds", fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def plot_boundaries(

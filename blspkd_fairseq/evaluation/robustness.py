@@ -3,15 +3,11 @@
 Waveforms are ``[samples]`` float32 at 16 kHz. What is drawn at random depends on the seed, the kind of degradation and
 the utterance's id alone: the noise of an utterance is the same at every level and in every run.
 
-Signal-to-noise ratios are over *active speech*: the power of speech and the power of noise, both over the 20 ms frames
-of the clean utterance that are at most 30 dB below its loudest one. Pauses would make a noise seem louder than it is
-while somebody speaks. Nothing is clipped or scaled to [-1, 1] afterwards.
+Signal-to-noise ratios are over active speech (:mod:`blspkd_fairseq.data.sound`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
@@ -20,10 +16,11 @@ import numpy as np
 import soxr
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE
+from blspkd_fairseq.data.sound import Voices, active_power, add_noise, equally_loud, narrow_band, reverberate
+
+__all__ = ["Condition", "Voices", "active_power", "degrade", "parse_condition"]
 
 BABBLE_VOICES = 6
-_FRAME = SAMPLE_RATE // 50
-_ACTIVE_DB = 30.0
 
 
 class _Kind(NamedTuple):
@@ -43,6 +40,7 @@ _KINDS = {
     "speed": _Kind("factor", 0.25, 4),
     "8khz": _Kind(),
 }
+RANDOM_KINDS = frozenset({"white", "babble", "reverb"})  # another seed gives another sound
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,6 @@ class Condition:
     def axis(self) -> str:
         """What the level means, for a picture."""
         return _KINDS[self.kind].level
-
-
-class Voices(NamedTuple):
-    """Utterances for babble. Attributes: ``ids``; ``load``: id to ``[samples]`` float32 at 16 kHz."""
-
-    ids: Sequence[str]
-    load: Callable[[str], np.ndarray]
 
 
 def known_conditions() -> str:
@@ -113,7 +104,8 @@ def degrade(
         condition: what to do to them.
         utterance: its id, on which the random draws depend.
         seed: of the draws, with the id.
-        voices: other utterances, for babble only; the utterance itself (by its id) is never among those drawn.
+        voices: other utterances, for babble only; neither the utterance itself (by its id) nor another of its speaker
+            is among those drawn.
 
     Returns:
         ``[samples]`` float32 without NaN, as long as the input except for another speed. A silent utterance stays
@@ -129,20 +121,6 @@ def degrade(
     return _apply(speech, condition, utterance, rng, voices).astype(np.float32)
 
 
-def active_power(samples: np.ndarray, speech: np.ndarray | None = None) -> float:
-    """Mean square over the frames in which somebody speaks.
-
-    Args:
-        samples: ``[samples]``.
-        speech: the clean utterance that decides which frames those are; None: ``samples``.
-    """
-    speech = samples if speech is None else speech
-    loudness = _frame_energy(speech)
-    active = loudness >= loudness.max() * 10 ** (-_ACTIVE_DB / 10)
-    counts = _frame_energy(np.ones(len(speech)))
-    return float(_frame_energy(samples)[active].sum() / counts[active].sum())
-
-
 # --- the kinds --------------------------------------------------------------------------------------
 
 
@@ -152,55 +130,42 @@ def _apply(
     level = condition.level or 0.0
     match condition.kind:
         case "white":
-            return _with_noise(speech, rng.standard_normal(len(speech)), level)
+            return add_noise(speech, rng.standard_normal(len(speech)), level)
         case "babble":
-            return _with_noise(speech, _babble(len(speech), utterance, rng, voices), level)
+            return add_noise(speech, _babble(len(speech), utterance, rng, voices), level)
         case "reverb":
-            return _reverberate(speech, level, rng)
+            return reverberate(speech, level, rng)
         case "clip":
             return _clip(speech, level)
         case "speed":
             return soxr.resample(speech, SAMPLE_RATE * level, SAMPLE_RATE)
         case "8khz":
-            return _narrow_band(speech)
+            return narrow_band(speech)
         case _:
             return speech
-
-
-def _with_noise(speech: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
-    noise_power = active_power(noise, speech)
-    if noise_power == 0:
-        raise ValueError("the noise is silent where the utterance is not: give babble other voices")
-    wanted = active_power(speech) / 10 ** (snr_db / 10)
-    return speech + noise * math.sqrt(wanted / noise_power)
 
 
 def _babble(length: int, utterance: str, rng: np.random.Generator, voices: Voices | None) -> np.ndarray:
     """Sum of equally loud voices, each repeated from a random point on."""
     total = np.zeros(length)
-    if voices is None or not (ids := _draw_others(voices.ids, utterance, rng)):
-        raise ValueError(f"there is no other utterance to make the babble behind {utterance} of: give more of them")
+    if voices is None or not (ids := _draw_others(voices, utterance, rng)):
+        raise ValueError(
+            f"there is no other utterance to make the babble behind {utterance} of: give some, by other speakers"
+        )
     for voice in ids:
-        samples = np.asarray(voices.load(voice), dtype=np.float64)
-        repeated = np.resize(np.roll(samples, -int(rng.integers(len(samples)))), length)
-        total += repeated / math.sqrt(active_power(samples) or 1.0)
+        total += equally_loud(np.asarray(voices.load(voice), dtype=np.float64), length, rng)
     return total
 
 
-def _draw_others(ids: Sequence[str], utterance: str, rng: np.random.Generator) -> list[str]:
-    drawn = rng.permutation(len(ids)) if len(ids) <= BABBLE_VOICES else rng.choice(len(ids), BABBLE_VOICES + 1, False)
-    return [ids[index] for index in drawn if ids[index] != utterance][:BABBLE_VOICES]
-
-
-def _reverberate(speech: np.ndarray, rt60: float, rng: np.random.Generator) -> np.ndarray:
-    """A room of noise that decays by 60 dB in ``rt60`` seconds, as strong as the direct sound; as loud as before."""
-    time = np.arange(1, math.ceil(rt60 * SAMPLE_RATE)) / SAMPLE_RATE
-    tail = rng.standard_normal(len(time)) * 10 ** (-3 * time / rt60)
-    response = np.concatenate([[1.0], tail / math.sqrt((tail**2).sum())])
-    length = len(speech) + len(response)
-    wet = np.fft.irfft(np.fft.rfft(speech, length) * np.fft.rfft(response, length), length)[: len(speech)]
-    power = active_power(wet, speech)
-    return wet * math.sqrt(active_power(speech) / power) if power > 0 else speech
+def _draw_others(voices: Voices, utterance: str, rng: np.random.Generator) -> list[str]:
+    speaker, drawn = voices.speakers.get(utterance, ""), []
+    for index in rng.permutation(len(voices.ids)):
+        name = voices.ids[index]
+        if name != utterance and not (speaker and voices.speakers.get(name) == speaker):
+            drawn.append(name)
+        if len(drawn) == BABBLE_VOICES:
+            break
+    return drawn
 
 
 def _clip(speech: np.ndarray, share: float) -> np.ndarray:
@@ -212,19 +177,9 @@ def _clip(speech: np.ndarray, share: float) -> np.ndarray:
     return np.clip(speech, -limit, limit)
 
 
-def _narrow_band(speech: np.ndarray) -> np.ndarray:
-    restored = soxr.resample(soxr.resample(speech, SAMPLE_RATE, SAMPLE_RATE // 2), SAMPLE_RATE // 2, SAMPLE_RATE)
-    return np.pad(restored, (0, max(0, len(speech) - len(restored))))[: len(speech)]
-
-
 # --- shared -----------------------------------------------------------------------------------------
 
 
 def _generator(seed: int, kind: str, utterance: str) -> np.random.Generator:
     digest = blake2b(f"{kind}\0{utterance}".encode(), digest_size=16).digest()
     return np.random.default_rng([seed, *np.frombuffer(digest, dtype=np.uint32).tolist()])
-
-
-def _frame_energy(samples: np.ndarray) -> np.ndarray:
-    """Sums of squares ``[frames]``; the last frame may be shorter."""
-    return np.add.reduceat(np.square(samples, dtype=np.float64), np.arange(0, len(samples), _FRAME))

@@ -2,8 +2,10 @@
 
 A metric is ``statistics [rows, k]`` and a function from sums over rows ``[..., k]`` to scores ``[...]``, as in
 :class:`~blspkd_fairseq.evaluation.metrics.Measurement`. Rows of one speaker are not independent: with ``blocks`` (a
-speaker per row) whole speakers are drawn or exchanged. Draws depend on the seed and the number of rows or speakers
-only, so the same call gives the same figures.
+speaker per row) whole speakers are drawn or exchanged; fewer than 10 of them stand for no others, and are not tested.
+All of it is about these very systems: what another training seed would give is in
+:mod:`~blspkd_fairseq.evaluation.variance`. Draws depend on the seed and the number of rows or speakers only, so the
+same call gives the same figures.
 
 Sources: bootstrap of BLEU, Koehn 2004; of WER, by speaker, Bisani and Ney 2004; approximate randomisation, Noreen 1989
 and Riezler and Maxwell 2005; several comparisons, Holm 1979.
@@ -20,12 +22,16 @@ from typing import NamedTuple
 import numpy as np
 import sacrebleu
 from sacrebleu.significance import PairedTest
+from scipy import stats
 
 from blspkd_fairseq.evaluation.metrics import Measurement, bleu_tokenizer
 
 Score = Callable[[np.ndarray], np.ndarray]
 
 SEED = 12345
+SAMPLES, TRIALS = 10_000, 100_000
+MIN_ROWS = 20  # for an interval
+MIN_BLOCKS, FEW_BLOCKS = 10, 20  # for a test; for one without a warning
 _LEVEL = 0.05
 _TRIALS_AT_ONCE = 256
 _TOLERANCE = 1e-9  # of a score: the same sums added in another order
@@ -56,7 +62,7 @@ class PairedResult(NamedTuple):
 def bootstrap_interval(
     statistics: np.ndarray,
     score_of: Score,
-    samples: int = 1000,
+    samples: int = SAMPLES,
     seed: int = SEED,
     blocks: Sequence[str] | None = None,
 ) -> Interval:
@@ -67,7 +73,8 @@ def bootstrap_interval(
         score_of: sums ``[..., k]`` to scores ``[...]``.
         samples: resampled corpora.
         seed: of the draws.
-        blocks: a speaker per row; an empty one is a speaker of its own. With one speaker alone rows are drawn.
+        blocks: a speaker per row; an empty one is a speaker of its own. With fewer than 10 speakers rows are drawn: the
+            interval is then about these speakers only, and the note says so.
 
     Returns:
         The score of the corpus as it is, the interval, and a note if rows were drawn although speakers were given, or
@@ -86,7 +93,7 @@ def paired_bootstrap(
     statistics_a: np.ndarray,
     statistics_b: np.ndarray,
     score_of: Score,
-    samples: int = 1000,
+    samples: int = SAMPLES,
     seed: int = SEED,
     blocks: Sequence[str] | None = None,
 ) -> PairedResult:
@@ -94,6 +101,7 @@ def paired_bootstrap(
 
     The p-value is twice the share of samples in which the difference has the other sign or is 0, the sample as it is
     counted in (Koehn 2004 and Bisani and Ney 2004 give the one-sided share): below 0.05 where the interval excludes 0.
+    With fewer than 10 speakers there is none.
 
     Args, Raises: as :func:`bootstrap_interval`; both ``[rows, k]`` are of the same rows in the same order.
     """
@@ -104,7 +112,8 @@ def paired_bootstrap(
     differences = score_of(sums[:, :width]) - score_of(sums[:, width:])
     low, high, missing = _percentiles(differences)
     difference = _difference(statistics_a, statistics_b, score_of)
-    return PairedResult(difference, low, high, _sign_p(differences), _join(note, missing))
+    p = float("nan") if has_few_blocks(blocks) else _sign_p(differences)
+    return PairedResult(difference, low, high, p, _join(note, missing))
 
 
 def _resampled_sums(statistics: np.ndarray, samples: int, seed: int) -> np.ndarray:
@@ -133,6 +142,35 @@ def _sign_p(differences: np.ndarray) -> float:
     return min(1.0, 2 * (1 + float(fewer)) / (1 + len(defined)))
 
 
+# --- intervals of measurements ----------------------------------------------------------------------
+
+
+def interval_of(
+    measured: Measurement, samples: int = SAMPLES, seed: int = SEED, blocks: Sequence[str] | None = None
+) -> Interval:
+    """The 95 % interval that suits a metric: Wilson's of a proportion over rows, else the bootstrap's.
+
+    The bootstrap of a proportion of 0 or 100 % has no width: with speakers as blocks it is then Wilson's, each speaker
+    counted once. Fewer than 20 rows get no interval. Arguments and errors as :func:`bootstrap_interval`.
+    """
+    drawn, note = _into_blocks(measured.statistics, blocks)
+    if len(measured.statistics) < MIN_ROWS:
+        return Interval(measured.score, float("nan"), float("nan"), f"fewer than {MIN_ROWS} rows: no interval")
+    if measured.is_proportion and (len(drawn) == len(measured.statistics) or measured.score in (0.0, 100.0)):
+        low, high = wilson(measured.score / 100, len(drawn))
+        return Interval(measured.score, 100 * low, 100 * high, note)
+    return bootstrap_interval(measured.statistics, measured.score_of, samples, seed, blocks)
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval (1927) of a share 0 to 1 of so many independent rows."""
+    z = stats.norm.ppf(1 - _LEVEL / 2)
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    low, high = float(middle - half), float(middle + half)
+    return max(0.0, low) if share > 0 else 0.0, min(1.0, high) if share < 1 else 1.0
+
+
 # --- approximate randomisation ----------------------------------------------------------------------
 
 
@@ -140,14 +178,15 @@ def paired_randomization(
     statistics_a: np.ndarray,
     statistics_b: np.ndarray,
     score_of: Score,
-    trials: int = 10_000,
+    trials: int = TRIALS,
     seed: int = SEED,
     blocks: Sequence[str] | None = None,
 ) -> PairedResult:
     """Exchanges the outputs of the two systems at random, row by row or speaker by speaker.
 
     The p-value is the share of exchanges with a difference at least as large as the real one, the real one counted in
-    (Riezler and Maxwell 2005). It estimates no interval.
+    (Riezler and Maxwell 2005). It estimates no interval. With ``n`` speakers no p is below ``2 ** (1 - n)``; with fewer
+    than 10 there is none.
 
     Args, Raises: as :func:`paired_bootstrap`.
     """
@@ -161,8 +200,19 @@ def paired_randomization(
     for moved in _exchanged_sums(gain, trials, seed):
         exchanged = score_of(total_a + moved) - score_of(total_b - moved)
         as_large += int((np.abs(exchanged) >= abs(difference) - _TOLERANCE).sum())
-    p = float("nan") if np.isnan(difference) else (1 + as_large) / (1 + trials)
-    return PairedResult(difference, float("nan"), float("nan"), p, note)
+    p = float("nan") if np.isnan(difference) or has_few_blocks(blocks) else (1 + as_large) / (1 + trials)
+    least = "" if np.isnan(p) else _least_p_note(len(gain), trials)
+    return PairedResult(difference, float("nan"), float("nan"), p, _join(note, least))
+
+
+def least_p(units: int, trials: int) -> float:
+    """The smallest p that an exchange of so many rows or speakers can give: all of them one way, or all the other."""
+    return max(2.0 ** (1 - units), 1 / (1 + trials))
+
+
+def _least_p_note(units: int, trials: int) -> str:
+    least = least_p(units, trials)
+    return f"no p of randomisation over {units} can be below {least:.2g}" if units < FEW_BLOCKS else ""
 
 
 def _exchanged_sums(gain: np.ndarray, trials: int, seed: int) -> Iterator[np.ndarray]:
@@ -194,8 +244,10 @@ class Difference:
         system_a, system_b, metric: names.
         difference, low, high: in the metric's units, with its 95 % interval (paired bootstrap).
         p_bootstrap, p_randomization: two-sided.
-        corrected_bootstrap, corrected_randomization: by Holm, over the systems that were compared with the same one.
-        holds: both corrected p-values are below 0.05.
+        corrected_bootstrap, corrected_randomization: by Holm, over the systems that were compared with the same one on
+            this metric.
+        holds: both corrected p-values are below 0.05: these very systems differ. It is no verdict on how they were
+            trained.
         note: what was done otherwise than asked.
     """
 
@@ -216,8 +268,8 @@ class Difference:
 def compare_with_baseline(
     systems: Mapping[str, Measurement],
     baseline: str,
-    samples: int = 1000,
-    trials: int = 10_000,
+    samples: int = SAMPLES,
+    trials: int = TRIALS,
     seed: int = SEED,
     blocks: Sequence[str] | None = None,
 ) -> list[Difference]:
@@ -254,7 +306,7 @@ def compare_with_baseline(
             p_randomization=random.p,
             corrected_randomization=p_random,
             holds=p_boot < _LEVEL and p_random < _LEVEL,
-            note=boot.note,
+            note=_join(*dict.fromkeys((boot.note, random.note))) if random.note != boot.note else boot.note,
         )
         for name, boot, random, (p_boot, p_random) in zip(names, drawn, exchanged, corrected, strict=True)
     ]
@@ -268,7 +320,9 @@ class SacrebleuResult(NamedTuple):
 
     Attributes:
         score: of the corpus.
-        p: against the baseline; None for the baseline itself; 1 if the scores are equal.
+        p: against the baseline, of randomisation; None for the baseline itself; 1 if the scores are equal. sacreBLEU's
+            bootstrap has a p, too, but one that finds 9.5 to 11 % of equal systems different at .05 (it compares
+            differences with their own absolute mean): it is left out.
         mean, margin: of the bootstrapped score, 95 % within mean ± margin; None for approximate randomisation.
     """
 
@@ -318,7 +372,7 @@ def sacrebleu_test(
         signatures, columns = PairedTest(list(systems.items()), metrics, [references], test, samples)()
     scores = {name: columns[name] for name in metrics}
     results = {
-        system: {name: _read_result(column[row], column[0].score) for name, column in scores.items()}
+        system: {name: _read_result(column[row], column[0].score, test) for name, column in scores.items()}
         for row, system in enumerate(systems)
     }
     return SacrebleuTest(results, {name: str(signature) for name, signature in signatures.items()})
@@ -338,9 +392,11 @@ def _sacrebleu_seed(seed: int) -> Iterator[None]:
             os.environ["SACREBLEU_SEED"] = before
 
 
-def _read_result(result: object, baseline_score: float) -> SacrebleuResult:
+def _read_result(result: object, baseline_score: float, test: str) -> SacrebleuResult:
     score, p, mean, margin = (getattr(result, name) for name in ("score", "p_value", "mean", "ci"))
-    if p is not None and score == baseline_score:
+    if test == "bs":
+        p = None
+    elif p is not None and score == baseline_score:
         p = 1.0
     return SacrebleuResult(float(score), *(None if value is None else float(value) for value in (p, mean, margin)))
 
@@ -348,8 +404,17 @@ def _read_result(result: object, baseline_score: float) -> SacrebleuResult:
 # --- shared -----------------------------------------------------------------------------------------
 
 
+def has_few_blocks(blocks: Sequence[str] | None) -> bool:
+    """Speakers are known, and fewer than 10: nothing is said of others."""
+    return blocks is not None and any(blocks) and _block_count(blocks) < MIN_BLOCKS
+
+
+def _block_count(blocks: Sequence[str]) -> int:
+    return len({name for name in blocks if name}) + sum(not name for name in blocks)
+
+
 def _into_blocks(statistics: np.ndarray, blocks: Sequence[str] | None) -> tuple[np.ndarray, str]:
-    """Sums ``[blocks, k]``, the rows themselves if they are the blocks, and a note if that was not asked for."""
+    """Sums ``[blocks, k]``, the rows themselves if they are the blocks, and a note on what that means."""
     rows = len(statistics)
     if not rows:
         raise ValueError("no rows: there is nothing to draw from")
@@ -359,12 +424,15 @@ def _into_blocks(statistics: np.ndarray, blocks: Sequence[str] | None) -> tuple[
         raise ValueError(f"{len(blocks)} speakers for {rows} rows: give one per row")
     if not any(blocks):
         return statistics, "no speakers are known: rows were drawn instead"
+    count = _block_count(blocks)
+    if count < MIN_BLOCKS:
+        speakers = "only one speaker" if count == 1 else f"only {count} speakers"
+        return statistics, f"{speakers}: rows were drawn, nothing is said of other speakers, and nothing is tested"
     _, index = np.unique([name or f"\0{row}" for row, name in enumerate(blocks)], return_inverse=True)
-    if index.max() == 0:
-        return statistics, "there is only one speaker: rows were drawn instead"
-    sums = np.zeros((index.max() + 1, statistics.shape[1]))
+    sums = np.zeros((count, statistics.shape[1]))
     np.add.at(sums, index, statistics)
-    return sums, ""
+    note = f"{count} speakers, fewer than {FEW_BLOCKS}: intervals are somewhat too narrow" if count < FEW_BLOCKS else ""
+    return sums, note
 
 
 def _difference(statistics_a: np.ndarray, statistics_b: np.ndarray, score_of: Score) -> float:

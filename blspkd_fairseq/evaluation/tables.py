@@ -6,6 +6,16 @@ from collections.abc import Mapping, Sequence
 from blspkd_fairseq.evaluation.significance import Difference, Interval
 
 _NOTHING = "–"
+# Names in files that mean something else elsewhere ("Self-BLEU" is a measure of diversity, Zhu et al. 2018).
+_IN_FULL = {
+    "Self-BLEU": "corpus BLEU against the text answers",
+    "Self-ROUGE-L": "ROUGE-L against the text answers",
+}
+
+
+def in_full(metric: str) -> str:
+    """The name of a metric in tables and pictures."""
+    return _IN_FULL.get(metric, metric)
 
 
 def format_score(interval: Interval, digits: int = 1) -> str:
@@ -28,26 +38,26 @@ def score_table(scores: Mapping[str, Mapping[str, Interval]], digits: int = 1, c
         [system, *(format_score(row[metric], digits) if metric in row else _NOTHING for metric in metrics)]
         for system, row in scores.items()
     ]
-    notes = [(row[metric].note, f"{metric} of {system}") for system, row in scores.items() for metric in row]
-    return markdown_table([corner, *metrics], rows) + _footnotes(notes)
+    notes = [(row[metric].note, f"{in_full(metric)} of {system}") for system, row in scores.items() for metric in row]
+    return markdown_table([corner, *map(in_full, metrics)], rows) + _footnotes(notes)
 
 
 def difference_table(differences: Sequence[Difference], digits: int = 1) -> str:
     """One row per comparison: difference with interval, p and Holm's corrected p of both tests, whether it holds."""
-    heading = ["A", "B", "metric", "A − B", "p bootstrap", "corrected", "p randomisation", "corrected", "holds"]
+    heading = ["A", "B", "metric", "A − B", "p bootstrap", "corrected", "p randomisation", "corrected", "differ"]
     rows = [
         [
             one.system_a,
             one.system_b,
-            one.metric,
+            in_full(one.metric),
             f"{one.difference:+.{digits}f} {_brackets(one.low, one.high, f'+.{digits}f')}",
-            *(_p_value(p) for p in (one.p_bootstrap, one.corrected_bootstrap)),
-            *(_p_value(p) for p in (one.p_randomization, one.corrected_randomization)),
-            "yes" if one.holds else "no",
+            *(format_p(p) for p in (one.p_bootstrap, one.corrected_bootstrap)),
+            *(format_p(p) for p in (one.p_randomization, one.corrected_randomization)),
+            _NOTHING if math.isnan(one.corrected_randomization) else "yes" if one.holds else "no",
         ]
         for one in differences
     ]
-    notes = [(one.note, f"{one.metric} of {one.system_a} and {one.system_b}") for one in differences]
+    notes = [(one.note, f"{in_full(one.metric)} of {one.system_a} and {one.system_b}") for one in differences]
     return markdown_table(heading, rows) + _footnotes(notes)
 
 
@@ -65,7 +75,8 @@ def _brackets(low: float, high: float, form: str) -> str:
     return "[–]" if math.isnan(low) else f"[{low:{form}}, {high:{form}}]"
 
 
-def _p_value(p: float) -> str:
+def format_p(p: float) -> str:
+    """Three digits; a dash for none."""
     if math.isnan(p):
         return _NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,6 +1,7 @@
 """From speech (or its transcript) and a prompt to text, by the LLM's own decoding."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -349,7 +350,9 @@ def _decode(
     if repeats > 1:  # as a step of beam search does, which caches of every kind of layer know
         cache.reorder_cache(rows.repeat_interleave(repeats))
     processors = LogitsProcessorList([] if logits_processor is None else [logits_processor])
-    with speech_positions(model.llm, ALL_POSITIONS if everywhere else None):
+    with speech_positions(model.llm, ALL_POSITIONS if everywhere else None), warnings.catch_warnings():
+        # That n-grams are those of the answer alone is what is meant.
+        warnings.filterwarnings("ignore", message="Passing `no_repeat_ngram_size` with `inputs_embeds`")
         generated: Tensor = model.llm.generate(
             inputs_embeds=embeds,
             attention_mask=valid,
@@ -400,7 +403,7 @@ def _answer(
     elif scores_apart:
         scores = _score(model, chat, prompts, answers, per_row, states)
     hypotheses = [
-        Hypothesis(chat.decode(ids), ids, finished, sum(s) / max(1, len(s)) ** options.length_penalty, s)
+        Hypothesis(chat.decode_answer(ids), ids, finished, sum(s) / max(1, len(s)) ** options.length_penalty, s)
         for (ids, finished), s in zip(answers, scores, strict=True)
     ]
     groups = [hypotheses[i : i + per_row] for i in range(0, len(hypotheses), per_row)]

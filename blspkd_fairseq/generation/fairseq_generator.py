@@ -1,10 +1,7 @@
 """What fairseq-generate and fairseq-interactive take for a sequence generator and a dictionary."""
 
-import json
 import logging
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +9,8 @@ from torch import Tensor
 
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.generation.decoding import DecodingOptions, Hypothesis, answer_speech
+from blspkd_fairseq.generation.fairseq_rows import LinesToAnswer, RowsToAnswer
+from blspkd_fairseq.generation.results import Results
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class LlmDictionary:
 
     def string(self, tensor: Tensor, *_: Any, **__: Any) -> str:
         """The text on one line: fairseq prints a line per hypothesis."""
-        return one_line(self._chat.decode([token for token in tensor.tolist() if token >= 0]))
+        return one_line(self._chat.decode_answer([token for token in tensor.tolist() if token >= 0]))
 
     def encode_line(self, line: str, append_eos: bool = True, **_: Any) -> Tensor:
         ids = self._chat.encode_text(line)
@@ -69,29 +68,32 @@ def one_line(text: str) -> str:
 
 
 class LlmGenerator:
-    """Decodes batches with the LLM; one result for every row, also as lines of JSON with the manifest's ids.
+    """Decodes batches with the LLM: one result for every row, whether it could be read or not.
+
+    A row without an answer gives an empty hypothesis with the score -inf, which no answer has.
 
     Args:
         chat: chat format of the LLM.
         options: how to decode.
-        default_prompt: instruction for batches that bring none (fairseq-interactive).
-        results: file for the JSON lines; it appears when ``expected_rows`` of them are there.
-        expected_rows: rows of the data set.
+        results: keeps the answers, and why there are none.
+        source: the rows of a manifest, or lines of fairseq-interactive, which say what is asked.
+        seed: of sampling; each batch has its own, so that a run that was cut draws what it would have drawn. None: any.
     """
 
     def __init__(
         self,
         chat: ChatFormat,
         options: DecodingOptions,
-        default_prompt: str,
-        results: Path | None = None,
-        expected_rows: int = 0,
+        results: Results,
+        source: RowsToAnswer | LinesToAnswer,
+        seed: int | None = None,
     ) -> None:
         self.chat = chat
         self.options = options
-        self.default_prompt = default_prompt
+        self.results = results
+        self.source = source
+        self.seed = seed
         self.symbols_to_strip_from_output: set[int] = set()
-        self.results = JsonLines(results, expected_rows) if results else None
 
     def generate(self, models: Sequence[Any], sample: dict[str, Any], **_: Any) -> list[list[dict[str, Any]]]:
         """fairseq's hypotheses of a batch: tokens, score (nats), positional scores."""
@@ -99,18 +101,32 @@ class LlmGenerator:
             raise ValueError(f"one checkpoint generates at a time, got {len(models)}: average them, or run one by one")
         model = models[0]
         model.eval()
-        inputs = sample["net_input"]
-        rows = len(sample.get("plan_rows", inputs["src_lengths"]))  # fairseq-interactive's have audio alone
-        if not rows:  # only a manifest without rows makes such a batch, and fairseq's scorers fail on no text at all
-            logger.info("the manifest has no rows: nothing to generate, nothing to score")
-            raise SystemExit(0)
-        prompts: list[Any] = [row.segments for row in sample.get("plan_rows", ())] or [self.default_prompt] * rows
-        groups = answer_speech(
-            model.speech_llm, self.chat, inputs["src_tokens"], inputs["src_lengths"], prompts, self.options, True
-        )
-        if self.results and "rows" in sample:
-            self.results.write([_record(*pair) for pair in zip(sample["rows"], sample["prompts"], groups, strict=True)])
-        return [[_as_fairseq(hypothesis) for hypothesis in group] for group in groups]
+        batch = self.source.readable(sample)
+        answers: dict[int, list[Hypothesis]] = {}
+        if batch.places:
+            self._seed(batch.all_places)
+            groups = answer_speech(
+                model.speech_llm, self.chat, batch.waveforms, batch.lengths, batch.prompts, self.options, True
+            )
+            answers = dict(zip(batch.places, groups, strict=True))
+            self.results.add([(self.source.asked(place), group) for place, group in answers.items()])
+        return [self._hypotheses(place, answers) for place in batch.all_places]
+
+    def _seed(self, places: Sequence[int]) -> None:
+        if self.options.sampling and self.seed is not None:
+            torch.manual_seed(self.seed + (places[0] << 32))
+
+    def _hypotheses(self, place: int, answers: Mapping[int, list[Hypothesis]]) -> list[dict[str, Any]]:
+        reason = self.source.failure(place)
+        if reason:
+            self.results.fail(self.source.id(place), reason)
+            logger.warning(f"no answer to {self.source.id(place)}: {reason}")
+            return [_as_fairseq(NO_ANSWER)]
+        group = answers.get(place) or self.results.find(self.source.asked(place))
+        return [_as_fairseq(hypothesis) for hypothesis in group]
+
+
+NO_ANSWER = Hypothesis("", [], False, float("-inf"), [])
 
 
 def _as_fairseq(hypothesis: Hypothesis) -> dict[str, Any]:
@@ -122,42 +138,3 @@ def _as_fairseq(hypothesis: Hypothesis) -> dict[str, Any]:
         "attention": empty,
         "alignment": empty,
     }
-
-
-def _record(row: dict[str, str], prompt: str, group: list[Hypothesis]) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "id": row["id"],
-        "speaker": row.get("speaker", ""),
-        "prompt": prompt,
-        "transcript": row.get("src_text", ""),
-        "hypothesis": group[0].text,
-        "reference": row.get("tgt_text", ""),
-        "score": group[0].score,
-        "finished": group[0].finished,
-    }
-    if len(group) > 1:
-        record["n_best"] = [{"hypothesis": h.text, "score": h.score} for h in group]
-    return record
-
-
-class JsonLines:
-    """Writes records to ``path``, which appears only when it is complete (before: ``path.partial``)."""
-
-    def __init__(self, path: Path, expected: int) -> None:
-        self.path = path
-        self.expected = expected
-        self.written = 0
-        self.partial = path.with_name(path.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.partial.write_text("", encoding="utf-8")
-        self._finish_if_complete()
-
-    def write(self, records: Sequence[dict[str, Any]]) -> None:
-        with open(self.partial, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        self.written += len(records)
-        self._finish_if_complete()
-
-    def _finish_if_complete(self) -> None:
-        if self.written == self.expected:
-            os.replace(self.partial, self.path)

@@ -12,17 +12,22 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.prompts import PROMPTS
+from blspkd_fairseq.generation.identity import llm_identity, model_identity
 from blspkd_fairseq.modules.build import SpeechLlmConfig, load_chat_format, load_llm
 
 if TYPE_CHECKING:  # at run time, this package comes before transformers and keeps a broken torchaudio from it
     from transformers import PreTrainedModel
+
+__all__ = [
+    "BACKENDS", "HuggingFaceBackend", "Request", "Response", "ResponseSettings", "VllmBackend", "answer_locally",
+    "answer_with_ray", "is_refusal", "model_identity", "plan_batches", "response", "shard_of", "token_ids",
+]  # fmt: skip
 
 WINDOW_BATCHES = 64
 """Batches that are planned together: rows are sorted by length within so many, so that rows added at the end of the
@@ -47,6 +52,7 @@ class ResponseSettings:
         system_prompt, chat_template: as in training.
         max_new_tokens: length limit, the end of turn included.
         sampling: draw from the distribution, shaped by ``temperature`` and ``top_p``; ``seed`` makes it repeatable.
+        trust_remote_code: run code that comes with the LLM's files.
     """
 
     llm: str
@@ -59,10 +65,13 @@ class ResponseSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 1
+    trust_remote_code: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """What binds a store: the same settings, with the LLM's files in place of where they are."""
-        return {**asdict(self), "llm": model_identity(self.llm)}
+        """What binds a store: the same settings, with what is in the files in place of where they are."""
+        settings = asdict(self)
+        del settings["trust_remote_code"]  # says who is trusted, not what is answered
+        return {**settings, **llm_identity(self.config())}
 
     def config(self) -> SpeechLlmConfig:
         """The options that load the LLM."""
@@ -71,6 +80,7 @@ class ResponseSettings:
             llm_dtype=self.llm_dtype,
             system_prompt=self.system_prompt,
             chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code,
         )
 
 
@@ -141,41 +151,6 @@ def is_refusal(answer: str) -> bool:
     return _REFUSAL.search(answer.replace("’", "'")) is not None
 
 
-def model_identity(name: str) -> str:
-    """Recognises a model by its files: the last part of its name and a hash (or, from the hub, the revision).
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"there is no model {name!r}: give a local directory or the name of a Hugging Face model that this "
-                f"machine can reach. {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
-        return f"{name}@{getattr(config, '_commit_hash', None) or 'unknown'}"
-    digest = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja")
-    ):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:  # of weights, header and end
-            digest.update(file.read(_HASHED_BYTES))
-            file.seek(max(0, size - _HASHED_BYTES))
-            digest.update(file.read())
-    return f"{folder.resolve().name}@{digest.hexdigest()[:16]}"
-
-
-_HASHED_BYTES = 1 << 20
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".jinja")
-
-
 # ---- backends ------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +194,12 @@ class VllmBackend:
             ) from error
         self.settings = settings
         self.chat = load_chat_format(settings.config())
-        self.llm = vllm.LLM(model=settings.llm, dtype=settings.llm_dtype, enable_prefix_caching=True)
+        self.llm = vllm.LLM(
+            model=settings.llm,
+            dtype=settings.llm_dtype,
+            enable_prefix_caching=True,
+            trust_remote_code=settings.trust_remote_code,
+        )
         self.sampling = vllm.SamplingParams(
             temperature=settings.temperature if settings.sampling else 0.0,
             top_p=settings.top_p if settings.sampling else 1.0,
@@ -250,7 +230,7 @@ def token_ids(chat: ChatFormat, request: Request) -> list[int]:
 def response(chat: ChatFormat, request: Request, ids: Sequence[int]) -> Response:
     """The answer in what was generated, which ends at the end of turn or, cut, at the length limit."""
     end = next((place for place, token in enumerate(ids) if token in chat.eos_ids), None)
-    return Response(request.id, chat.decode(ids[:end]), "1" if end is None else "0", request.digest())
+    return Response(request.id, chat.decode_answer(ids[:end]), "1" if end is None else "0", request.digest())
 
 
 # ---- engines -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from fairseq.utils import apply_to_sample
 from torch import Tensor
 
-from blspkd_fairseq.data.batch import Layout
+from blspkd_fairseq.data.batch import Layout, pad_ids
 from blspkd_fairseq.data.dataset import SpeechTextDataset
 from blspkd_fairseq.modules.distillation_loss import linear_kl_div_with_agreement
 from blspkd_fairseq.modules.speech_llm import ChatLLM, Distillation, SpeechLLM
@@ -21,12 +21,13 @@ def collate(data: SpeechTextDataset, rows: Sequence[int], device: torch.device) 
 
 @torch.no_grad()
 def teacher_forced(model: SpeechLLM, batch: dict[str, Any]) -> dict[str, list[float]]:
-    """Measures a collated batch, speech being told how many tokens its transcript has.
+    """Measures a collated batch, speech being told how many tokens its transcript has, and counting them itself.
 
     Returns:
         Of each utterance: ``<position>_kl`` (the sum over its tokens, nats), ``<position>_agree`` (tokens at which both
         find the same one likeliest) and ``<position>_tokens`` for the positions "input" (with an adapter that has an
-        embedding for each token) and "response"; with CIF, ``counted`` tokens and the transcript's ``tokens``.
+        embedding for each token) and "response"; with CIF, ``counted`` tokens and the transcript's ``tokens``, and the
+        position "free_response", where the adapter counts as it does when it answers: what the others leave out.
     """
     inputs = batch["net_input"]
     one_to_one = model.adapter.one_to_one
@@ -41,7 +42,33 @@ def teacher_forced(model: SpeechLLM, batch: dict[str, Any]) -> dict[str, list[fl
         counted = output.adapter.alpha_sum.round().clamp(min=1)
         measured["counted"] = sums_of_rows(counted, plan.piece_rows, batch["nsentences"])
         measured["tokens"] = sums_of_rows(plan.piece_tokens, plan.piece_rows, batch["nsentences"])
+        free = model(
+            inputs["src_tokens"], inputs["src_lengths"], _texts(batch), ("response",), count_tokens=True,
+            samples=inputs["samples"],
+        )  # fmt: skip
+        measured |= _of_rows(model, "free_response", free.response, batch["nsentences"])
     return measured
+
+
+def _texts(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The ids of a batch, from which a plan is made once the adapter has counted.
+
+    Raises:
+        ValueError: a row is a conversation of several turns.
+    """
+    rows = batch["plan_rows"]
+    if any(len(row.transcripts) != 1 or len(row.segments) != 3 for row in rows):
+        raise ValueError("a conversation of several turns cannot be measured: keep to single turns")
+    parts = {
+        "before": [row.segments[0] for row in rows],
+        "transcript": [row.transcripts[0] for row in rows],
+        "after": [row.segments[2] for row in rows],
+        "response": [row.response for row in rows],
+    }
+    texts = {"prefix": torch.zeros(0, dtype=torch.long)}
+    for name, ids in parts.items():
+        texts |= {name: pad_ids(ids), f"{name}_lengths": torch.tensor([len(one) for one in ids])}
+    return texts
 
 
 def _of_rows(model: SpeechLLM, position: str, compared: Distillation, rows: int) -> dict[str, list[float]]:

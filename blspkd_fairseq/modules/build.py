@@ -1,6 +1,5 @@
 """Options of the model, and the model built from them and from pretrained parts."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -16,6 +15,7 @@ from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
+from blspkd_fairseq.modules.pretrained import load_pretrained
 from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
 
@@ -183,19 +183,28 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
 
 def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:
     """The chat format of the LLM that the options name, without loading the LLM."""
-    template = None
-    if config.chat_template:
-        try:
-            with open(config.chat_template, encoding="utf-8") as file:
-                template = file.read()
-        except OSError as error:
-            raise ValueError(f"--chat-template {config.chat_template} cannot be read: {error.strerror}") from error
+    template = read_chat_template(config)
     return ChatFormat(load_tokenizer(config), system=config.system_prompt or None, chat_template=template)
+
+
+def read_chat_template(config: SpeechLlmConfig) -> str | None:
+    """The template in place of the tokenizer's own, if there is one.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if not config.chat_template:
+        return None
+    try:
+        with open(config.chat_template, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"--chat-template {config.chat_template} cannot be read: {error.strerror}") from error
 
 
 def load_tokenizer(config: SpeechLlmConfig, option: str = "llm") -> Any:
     """The tokenizer of the LLM that the options name; ``option`` is the one that an error names."""
-    return _from_pretrained(AutoTokenizer, config.llm, option, "tokenizer", trust_remote_code=config.trust_remote_code)
+    return load_pretrained(AutoTokenizer, config.llm, option, "tokenizer", config.trust_remote_code)
 
 
 def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> PreTrainedModel:
@@ -206,13 +215,8 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
     Raises:
         ValueError: it cannot be loaded, embeds fewer tokens than its tokenizer has, or its head is of an unknown kind.
     """
-    llm = _from_pretrained(
-        AutoModelForCausalLM,
-        config.llm,
-        option,
-        "LLM",
-        dtype=DTYPES[config.llm_dtype],
-        trust_remote_code=config.trust_remote_code,
+    llm = load_pretrained(
+        AutoModelForCausalLM, config.llm, option, "LLM", config.trust_remote_code, dtype=DTYPES[config.llm_dtype]
     )
     if len(chat.tokenizer) > llm.get_input_embeddings().num_embeddings:
         raise ValueError(
@@ -227,25 +231,14 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
 
 
 def _load_speech_encoder(config: SpeechLlmConfig) -> SpeechEncoder:
-    return _from_pretrained(
+    return load_pretrained(
         SpeechEncoder,
         config.speech_encoder,
         "speech-encoder",
         "speech encoder",
+        can_trust=False,
         pad_to_30s=config.pad_to_30s,
     )
-
-
-def _from_pretrained(cls: Any, name: str, option: str, what: str, **options: Any) -> Any:
-    try:
-        with compat.without_progress_bars():
-            return cls.from_pretrained(os.path.expanduser(name), **options)
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            f"cannot load the {what} {name!r}: give --{option} (or, for a checkpoint that names it, --model-overrides "
-            f"\"{{'{option.replace('-', '_')}': 'DIRECTORY'}}\") a local directory or the name of a Hugging Face model "
-            f"that this machine can reach. {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
 
 
 def _check(config: SpeechLlmConfig) -> None:

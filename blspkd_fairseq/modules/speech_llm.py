@@ -8,7 +8,7 @@ goes is planned before (:mod:`blspkd_fairseq.data.batch`); here the device only 
 """
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
@@ -188,7 +188,9 @@ class SpeechLLM(ChatLLM):
         self.fingerprints = {"llm": fingerprint(llm)}
         if not train_speech_encoder:
             self.fingerprints["speech_encoder"] = fingerprint(speech_encoder)
+        self._modal: list[nn.Module] | None = None
         self.train(self.training)
+        self._modal = None  # until all is set up
         self.settle_precision()
 
     # ---- precision ---------------------------------------------------------------------------------------------
@@ -224,19 +226,28 @@ class SpeechLLM(ChatLLM):
     # ---- modes -------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> "SpeechLLM":
-        """Frozen parts stay in eval mode: the teacher must have no dropout, nor the student's frozen layers."""
-        super().train(mode)
-        if not self.train_speech_encoder:
-            self.speech_encoder.eval()
-        self.llm.eval()
-        for name, module in self.llm.named_modules():
-            if "lora_dropout" in name:
-                module.train(mode)
-            elif getattr(module, "gradient_checkpointing", False):
-                # transformers checkpoints layers in training mode only; the flag is set on the layer itself and not
-                # on what it holds, so that its dropout stays off.
-                module.training = mode
+        """Frozen parts stay in eval mode: the teacher must have no dropout, nor the student's frozen layers.
+
+        fairseq calls this before every update, so what has a mode is looked for once.
+        """
+        if self._modal is None:
+            super().train(False)
+            self._modal = list(self._find_modal())
+        for module in self._modal:
+            module.training = mode
         return self
+
+    def _find_modal(self) -> Iterator[nn.Module]:
+        """The modules that training and evaluation tell apart."""
+        yield self
+        yield from self.adapter.modules()
+        if self.train_speech_encoder:
+            yield from self.speech_encoder.modules()
+        for name, module in self.llm.named_modules():
+            # transformers checkpoints layers in training mode only; the flag is set on the layer itself and not on what
+            # it holds, so that its dropout stays off.
+            if "lora_dropout" in name or getattr(module, "gradient_checkpointing", False):
+                yield module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpeechLLM":
         """A copy that shares the frozen weights: an exponential moving average needs no second LLM."""
@@ -338,9 +349,7 @@ class SpeechLLM(ChatLLM):
         hearing, taught = self._hear(adapter, batch.student), self.teach(batch.teacher) if teacher else None
         heard: dict[str, Distillation] = {}
         if "input" in positions:
-            spoken = slice(batch.student.speech)
-            teaching = None if taught is None else taught[spoken]
-            heard["input"] = Distillation(hearing[spoken], teaching, *batch.transcript)
+            heard["input"] = _at_speech(hearing, taught, batch)
         if "response" in positions:
             answered = hearing.index_select(0, batch.student.response)
             teaching = None if taught is None else taught.index_select(0, batch.teacher.response)
@@ -387,3 +396,13 @@ class SpeechLLM(ChatLLM):
         super()._apply(fn, recurse)
         self.settle_precision()
         return self
+
+
+def _at_speech(hearing: Tensor, taught: Tensor | None, batch: Batch) -> Distillation:
+    """The speech positions; where the teacher reads something else than what is said, there is nothing to compare."""
+    if batch.alike is None:
+        spoken = slice(batch.student.speech)
+        return Distillation(hearing[spoken], None if taught is None else taught[spoken], *batch.transcript)
+    alike = batch.alike
+    teaching = None if taught is None else taught.index_select(0, alike.teacher)
+    return Distillation(hearing.index_select(0, alike.student), teaching, *alike.labels)

@@ -1,5 +1,6 @@
 """Checkpoints of a model most of which is frozen: what was trained, by which frozen models and with which options."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -7,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from blspkd_fairseq import compat
+from blspkd_fairseq.checkpoint_files import DamagedCheckpointError, read_checkpoint
 from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.modules.cformer import ALIGNMENTS
 from blspkd_fairseq.modules.fingerprint import fingerprint, same_fingerprint
@@ -20,6 +22,7 @@ _FINGERPRINT, _SETTING = "frozen.", "setting."
 _NO_WEIGHT = (_FINGERPRINT, _SETTING)
 _CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_SHA256 = "weights_sha256"
 
 
 def trained_state_dict(model: SpeechLLM) -> dict[str, Tensor]:
@@ -103,24 +106,44 @@ def _check_settings(settings: Mapping[str, float], state: Mapping[str, Tensor]) 
 def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     """Options and trained weights of a checkpoint of fairseq-train, a folder with one, or one of :func:`write_trained`.
 
+    Whether the base models' own code may run is no option of a file: that is left out.
+
     Raises:
-        ValueError: there is no model at this path.
+        ValueError: there is no model at this path, or it is damaged.
     """
     if path.is_dir():
         if (path / _WEIGHTS).exists() and (path / _CONFIG).exists():
-            return json.loads((path / _CONFIG).read_text(encoding="utf-8")), load_file(path / _WEIGHTS)
+            return _read_folder(path)
         found = [path / name for name in _CHECKPOINTS if (path / name).exists()]
         if not found:
             raise ValueError(f"{path} holds neither {_CONFIG} and {_WEIGHTS} nor {' or '.join(_CHECKPOINTS)}")
         path = found[0]
-    if not path.exists():
-        raise ValueError(f"no checkpoint at {path}")
-    compat.allow_safe_checkpoint_globals()
+    checkpoint = read_checkpoint(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint["cfg"]["model"], checkpoint["model"]
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of this project, or is damaged ({type(error).__name__})") from error
+        return without_trust(checkpoint["cfg"]["model"]), checkpoint["model"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no checkpoint of this project: it lacks {error}") from error
+
+
+def without_trust(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model but the one that only its user may set."""
+    return {name: value for name, value in options.items() if name != "trust_remote_code"}
+
+
+def _read_folder(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    try:
+        options = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        written = options.pop(_SHA256, "")  # earlier releases wrote none
+        content = (folder / _WEIGHTS).read_bytes()
+        weights = load(content)
+    except (ValueError, AttributeError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{folder} is damaged, or holds no model of this project ({error})") from error
+    if written and hashlib.sha256(content).hexdigest() != written:
+        raise DamagedCheckpointError(
+            f"{folder / _WEIGHTS} is damaged: it is not what was written with {_CONFIG} (if you have changed it "
+            f"yourself, take {_SHA256} out of {_CONFIG})"
+        )
+    return without_trust(options), weights
 
 
 def write_trained(folder: Path, options: Mapping[str, Any], model: SpeechLLM, dtype: torch.dtype) -> None:
@@ -130,8 +153,10 @@ def write_trained(folder: Path, options: Mapping[str, Any], model: SpeechLLM, dt
         name: (tensor if name.startswith(_NO_WEIGHT) else tensor.to(dtype)).cpu().contiguous()
         for name, tensor in trained_state_dict(model).items()
     }
-    write_whole(folder / _WEIGHTS, save(state))  # save_file lets nobody else read it
-    write_whole(folder / _CONFIG, json.dumps(dict(options), indent=2) + "\n")
+    content = save(state)
+    write_whole(folder / _WEIGHTS, content)  # save_file lets nobody else read it
+    config = {**without_trust(options), _SHA256: hashlib.sha256(content).hexdigest()}
+    write_whole(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _part(name: str) -> str:

@@ -100,7 +100,7 @@ class SpeechEncoder(nn.Module):
         Raises:
             ValueError: the model is no Whisper model.
         """
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # by default, it asks at the terminal
         if not isinstance(config, WhisperConfig):
             raise ValueError(f"the speech encoder must be a Whisper model, but {name} is of type {config.model_type}")
         model = WhisperModel.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")

@@ -1,6 +1,9 @@
-"""torch's fused AdamW: one kernel for all parameters, where fairseq's Adam launches eight for each."""
+"""torch's fused AdamW: one kernel for all parameters, where fairseq's Adam launches eight for each.
 
-from collections.abc import Iterable
+So does the norm of the gradients: fairseq takes that of each parameter by itself.
+"""
+
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,3 +41,15 @@ class AdamW(FairseqOptimizer):
             "eps": self.cfg.adam_eps,
             "weight_decay": self.cfg.weight_decay,
         }
+
+    def clip_grad_norm(
+        self, max_norm: float, aggregate_norm_fn: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The norm of all gradients, which are scaled down to ``max_norm`` where that is positive."""
+        trained = [parameter for parameter in self.params if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+        if aggregate_norm_fn is not None:
+            norm = aggregate_norm_fn(norm)
+        if max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+        return norm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio
+from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio, warn_of_flaw
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.record_store import Record, RecordStore, StoreError
@@ -34,6 +34,7 @@ class Questions:
         audio_root: as for :class:`~blspkd_fairseq.data.dataset.SpeechTextDataset`.
         options: how the LLM decodes.
         condition: what is done to the audio first, with ``seed``.
+        babble: a manifest of the voices behind it, with its own audio folder; None: the other speakers of the test set.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Questions:
     options: DecodingOptions = field(default_factory=DecodingOptions)
     condition: Condition = CLEAN
     seed: int = 1
+    babble: Manifest | None = None
 
     def row_prompt(self, row: dict[str, str]) -> str:
         """The row's prompt as text with its ``{speech}`` slot.
@@ -61,12 +63,14 @@ class Questions:
         """What the answers depend on besides the rows."""
         condition = str(self.condition) if system.hears else "clean"
         seed = self.seed if system.hears and self.condition != CLEAN or self.options.sampling else 0
+        voices = {"babble": str(self.babble.path) if self.babble else "other speakers"} if "babble" in condition else {}
         return {
             "system": system.identity(),
             "kind": self.kind,
             "decoding": asdict(self.options),
             "condition": condition,
             "seed": seed,
+            **voices,
         }
 
 
@@ -142,7 +146,7 @@ def _plan(manifest: Manifest, batch_size: int) -> Iterator[list[_Row]]:
 
 
 def _answer_batch(system: System, questions: Questions, batch: Sequence[_Row], store: RecordStore) -> int:
-    utterances = [_utterance(system, questions, row) for row in batch]
+    utterances = [utterance_of(system, questions, row.place) for row in batch]
     answers = system.answer(utterances, questions.options, questions.kind == "asr")
     records = [_record(*group) for group in zip(batch, utterances, answers, strict=True)]
     new = [record for record in records if record["id"] not in store]
@@ -162,9 +166,10 @@ def _record(row: _Row, utterance: Utterance, answer: Answer) -> Record:
     return record if answer.heard is None else {**record, "heard": answer.heard}
 
 
-def _utterance(system: System, questions: Questions, row: _Row) -> Utterance:
-    cells = row.cells
-    waveform = read_waveform(questions, row.place) if system.hears else None
+def utterance_of(system: System, questions: Questions, index: int) -> Utterance:
+    """What a system is given of a row."""
+    cells = questions.manifest[index]
+    waveform = read_waveform(questions, index) if system.hears else None
     return Utterance(waveform, cells["src_text"], questions.row_prompt(cells), cells.get("src_lang", ""))
 
 
@@ -174,19 +179,25 @@ def read_waveform(questions: Questions, index: int) -> np.ndarray:
     if questions.condition == CLEAN:
         return samples
     manifest = questions.manifest
-    voices = None
-    if questions.condition.kind == "babble":
-        places = _places(manifest)
-        voices = Voices(tuple(places), lambda row_id: _load(questions, places[row_id]))
+    voices = _voices(questions) if questions.condition.kind == "babble" else None
     degraded = degrade(samples, questions.condition, manifest[index]["id"], questions.seed, voices)
     if len(degraded) > MAX_SECONDS * SAMPLE_RATE:
         raise AudioError(f"{manifest.location(index)} is longer than 30 s under {questions.condition}: leave one out")
     return degraded
 
 
+def _voices(questions: Questions) -> Voices:
+    """Those of the babble."""
+    source = questions if questions.babble is None else replace(questions, manifest=questions.babble, audio_root=None)
+    places, speakers = _places(source.manifest)
+    return Voices(tuple(places), lambda row_id: _load(source, places[row_id]), speakers)
+
+
 @lru_cache(maxsize=2)
-def _places(manifest: Manifest) -> dict[str, int]:
-    return {row["id"]: index for index, row in enumerate(manifest)}
+def _places(manifest: Manifest) -> tuple[dict[str, int], dict[str, str]]:
+    """Index and speaker by id."""
+    rows = list(enumerate(manifest))
+    return {row["id"]: index for index, row in rows}, {row["id"]: row.get("speaker", "") for _, row in rows}
 
 
 def _load(questions: Questions, index: int) -> np.ndarray:
@@ -195,6 +206,8 @@ def _load(questions: Questions, index: int) -> np.ndarray:
     if root is None and not Path(audio).is_absolute():
         root = manifest.path.parent
     try:
-        return load_audio(audio, root, int(manifest.n_frames[index]))
+        waveform = load_audio(audio, root, int(manifest.n_frames[index]))
     except AudioError as error:
-        raise AudioError(f"{manifest.location(index)}: {error}") from error
+        raise AudioError(f"{manifest.location(index)}: {error}", error.reason) from error
+    warn_of_flaw(waveform, manifest.location(index))
+    return waveform

@@ -14,16 +14,24 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, WhisperForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    WhisperForConditionalGeneration,
+)
+from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPER_LANGUAGES
 
-from blspkd_fairseq import compat
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.data.prompts import language_name
+from blspkd_fairseq.data.languages import code_of
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_text
-from blspkd_fairseq.generation.responses import model_identity
-from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.generation.identity import llm_identity, model_identity
+from blspkd_fairseq.hub import BlspKd, read_options
 from blspkd_fairseq.modules.build import SpeechLlmConfig, load_chat_format, load_llm
+from blspkd_fairseq.modules.pretrained import load_pretrained
 from blspkd_fairseq.modules.speech_llm import ChatLLM
 
 
@@ -77,15 +85,17 @@ class CheckpointSystem:
 
     Args:
         path: of the checkpoint.
+        trust_remote_code: run code that comes with the LLM's files.
         overrides: options of the model in place of the checkpoint's, such as ``{"llm": "/models/qwen"}``.
     """
 
     hears = True
 
-    def __init__(self, path: Path, **overrides: Any) -> None:
+    def __init__(self, path: Path, trust_remote_code: bool = False, **overrides: Any) -> None:
         if not path.exists():
             raise ValueError(f"no checkpoint at {path}")
         self.path = path
+        self.trust_remote_code = trust_remote_code
         self.overrides = overrides
         self._model: BlspKd | None = None
 
@@ -95,8 +105,10 @@ class CheckpointSystem:
         for file in files:
             with open(file, "rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-        names = {name: model_identity(v) if Path(str(v)).is_dir() else v for name, v in self.overrides.items()}
-        return {"kind": "checkpoint", "sha256": digest.hexdigest(), **names}
+        options = {**read_options(self.path), **self.overrides}
+        config = SpeechLlmConfig(**{name: options[name] for name in _NAMED if name in options})
+        parts = {"speech_encoder": model_identity(config.speech_encoder, "speech-encoder"), **llm_identity(config)}
+        return {"kind": "checkpoint", "sha256": digest.hexdigest(), **self.overrides, **parts}
 
     @property
     def model(self) -> BlspKd:
@@ -106,7 +118,8 @@ class CheckpointSystem:
 
     def load(self) -> None:
         if self._model is None:
-            self._model = BlspKd.from_pretrained(self.path, **self.overrides)
+            trust = self.trust_remote_code
+            self._model = BlspKd.from_pretrained(self.path, trust_remote_code=trust, **self.overrides)
 
     def unload(self) -> None:
         self._model = None
@@ -130,7 +143,7 @@ class TextSystem:
         self._parts: tuple[ChatFormat, ChatLLM] | None = None
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "text", **_llm_identity(self.config)}
+        return {"kind": "text", **llm_identity(self.config)}
 
     def load(self) -> None:
         if self._parts is None:
@@ -150,7 +163,11 @@ class TextSystem:
 
 
 class CascadeSystem(TextSystem):
-    """Whisper transcribes, the LLM reads that. For speech recognition, Whisper's transcript is the answer."""
+    """Whisper transcribes, the LLM reads that, both with the same beam.
+
+    For speech recognition, Whisper's transcript is the answer. ``whisper`` may be a Whisper that was trained further on
+    the same data as the systems it stands beside.
+    """
 
     hears = True
 
@@ -160,7 +177,7 @@ class CascadeSystem(TextSystem):
         self._transcriber: WhisperTranscriber | None = None
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "cascade", "whisper": model_identity(self.whisper), **_llm_identity(self.config)}
+        return {"kind": "cascade", "whisper": model_identity(self.whisper, "cascade"), **llm_identity(self.config)}
 
     def load(self) -> None:
         super().load()
@@ -174,52 +191,62 @@ class CascadeSystem(TextSystem):
     def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
         waveforms = [utterance.waveform for utterance in batch if utterance.waveform is not None]
         assert self._transcriber is not None
-        heard = self._transcriber.transcribe(waveforms, [u.language for u in batch])
+        heard = self._transcriber.transcribe(waveforms, [u.language for u in batch], options.beam)
         answers = heard if is_asr else self._read(heard, batch, options)
         return [Answer(answer, text) for answer, text in zip(answers, heard, strict=True)]
 
 
 class WhisperTranscriber:
-    """Whisper as OpenAI decodes it (greedy, no timestamps), in float32 on the CPU and float16 on a GPU."""
+    """Whisper without timestamps, in float32 on the CPU and float16 on a GPU."""
 
     def __init__(self, name: str) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
         try:
-            kind = AutoConfig.from_pretrained(name).model_type
+            kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
             raise ValueError(f"there is no model {name!r}: give a Whisper by Hugging Face name or directory") from error
         if kind != "whisper":
             raise ValueError(
                 f"{name} is a {kind} model and no Whisper: give a Whisper by Hugging Face name or directory"
             )
-        self.processor = AutoProcessor.from_pretrained(name)
-        with compat.without_progress_bars():
-            self.model: Any = WhisperForConditionalGeneration.from_pretrained(name, dtype=dtype).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        loaded = load_pretrained(
+            WhisperForConditionalGeneration, name, "cascade", "Whisper", can_trust=False, dtype=dtype
+        )
+        self.model: Any = loaded.to(device).eval()
 
     @torch.no_grad()
-    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str]) -> list[str]:
+    def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str], beam: int = 1) -> list[str]:
         """Transcripts of utterances of up to 30 s; a language code makes a multilingual Whisper listen for it."""
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"num_beams": beam}
         if self.model.generation_config.is_multilingual:
-            options = {"task": "transcribe", "language": [_whisper_language(code) for code in languages]}
+            options |= {"task": "transcribe", "language": [_whisper_language(code) for code in languages]}
             if not all(options["language"]):
                 options["language"] = None
         ids = self.model.generate(**self._features(waveforms), **options)
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     @torch.no_grad()
-    def word_ends(self, waveform: np.ndarray) -> list[tuple[str, float]]:
+    def word_ends(self, waveform: np.ndarray, transcript: str = "") -> list[tuple[str, float]]:
         """Words and the seconds at which they end, from cross-attention (Whisper's token timestamps).
 
+        With a transcript, Whisper is forced to say that: all words are then timed, also those that it would mishear.
         transformers gives each token the time at which it ends, but 0 to the first one: a first word of one token is
         left out. Punctuation, whose times mean nothing, is not timed.
         """
+        tokenizer = self.processor.tokenizer
+        forced: dict[str, Any] = {}
+        if transcript:
+            ids = tokenizer(f" {transcript.strip()}", add_special_tokens=False).input_ids
+            forced = {
+                "logits_processor": LogitsProcessorList([_Forced([*ids, tokenizer.eos_token_id])]),
+                "max_new_tokens": len(ids) + 1,
+            }
         out = self.model.generate(
-            **self._features([waveform]), return_token_timestamps=True, return_dict_in_generate=True
+            **self._features([waveform]), return_token_timestamps=True, return_dict_in_generate=True, **forced
         )
         duration = len(waveform) / SAMPLE_RATE
-        tokenizer = self.processor.tokenizer
         words: list[tuple[str, float]] = []
         for token, end in zip(out["sequences"][0].tolist(), out["token_timestamps"][0].tolist(), strict=True):
             if token >= tokenizer.eos_token_id:  # from here on, Whisper's vocabulary has control tokens and times only
@@ -243,17 +270,26 @@ class WhisperTranscriber:
         }
 
 
-def _whisper_language(code: str) -> str | None:
-    return language_name(code).lower() if code else None
+def _whisper_language(language: str) -> str | None:
+    """Whisper's code of a language; None where it has none, and then listens for any."""
+    code = code_of(language, "Whisper listens for any language")
+    code = {"jv": "jw"}.get(code, code)  # it has the older one of Javanese
+    return code if code in WHISPER_LANGUAGES else None
 
 
-def _llm_identity(config: SpeechLlmConfig) -> dict[str, Any]:
-    return {
-        "llm": model_identity(config.llm),
-        "llm_dtype": config.llm_dtype,
-        "system_prompt": config.system_prompt,
-        "chat_template": config.chat_template,
-    }
+class _Forced(LogitsProcessor):
+    """Only the next of these tokens is possible, of one utterance."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = iter(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, next(self.tokens)] = 0
+        return forced
+
+
+_NAMED = ("speech_encoder", "llm", "llm_dtype", "system_prompt", "chat_template")  # besides the weights of a checkpoint
 
 
 def _load_llm(config: SpeechLlmConfig) -> tuple[ChatFormat, ChatLLM]:

@@ -1,7 +1,8 @@
 """The fairseq task ``blsp_kd``: manifests in, answers out."""
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,32 @@ from typing import Any
 import torch
 from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
+from fairseq.distributed.utils import get_data_parallel_world_size
 from fairseq.logging import metrics
-from fairseq.tasks import FairseqTask, register_task
-from omegaconf import MISSING
+from fairseq.tasks import register_task
+from omegaconf import II, MISSING
 from torch import Tensor
 
 from blspkd_fairseq import compat
-from blspkd_fairseq.data.audio import load_audio
+from blspkd_fairseq.data.augment import Augmenter, parse_augmentation
 from blspkd_fairseq.data.batch import SpeechLengths
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset, load_manifest, transcripts_of
+from blspkd_fairseq.data.dataset import SpeechTextDataset, load_manifest, transcripts_of
 from blspkd_fairseq.data.feature_store import FeatureStore, with_features
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.metrics import BleuCounts, bleu_counts, bleu_score, word_errors
+from blspkd_fairseq.faults.errors import DoesNotFit, TrainingError, is_out_of_memory, listed, names_of
+from blspkd_fairseq.faults.limits import FaultLimits, check_limits
+from blspkd_fairseq.faults.update import UpdateGuard
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, speech_of
-from blspkd_fairseq.generation.fairseq_generator import LlmDictionary, LlmGenerator
+from blspkd_fairseq.generation.fairseq_generator import LlmDictionary
 from blspkd_fairseq.modules.build import adopt_options
 from blspkd_fairseq.modules.fingerprint import identity
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained
 from blspkd_fairseq.modules.whisper_encoder import SAMPLES_PER_FRAME
+from blspkd_fairseq.tasks.answering import AnsweringTask
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +43,7 @@ _BLEU_ORDER = 4
 
 
 @dataclass
-class BlspKdConfig(FairseqDataclass):
+class BlspKdConfig(FaultLimits, FairseqDataclass):
     """Options of ``--task blsp_kd``."""
 
     data: str = field(
@@ -64,8 +70,26 @@ class BlspKdConfig(FairseqDataclass):
     )
     skip_bad_audio: bool = field(
         default=False,
-        metadata={"help": "leave out training rows whose audio is too long, missing or unreadable, and say so"},
+        metadata={
+            "help": "leave out training rows whose audio is too long, or else missing or unreadable, of which "
+            "--max-bad-audio says how many, and say so"
+        },
     )
+    max_response_tokens: int = field(
+        default=1024,
+        metadata={
+            "help": "longest response that is trained on, in tokens: the rest of a longer tgt_text is cut off, and "
+            "that is said (0: never)"
+        },
+    )
+    augment: str = field(
+        default="",
+        metadata={
+            "help": "change the sound of training speech anew in every epoch: all, or kinds with a probability, such "
+            "as speed:0.5,reverb:0.25,noise:0.3,babble:0.3,band:0.15,gain:1 (which is all)"
+        },
+    )
+    augment_seed: int = II("common.seed")
     pretrained_model: str = field(
         default="",
         metadata={
@@ -92,7 +116,7 @@ class BlspKdConfig(FairseqDataclass):
 
 
 @register_task("blsp_kd", dataclass=BlspKdConfig)
-class BlspKdTask(FairseqTask):
+class BlspKdTask(AnsweringTask):
     """Distils a text LLM into its own reading of speech; see the README."""
 
     cfg: BlspKdConfig
@@ -100,6 +124,8 @@ class BlspKdTask(FairseqTask):
     def __init__(self, cfg: BlspKdConfig, **_: Any) -> None:
         super().__init__(cfg)
         self.dictionary = LlmDictionary()
+        self.trust_remote_code = False  # of the user, for a teacher as for the student
+        self._augmenter = Augmenter(parse_augmentation(cfg.augment), cfg.augment_seed) if cfg.augment else None
         self._needed_texts: tuple[str, ...] = ()
         self._reads_responses = True
         self._loaded_split = ""
@@ -108,6 +134,8 @@ class BlspKdTask(FairseqTask):
         self._keeps_features = False
         self._store: FeatureStore | None = None
         self._measured: SpeechTextDataset | None = None  # training data whose size in the store was said
+        check_limits(cfg)
+        self.guard = UpdateGuard(cfg, self._halve, self._trained_parameters)
 
     @classmethod
     def setup_task(cls, cfg: BlspKdConfig, from_checkpoint: bool = False, **_: Any) -> "BlspKdTask":
@@ -117,8 +145,13 @@ class BlspKdTask(FairseqTask):
             ValueError: an option of fairseq that does not go with what is trained here.
         """
         compat.attend_commands()
+        compat.go_on_exactly()
         compat.refuse_precision_of_command(cfg, from_checkpoint)
-        return cls(cfg)
+        task = cls(cfg)
+        command = cfg._get_parent() if hasattr(cfg, "_get_parent") and not from_checkpoint else None
+        if command is not None and command.common_eval.path:
+            task.command = command
+        return task
 
     # ---- model, criterion --------------------------------------------------------------------------------------
 
@@ -144,6 +177,12 @@ class BlspKdTask(FairseqTask):
         self._keeps_features = cfg.cache_encoder_features
         if self.cfg.feature_store and not self._keeps_features and not from_checkpoint:
             raise ValueError("--feature-store is the folder of --cache-encoder-features: give both or none of them")
+        self.trust_remote_code = cfg.trust_remote_code
+        if self._augmenter is not None and self._keeps_features and not from_checkpoint:
+            raise ValueError(
+                "--augment changes the sound in every epoch, and --cache-encoder-features has each utterance heard "
+                "once: leave out one of them"
+            )
         begin = "" if from_checkpoint else self.cfg.pretrained_model
         trained = read_trained(Path(begin)) if begin else None
         if trained is not None:
@@ -178,22 +217,29 @@ class BlspKdTask(FairseqTask):
         is_train = combine or split.startswith("train")  # fairseq combines what it trains on, whatever its name
         folder = Path(paths[(epoch - 1) % len(paths)] if is_train else paths[0])
         manifest = load_manifest(folder / f"{split}.tsv", self._needed_texts)
-        self.datasets[split] = SpeechTextDataset(
+        dataset_class, options = self.dataset_class()
+        self.datasets[split] = dataset_class(
             manifest,
             self.chat,
             prompt=self.cfg.prompt,
             audio_root=Path(self.cfg.audio_root) if self.cfg.audio_root else None,
-            max_seconds=self.cfg.max_audio_seconds,
             shuffle=is_train,
             skip_bad_audio=self.cfg.skip_bad_audio and is_train,
             lengths=SpeechLengths() if self._model is None else self._model.speech_lengths,
             with_response=self._reads_responses,
             share_prefix=self._model is None or self._model.share_prefix,
+            max_response_tokens=self.cfg.max_response_tokens,
+            augmenter=self._augmenter if is_train else None,
+            **options,
         )
         self._loaded_split = split
         if is_train:
             self._train_split = split
             self.datasets[split].store = self._store  # from the second folder of the data on
+
+    @property
+    def max_samples(self) -> int | None:
+        return None if self._model is None else self._model.speech_encoder.max_samples
 
     def training_tokens(self) -> Tensor:
         """Sorted ids of all tokens that occur in the training transcripts, in all folders of the data."""
@@ -204,6 +250,12 @@ class BlspKdTask(FairseqTask):
                     tokens.update(self.chat.encode_text(transcript))
         return torch.tensor(sorted(tokens), dtype=torch.long)
 
+    def get_batch_iterator(self, *args: Any, **options: Any) -> Any:
+        """As fairseq's, with a time limit for the processes that read."""
+        iterator = super().get_batch_iterator(*args, **options)
+        iterator.timeout = self.cfg.loader_timeout if iterator.num_workers else 0
+        return iterator
+
     # ---- the encoder's frames ----------------------------------------------------------------------------------
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
@@ -213,9 +265,11 @@ class BlspKdTask(FairseqTask):
             FeatureStoreError: the store cannot be written, or the frames do not fit.
         """
         super().begin_epoch(epoch, model)
+        compat.refuse_lonely_processes()
+        data = self.datasets[self._train_split]
+        self.guard.left_out.begin_epoch(str(data.manifest.path), len(data))
         if not self._keeps_features:
             return
-        data = self.datasets[self._train_split]
         if self._store is None:
             self._store = self._open_store(model.speech_llm)
         if data is not self._measured:
@@ -243,28 +297,80 @@ class BlspKdTask(FairseqTask):
 
         return with_features(sample, encode, self._store, SAMPLES_PER_FRAME)
 
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def get_checkpoint_dict(self) -> dict[str, Any]:
+        """What fairseq saves beside its own state, and gives back to :meth:`set_checkpoint_dict`."""
+        return {type(self).__name__: compat.training_state()}
+
+    def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
+        compat.restore_training_state(state)
+
     # ---- steps -------------------------------------------------------------------------------------------------
 
     def train_step(
         self, sample: dict[str, Any], model: Any, criterion: Any, optimizer: Any, update_num: int,
         ignore_grad: bool = False,
     ) -> tuple[Tensor, int, dict[str, Any]]:  # fmt: skip
-        """A batch that stands in for another (rows left out, a process that has none left) has no weight."""
-        sample = self._with_features(sample, model)
+        """A batch that stands in for another (rows left out, a process that has none left) has no weight.
+
+        Raises:
+            DoesNotFit: there is no memory for it.
+        """
         ignored = ignore_grad or sample["left_out"]
-        loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignored)
-        return (loss, 0, dict.fromkeys(log, 0)) if ignored else (loss, sample_size, log)
+
+        def finite(*args: Any) -> tuple[Tensor, int, dict[str, Any]]:
+            """What is no number becomes none in the gradient, too, which all processes see."""
+            loss, sample_size, log = criterion(*args)
+            if not ignored and not self.guard.saw_loss(sample, log["loss"]):
+                loss = loss * math.nan
+            return loss, sample_size, log
+
+        try:
+            ready = self._with_features(sample, model)
+            loss, sample_size, log = super().train_step(ready, model, finite, optimizer, update_num, ignored)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            why = str(error).strip().partition("\n")[0]
+        else:
+            return (loss, 0, dict.fromkeys(log, 0)) if ignored else (loss, sample_size, log)
+        raise DoesNotFit(names_of(sample), why)  # behind the exception, whose traceback holds the batch's tensors
 
     def valid_step(self, sample: dict[str, Any], model: Any, criterion: Any) -> tuple[Any, int, dict[str, Any]]:
         if not sample or not sample["nsentences"]:
             return torch.zeros(()), 0, {}
         sample = self._with_features(sample, model)  # if the training data is what is validated on
         loss, sample_size, log = super().valid_step(sample, model, criterion)
+        if not math.isfinite(log["loss"]):
+            raise TrainingError(
+                f"validation has a loss of {log['loss']} in the batch of {listed(names_of(sample))}: look at these "
+                "rows, or go on from an earlier checkpoint (--restore-file) with a smaller --lr"
+            )
         if self.cfg.eval_wer:
             log |= self._wer_sums(sample, model)
         if self.cfg.eval_bleu:
             log |= self._bleu_sums(sample, model)
         return loss, sample_size, log
+
+    def end_epoch(self, epoch: int) -> None:
+        """Sums up what was left out of an epoch of training.
+
+        Raises:
+            TrainingError: it was too much.
+        """
+        self.guard.end_epoch(epoch, _of_all_processes)
+
+    def _halve(self, sample: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rows of a training batch, read again as two batches; none of a single row."""
+        places, data = sample["id"].tolist(), self.datasets[self._train_split]
+        middle = (len(places) + 1) // 2
+        parts = (places[:middle], places[middle:]) if middle < len(places) else ()
+        return [data.collater([data[place] for place in part]) for part in parts]
+
+    def _trained_parameters(self) -> list[tuple[str, Tensor]]:
+        named = [] if self._model is None else self._model.named_parameters()
+        return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
     def _answers(self, sample: dict[str, Any], model: Any, prompt: str, rows: Sequence[int]) -> list[str]:
         """Greedy answers to rows of a batch under ``prompt``, or under their own."""
@@ -312,67 +418,15 @@ class BlspKdTask(FairseqTask):
         if any("_bleu_ref" in log for log in logging_outputs):
             metrics.log_derived("bleu", _bleu_of_meters)
 
-    # ---- generation --------------------------------------------------------------------------------------------
 
-    def build_generator(self, models: Any, args: Any, *_: Any, **__: Any) -> LlmGenerator:
-        """Maps fairseq's generation options to the LLM's decoding.
-
-        Raises:
-            ValueError: an option that has no counterpart there.
-        """
-        path = self.cfg.results_jsonl or compat.default_results_jsonl(self._loaded_split)
-        dataset = self.datasets.get(self._loaded_split)
-        return LlmGenerator(
-            self.chat,
-            decoding_options(args),
-            # For fairseq-interactive, which has audio alone; rows of a manifest bring their prompts and languages.
-            resolve_prompt(self.cfg.prompt) if dataset is None else "",
-            Path(path) if path and dataset is not None else None,
-            len(dataset) if dataset is not None else 0,
-        )
-
-    def get_interactive_tokens_and_lengths(
-        self, lines: list[str], encode_fn: Callable[[str], str]
-    ) -> tuple[list[Tensor], list[int]]:
-        """Reads the audio files that the lines name."""
-        root = Path(self.cfg.audio_root) if self.cfg.audio_root else None
-        limit = self.cfg.max_audio_seconds
-        waveforms = [torch.from_numpy(load_audio(line.strip(), root, max_seconds=limit)) for line in lines]
-        return waveforms, [len(waveform) for waveform in waveforms]
-
-    def build_dataset_for_inference(self, src_tokens: list[Tensor], src_lengths: list[int], **_: Any) -> SpeechDataset:
-        return SpeechDataset(src_tokens, src_lengths)
-
-
-def decoding_options(args: Any) -> DecodingOptions:
-    """fairseq's generation options as the LLM's; see :meth:`BlspKdTask.build_generator`."""
-    unsupported = {
-        "--max-len-a": args.max_len_a != 0,
-        "--prefix-size": args.prefix_size > 0,
-        "--score-reference": args.score_reference,
-        "--match-source-len": args.match_source_len,
-        "--diverse-beam-groups": args.diverse_beam_groups > 0,
-        "--constraints": bool(args.constraints),
-        "--lm-path": bool(args.lm_path),
-        "--print-alignment": bool(args.print_alignment),
-        "--replace-unk": bool(args.replace_unk),
-        "--temperature without --sampling": args.temperature != 1.0 and not args.sampling,
-    }
-    refused = [name for name, given in unsupported.items() if given]
-    if refused:
-        raise ValueError(f"{', '.join(refused)}: not supported by task blsp_kd, whose answers the LLM itself decodes")
-    return DecodingOptions(
-        beam=args.beam,
-        n_best=args.nbest,
-        sampling=args.sampling,
-        temperature=args.temperature,
-        top_k=max(0, args.sampling_topk),
-        top_p=args.sampling_topp if args.sampling_topp > 0 else 1.0,
-        max_new_tokens=args.max_len_b,
-        min_new_tokens=min(args.min_len, args.max_len_b),
-        length_penalty=0.0 if args.unnormalized else args.lenpen,
-        no_repeat_ngram_size=args.no_repeat_ngram_size,
-    )
+def _of_all_processes(own: list[Any]) -> list[Any]:
+    """The lists of all processes, one after another."""
+    world_size = get_data_parallel_world_size()
+    if world_size == 1:
+        return own
+    lists: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(lists, own)
+    return [one for each in lists for one in each]
 
 
 def _rate(meters: Any, errors: str, words: str) -> float:

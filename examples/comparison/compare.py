@@ -292,8 +292,8 @@ class Comparison:
 
     def options(self, row: Row, updates: int, seed: int, rate: float, subset: str = "") -> list[str]:
         """Options of ``fairseq-train`` that make this row."""
-        cached = [] if "unfreeze" in row.options else ["--cache-encoder-features"]
-        criterion = [] if "--criterion" in row.options else ["--criterion", "kl_distillation"]
+        cached = [] if row.trains_encoder else ["--cache-encoder-features"]
+        criterion = [] if row.on_policy else ["--criterion", "kl_distillation"]
         shared = f"""
             --arch blsp_kd --speech-encoder-dtype bfloat16 --adapter-pre-layers 1 --adapter-post-layers 1
             --adapter-heads 6 --optimizer adam --clip-norm 1.0 --lr {rate}
@@ -337,7 +337,7 @@ class Comparison:
             interval = str(max(1, updates // VALIDATIONS))
             command += ["--validate-interval-updates", interval, "--validate-interval", "1000000"]
             command += ["--max-valid-steps", "2", "--batch-size-valid", "16"]
-            command += [] if "on_policy" in row.options or row.transcripts else ["--log-all-terms"]
+            command += [] if row.on_policy or row.transcripts else ["--log-all-terms"]
         else:
             command += ["--disable-validation", "--no-save"]
         shutil.rmtree(folder, ignore_errors=True)  # from a checkpoint in it, training would go on

@@ -13,16 +13,10 @@ import argparse
 import hashlib
 import random
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-
-import numpy as np
-import soundfile
-import soxr
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "examples" / "quickstart"), str(ROOT / "scripts")]
@@ -31,19 +25,14 @@ import fetch_recordings  # noqa: E402
 import make_speech  # noqa: E402
 import sentences as grammar  # noqa: E402
 import voices  # noqa: E402
+from texts import COUNTRY_TEMPLATES, is_speech  # noqa: E402
 
-from blspkd_fairseq.cache import default_cache, locked  # noqa: E402
+from blspkd_fairseq.cache import default_cache  # noqa: E402
 from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
 
 TRAINING_VOICES = ("joe", "slt", "rms")
 UNHEARD_VOICE = "awb"
 QUESTION = "What is the capital of {country}?"
-COUNTRY_TEMPLATES = (
-    "My {person} moved from {country} to {country}.",
-    "What is the weather in {country} on {day}?",
-    "My {person} asked me about the capital of {country}.",
-    "The capital of {country} is cold {when}.",
-)
 # Few enough for each to be heard some twenty times in training.
 COUNTRIES = [
     "Afghanistan", "Australia", "Bulgaria", "Croatia", "Cyprus", "Egypt", "Estonia", "Finland", "France", "Germany",
@@ -67,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make(out: Path, cache: Path, train: int, test: int, processes: int) -> None:
     """Everything in the module's text; clips that are there are kept."""
-    packages = fetch_packages(cache / "comparison")
+    packages = fetch_recordings.fetch_debian(cache / "comparison", PACKAGES)
     capitals = read_capitals(packages)
     texts = {
         split: draw_sentences(count, split, sorted(capitals))
@@ -84,7 +73,7 @@ def make(out: Path, cache: Path, train: int, test: int, processes: int) -> None:
         "questions_unheard": [make_speech.Clip(text, UNHEARD_VOICE, 1.0) for text in questions],
     }
     speakers: dict[str, Callable[[], voices.Speak]] = {"joe": voices.load_joe}
-    speakers |= {name: partial(load_flite, str(packages), name) for name in ("slt", "rms", "awb")}
+    speakers |= {name: partial(voices.load_flite, str(packages), name) for name in ("slt", "rms", "awb")}
     clips = [clip for each in manifests.values() for clip in each]
     make_speech.speak_missing(clips, out / "audio", processes, speakers)
     answers = {QUESTION.format(country=country): capital for country, capital in capitals.items()}
@@ -145,24 +134,8 @@ def read_capitals(packages: Path) -> dict[str, str]:
 # ---- speech --------------------------------------------------------------------------------------------------------
 
 
-def load_flite(packages: str, voice: str) -> voices.Speak:
-    """A voice of flite, a process for each sentence."""
-    binary = Path(packages) / "usr/bin/flite"
-    libraries = next((Path(packages) / "usr/lib").glob("*/libflite.so.1")).parent
-
-    def speak(text: str, length_scale: float) -> np.ndarray:
-        with tempfile.TemporaryDirectory() as folder:
-            wav = Path(folder) / "speech.wav"
-            command = [str(binary), "-voice", voice, "--setf", f"duration_stretch={length_scale}", "-t", text]
-            subprocess.run([*command, "-o", str(wav)], check=True, env={"LD_LIBRARY_PATH": str(libraries)})
-            samples, rate = soundfile.read(wav, dtype="float32")
-        return np.asarray(soxr.resample(samples, rate, voices.SAMPLE_RATE))
-
-    return speak
-
-
 def write_real(out: Path, recordings: Path, count: int) -> None:
-    """Recordings of 4 to 12 words, spread over the alphabet."""
+    """Recordings of 4 to 12 words, spread over the alphabet; none of silence, music or noise."""
     manifest = Manifest.load(recordings / "recordings.tsv")
     rows = [
         {**row, "audio": str((recordings / row["audio"]).resolve())}
@@ -171,25 +144,9 @@ def write_real(out: Path, recordings: Path, count: int) -> None:
     ]
     random.Random(3).shuffle(rows)
     columns = [name for name in ("id", "audio", "n_frames", "src_text", "speaker", "src_lang") if name in rows[0]]
-    chosen = [{name: row[name] for name in columns} for row in rows[:count]]
+    spoken = [row for row in rows if is_speech(row["src_text"])]
+    chosen = [{name: row[name] for name in columns} for row in spoken[:count]]
     write_manifest(out / "real.tsv", chosen, columns)
-
-
-def fetch_packages(folder: Path) -> Path:
-    """Downloads and unpacks the Debian packages, once.
-
-    Raises:
-        FetchError: one cannot be downloaded or is damaged.
-    """
-    with locked(folder.parent):
-        if not folder.is_dir():
-            print(f"downloading {', '.join(PACKAGES)} (20 MB)", flush=True)
-            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-                work = Path(temporary)
-                packages = fetch_recordings.download(PACKAGES, work / "download")
-                fetch_recordings.unpack(packages.values(), work / "packages")
-                (work / "packages").rename(folder)
-    return folder
 
 
 if __name__ == "__main__":

@@ -108,9 +108,12 @@ def ask(system: System, data: Manifest, root: Path, prompt: str, tokens: int, co
 
 
 def voices_of(data: Manifest, root: Path) -> Voices:
-    """Waveforms of a manifest by id."""
+    """Waveforms of a manifest by id, and who speaks: nobody babbles behind himself."""
     paths = {row["id"]: row["audio"] for row in data}
-    return Voices(list(paths), lambda name: load_audio(paths[name], None if Path(paths[name]).is_absolute() else root))
+    speakers = {row["id"]: row.get("speaker", "") for row in data}
+    return Voices(
+        list(paths), lambda name: load_audio(paths[name], None if Path(paths[name]).is_absolute() else root), speakers
+    )
 
 
 def under(condition: str, name: str, voices: Voices) -> np.ndarray:

@@ -32,7 +32,7 @@ def kl_curve(run: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def plot_curves(report: "Report", path: Path) -> None:
-    """KL and agreement in validation against updates, hours of audio and minutes, each with what it began with."""
+    """KL and agreement in validation against updates, utterances and minutes, each with what it began with."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True, sharey="row", sharex="col")
     for number, name in enumerate(name for name in report.shown if name in MAIN):
         for index, run in enumerate(report.runs.of[name].values()):
@@ -45,11 +45,11 @@ def plot_curves(report: "Report", path: Path) -> None:
             label = None if index else report.titles(name)
             for row, figure_name in zip(axes, ("response_kl", "response_agreement"), strict=True):
                 values = [point[figure_name] for point in points]
-                for axis, x in zip(row, (updates, heard * report.utterance_hours, wall / 60), strict=True):
+                for axis, x in zip(row, (updates, heard / 1000, wall / 60), strict=True):
                     axis.plot(x, values, "o-", color=f"C{number}", label=label, markersize=3)
     axes[0, 0].set(ylabel="response KL (nats), validation", yscale="log")
     axes[1, 0].set(ylabel="top-1 agreement, validation", xlabel="updates of 16, without a warm-up's")
-    axes[1, 1].set(xlabel="hours of audio, with a warm-up's")
+    axes[1, 1].set(xlabel="thousand utterances, with a warm-up's")
     axes[1, 2].set(xlabel="minutes of training, with a warm-up's")
     axes[0, 0].legend(fontsize=7)
     _save(figure, path)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from report import Report, training_minutes
 from systems import SETS
+from texts import from_manifests
 
 from blspkd_fairseq import BlspKd
 from blspkd_fairseq.data.manifest import Manifest
@@ -33,10 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     heard = Manifest.load(args.data / "heard.tsv")[args.example]
     shutil.copy(args.data / heard["audio"], args.out / "example.flac")
     report = Report.load(args.results, args.data)
-    (args.out / "README.md").write_text(card(report, args.out, heard["src_text"]), encoding="utf-8")
+    hours = from_manifests(args.data).utterance_hours
+    assert hours is not None
+    (args.out / "README.md").write_text(card(report, args.out, heard["src_text"], hours), encoding="utf-8")
 
 
-def card(report: Report, folder: Path, example: str) -> str:
+def card(report: Report, folder: Path, example: str, utterance_hours: float) -> str:
     """The model card."""
     run = report.first(ROW)
     utterances = run["utterances_before"] + run["updates"] * run["batch"]
@@ -52,7 +55,7 @@ def card(report: Report, folder: Path, example: str) -> str:
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
         minutes=training_minutes(run),
         machine=run["machine"].replace(" for each row", ""),
-        hours=utterances * report.utterance_hours,
+        hours=utterances * utterance_hours,
         utterances=utterances,
         columns=" | ".join(SETS.values()),
         rules="|---" * (1 + len(SETS)) + "|",

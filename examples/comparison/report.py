@@ -2,36 +2,31 @@
 
     python examples/comparison/report.py --results out/comparison/results --data out/comparison/data --out DIR
 
-Writes DIR/RESULTS.md and the pictures beside it. What a person has to say about it, discussion.md of the results,
-follows the first table.
+The data are not needed where the results have texts.json. Writes DIR/RESULTS.md and the pictures beside it; what a
+person has to say about it, discussion.md of the results, follows the first table.
 """
 
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import texts
 from pictures import kl_curve, plot_all
 from systems import CLAIMS, DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, QUESTIONS, ROWS, SCALED, SETS, UNTRAINED, Claim
 
-from blspkd_fairseq.data.manifest import Manifest
+from blspkd_fairseq.evaluation.contrasts import Contrast
 from blspkd_fairseq.evaluation.metrics import Measurement, bleu, contains_match, error_rate, rouge_l
-from blspkd_fairseq.evaluation.significance import (
-    Interval,
-    PairedResult,
-    Score,
-    bootstrap_interval,
-    holm,
-    paired_bootstrap,
-    paired_randomization,
-)
+from blspkd_fairseq.evaluation.significance import Interval
+from blspkd_fairseq.evaluation.variance import MIN_CLUSTERS, VarianceError
+from blspkd_fairseq.evaluation.verdicts import NONE, Verdict, compare_runs, correct
+from blspkd_fairseq.evaluation.verdicts import Runs as ClusteredRuns
 
 _SPOKEN = ("heard", "unheard")
-_LEVEL = 0.05
 
 
 class Measure(NamedTuple):
@@ -46,7 +41,7 @@ class Measure(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="folder of data.py, for results without texts.json")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -84,19 +79,6 @@ class Runs(NamedTuple):
             if (folder / f"search-{name}.json").exists()
         }
         return cls(dict(of), searches)
-
-
-def read_texts(data: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """Rows of each manifest by id."""
-    texts = {}
-    for name in (*SETS, *QUESTIONS):
-        texts[name] = {row["id"]: row for row in Manifest.load(data / f"{name}.tsv")}
-    return texts
-
-
-def audio_hours(manifest: Path) -> float:
-    """Mean hours of an utterance."""
-    return float(np.mean([int(row["n_frames"]) for row in Manifest.load(manifest)])) / 16_000 / 3600
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -156,39 +138,23 @@ def _boundaries(run: dict[str, Any], text: dict[str, Any], rows: dict[str, Any])
 
 MEASURES = {
     "response_kl": Measure("response KL", _kl("response"), True, ".3f"),
+    "free_response_kl": Measure("response KL, own count", _kl("free_response"), True, ".3f"),
     "agreement": Measure("top-1 agreement, %", _agreement, False, ".1f"),
     "wer": Measure("WER of repeat, %", _repeat, True, ".1f"),
-    "self_bleu": Measure("Self-BLEU of continuations", _like_text(bleu, "continue"), False, ".1f"),
-    "self_rouge": Measure("Self-ROUGE-L of continuations", _like_text(rouge_l, "continue"), False, ".1f"),
+    "self_bleu": Measure("BLEU of continuations against the text's", _like_text(bleu, "continue"), False, ".1f"),
+    "self_rouge": Measure("ROUGE-L of continuations against the text's", _like_text(rouge_l, "continue"), False, ".1f"),
     "count": Measure("token-count error, %", _counts, True, ".1f"),
     "boundary": Measure("boundary error, ms", _boundaries, True, ".0f"),
 }
 QUESTION_MEASURES = {
     "capitals": Measure("right capitals, %", _capitals, False, ".0f"),
-    "answer_bleu": Measure("Self-BLEU of answers", _like_text(bleu, "chat"), False, ".1f"),
-    "answer_rouge": Measure("Self-ROUGE-L of answers", _like_text(rouge_l, "chat"), False, ".1f"),
+    "answer_bleu": Measure("BLEU of answers against the text's", _like_text(bleu, "chat"), False, ".1f"),
+    "answer_rouge": Measure("ROUGE-L of answers against the text's", _like_text(rouge_l, "chat"), False, ".1f"),
 }
 _ALL = MEASURES | QUESTION_MEASURES
 # What the claims are tested on, and on which sets.
+SMALLEST_EFFECTS = {"wer": 2.0, "self_bleu": 1.9, "answer_bleu": 1.9}
 DECIDING = {"response_kl": _SPOKEN, "wer": _SPOKEN, "self_bleu": _SPOKEN, "answer_bleu": QUESTIONS}
-
-
-def _over_seeds(of_seeds: Sequence[Measurement]) -> tuple[np.ndarray, Score]:
-    """The mean of the seeds' scores as one metric ``[rows, seeds k]``: what is drawn or exchanged, is so in all seeds.
-
-    Their sums would make one corpus, and the brevity penalty of BLEU sees nothing where short and long answers meet.
-    """
-
-    def score_of(totals: np.ndarray) -> np.ndarray:
-        parts = np.split(totals, len(of_seeds), axis=-1)
-        return np.mean([one.score_of(part) for one, part in zip(of_seeds, parts, strict=True)], axis=0)
-
-    return np.concatenate([one.statistics for one in of_seeds], axis=-1), score_of
-
-
-def _interval(of_seeds: Sequence[Measurement]) -> Interval:
-    """Of the seeds' mean, over utterances."""
-    return bootstrap_interval(*_over_seeds(of_seeds))
 
 
 def training_minutes(run: dict[str, Any]) -> float:
@@ -201,30 +167,47 @@ def _range(counts: Sequence[int]) -> str:
     return f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
 
 
+def _runs(of: Mapping[str, Mapping[int, Measurement]], clusters: Sequence[str]) -> ClusteredRuns:
+    """Systems with their seeds; those without training have none."""
+    return ClusteredRuns(
+        {name: {None if name in UNTRAINED else seed: one for seed, one in side.items()} for name, side in of.items()},
+        [clusters],
+    )
+
+
+def share_start(claim: Claim) -> bool:
+    """With one seed, both rows go on from the same weights."""
+    pair = [ROWS[name].start for name in (claim.better, claim.worse) if name in ROWS]
+    starts = [{name, start} - {""} for name, start in zip((claim.better, claim.worse), pair, strict=False)]
+    return len(starts) == 2 and bool(starts[0] & starts[1])
+
+
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
 class Report:
     """Everything that is computed from the runs."""
 
-    def __init__(
-        self, runs: Runs, texts: dict[str, dict[str, dict[str, str]]], utterance_hours: float, discussion: str
-    ) -> None:
+    def __init__(self, runs: Runs, texts: dict[str, dict[str, dict[str, str]]], discussion: str) -> None:
         self.runs = runs
         self.texts = texts
-        self.utterance_hours = utterance_hours
         self.discussion = discussion
         self.shown = [name for name in (*UNTRAINED, *ROWS) if name in runs.of and name not in (*HIDDEN, *LESS_DATA)]
 
     @classmethod
-    def load(cls, results: Path, data: Path) -> "Report":
+    def load(cls, results: Path, data: Path | None) -> "Report":
         """From the folders of compare.py; ``discussion.md`` of the results is what a person says."""
         discussion = results / "discussion.md"
         said = discussion.read_text(encoding="utf-8") if discussion.exists() else ""
-        return cls(Runs.load(results), read_texts(data), audio_hours(data / "train.tsv"), said)
+        found = texts.load(results, data)
+        return cls(Runs.load(results), found.rows, said)
 
     def by_seed(self, name: str, sets: Sequence[str], measure: str) -> dict[int, Measurement]:
-        """Rows of several sets one after another; nothing where the system has no such figure."""
+        """Rows of several sets one after another, those without speech left out.
+
+        Nothing where the system has no such figure.
+        """
+        spoken = self.spoken(sets)
         found = {}
         for seed, run in self.runs.of.get(name, {}).items():
             parts = [
@@ -233,28 +216,58 @@ class Report:
             ]
             whole = [part for part in parts if part is not None]
             if len(whole) == len(sets):
-                found[seed] = replace(whole[0], statistics=np.concatenate([part.statistics for part in whole]))
+                statistics = np.concatenate([part.statistics for part in whole])
+                found[seed] = replace(whole[0], statistics=statistics[spoken])
         return found
 
     def measurements(self, name: str, sets: Sequence[str], measure: str) -> list[Measurement]:
         """One for each seed."""
         return list(self.by_seed(name, sets, measure).values())
 
-    def sentences(self, sets: Sequence[str]) -> list[str]:
-        """What is said in each row: the same in both voices, so that these rows are no two observations."""
-        return [self.texts[one][i]["src_text"] for one in sets for i in self.runs.of["text"][0]["sets"][one]["id"]]
+    def said(self, sets: Sequence[str]) -> list[dict[str, str]]:
+        """What is said in each row, in the order of the measurements."""
+        return [self.texts[one][i] for one in sets for i in self.runs.of["text"][0]["sets"][one]["id"]]
+
+    def spoken(self, sets: Sequence[str]) -> np.ndarray:
+        """Of all rows: whether somebody speaks in them."""
+        return np.array([texts.is_speech(row["src_text"]) for row in self.said(sets)])
+
+    def clusters(self, sets: Sequence[str]) -> list[str]:
+        """A cluster per row: sentences of one template, or, of questions and recordings, the same sentence.
+
+        Both voices of a sentence are in one cluster.
+        """
+        rows = [row for row, spoken in zip(self.said(sets), self.spoken(sets), strict=True) if spoken]
+        templates = [row.get("template", "") for row in rows]
+        return (
+            templates if len(set(templates)) >= MIN_CLUSTERS and all(templates) else [row["src_text"] for row in rows]
+        )
 
     def interval(self, name: str, set_name: str, measure: str) -> Interval | None:
-        made = self.measurements(name, [set_name], measure)
-        return _interval(made) if made else None
+        """The mean of the seeds with a t interval over seeds and clusters, cut off at what no figure exceeds.
+
+        Without an interval where nothing can be said.
+        """
+        by_seed = self.by_seed(name, [set_name], measure)
+        if not by_seed:
+            return None
+        mean = float(np.mean([one.score for one in by_seed.values()]))
+        try:
+            found = _runs({name: by_seed}, self.clusters([set_name])).score(name)
+        except VarianceError as error:
+            return Interval(mean, float("nan"), float("nan"), str(error))
+        low, high = found.interval()
+        return Interval(mean, max(0.0, low), high if _ALL[measure].less_is_better else min(100.0, high), found.note)
 
     def cell(self, name: str, set_name: str, measure: str, with_range: bool = True) -> str:
         """The mean of the seeds with its interval, and their range."""
-        made, form = self.measurements(name, [set_name], measure), _ALL[measure].form
-        if not made:
+        interval, form = self.interval(name, set_name, measure), _ALL[measure].form
+        if interval is None:
             return "–"
-        interval = _interval(made)
-        text = f"{interval.score:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+        text = f"{interval.score:{form}}"
+        if not np.isnan(interval.low):
+            text += f" [{interval.low:{form}}, {interval.high:{form}}]"
+        made = self.measurements(name, [set_name], measure)
         if with_range and len(made) > 1:
             scores = [one.score for one in made]
             text += f" ({min(scores):{form}}–{max(scores):{form}})"
@@ -326,7 +339,7 @@ class Report:
     def main_table(self) -> str:
         lines = [
             "| system | response KL | WER of repeat, % | ... unheard voice | ... real recordings "
-            "| Self-BLEU of continuations | ... of answers to questions |",
+            "| BLEU of continuations against the text's | ... of answers to questions |",
             "|---|---|---|---|---|---|---|",
         ]
         for name in self.shown:
@@ -354,12 +367,13 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def set_table(self, set_name: str) -> str:
+        shown = [one for one in MEASURES if any(self.measurements(name, [set_name], one) for name in self.shown)]
         lines = [
-            "| system | " + " | ".join(measure.title for measure in MEASURES.values()) + " |",
-            "|---" * (1 + len(MEASURES)) + "|",
+            "| system | " + " | ".join(MEASURES[one].title for one in shown) + " |",
+            "|---" * (1 + len(shown)) + "|",
         ]
         for name in self.shown:
-            cells = [self.cell(name, set_name, measure) for measure in MEASURES]
+            cells = [self.cell(name, set_name, measure) for measure in shown]
             lines.append(f"| {self.titles(name)} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
@@ -424,7 +438,8 @@ class Report:
         titles = [_ALL[measure].title for measure in DECIDING]
         lines = ["| claim | " + " | ".join(titles) + " | seeds |", "|---" * (2 + len(DECIDING)) + "|"]
         for claim in CLAIMS:
-            cells = [columns[measure].get(claim.text, "–") for measure in DECIDING]
+            found = {measure: columns[measure].get(claim.text) for measure in DECIDING}
+            cells = [self.claim_cell(measure, one) if one else "–" for measure, one in found.items()]
             lines.append(f"| {claim.text} | " + " | ".join(cells) + f" | {len(self.common_seeds(claim))} |")
         return "\n".join(lines) + "\n"
 
@@ -433,37 +448,37 @@ class Report:
         sides = [set(self.runs.of.get(name, {})) for name in (claim.better, claim.worse) if name in ROWS]
         return sorted(set.intersection(*sides))
 
-    def claims_on(self, measure: str) -> dict[str, str]:
-        """The verdict on each claim that can be tested, by its text."""
-        sets = DECIDING[measure]
-        blocks = self.sentences(sets)
-        tested = []
+    def claims_on(self, measure: str) -> dict[str, Verdict]:
+        """Each claim that can be estimated, by its text."""
+        sets, made = DECIDING[measure], []
         for claim in CLAIMS:
-            better, worse = (self.by_seed(name, sets, measure) for name in (claim.better, claim.worse))
-            seeds = self.common_seeds(claim) if better and worse else []
-            # A system without training is the same with every seed.
-            pairs = [tuple(side[seed if seed in side else 0] for side in (better, worse)) for seed in seeds]
-            if pairs:
-                (one, score_of), (other, _) = (_over_seeds(side) for side in zip(*pairs, strict=True))
-                boot = paired_bootstrap(one, other, score_of, blocks=blocks)
-                p = paired_randomization(one, other, score_of, blocks=blocks).p
-                tested.append((claim.text, boot, p, [pair[0].score - pair[1].score for pair in pairs]))
-        corrected = holm([p for _, _, p, _ in tested])
-        return {
-            text: self.verdict(measure, boot, p, differences)
-            for (text, boot, _, differences), p in zip(tested, corrected, strict=True)
-        }
+            sides = {name: self.by_seed(name, sets, measure) for name in (claim.better, claim.worse)}
+            seeds = self.common_seeds(claim)
+            if all(sides.values()) and seeds:
+                # A system without training is the same with every seed.
+                common = {
+                    name: {seed: one for seed, one in side.items() if seed in seeds or name in UNTRAINED}
+                    for name, side in sides.items()
+                }
+                contrast = Contrast(claim.text, measure, claim.better, claim.worse, "", share_start(claim))
+                runs = _runs(common, self.clusters(sets))
+                made.append(compare_runs(contrast, measure, runs, SMALLEST_EFFECTS.get(measure, float("nan"))))
+        return {one.contrast.name: one for one in correct(made)}
 
     @staticmethod
-    def verdict(measure: str, boot: PairedResult, p: float, differences: Sequence[float]) -> str:
-        """Decided is what is significant, and has the same sign with every seed."""
-        form, sign = _ALL[measure].form, -1 if _ALL[measure].less_is_better else 1
-        decided = p < _LEVEL and len({np.sign(difference) for difference in differences}) == 1
-        found = "**holds**" if sign * boot.difference > 0 else "**the opposite holds**"
-        verdict = found if decided else "not decided"
-        low, high = f"{boot.low:+{form}}", f"{boot.high:+{form}}"
-        seeds = f" ({min(differences):+{form}} to {max(differences):+{form}})" if len(differences) > 1 else ""
-        return f"{verdict}: {boot.difference:+{form}} [{low}, {high}]{seeds}, p {p:.3f}"
+    def claim_cell(measure: str, one: Verdict) -> str:
+        """The difference with its interval; a verdict where there are seeds enough, and a smallest effect was named."""
+        form = _ALL[measure].form
+        if one.estimate is None:
+            return f"{one.scores[0] - one.scores[1]:+{form}}"
+        low, high = one.estimate.interval()
+        text = f"{one.estimate.value:+{form}} [{low:+{form}}, {high:+{form}}]"
+        if one.estimate.per_seed and len(one.estimate.per_seed) > 1:
+            text += f" ({min(one.estimate.per_seed):+{form}} to {max(one.estimate.per_seed):+{form}})"
+        if one.estimate.seeds == 1:
+            return f"{text}, of this one seed"
+        known = one.verdict != NONE and measure in SMALLEST_EFFECTS
+        return f"**{one.verdict}**: {text}, p {one.corrected:.3f}" if known else text
 
     def commands(self) -> str:
         columns = ("row", "seed", "minutes", "commands (the names of the base models and folders aside)")
@@ -487,7 +502,8 @@ Made by `bash examples/comparison/run.sh`, and again from the measurements besid
 every figure was measured. Whisper tiny.en and SmolLM2-135M-Instruct, both
 frozen unless a row says otherwise; trained on the prompt "Continue the following sentence" alone, tested on it and,
 without training for them, on "repeat" and on questions (not on translation, which SmolLM2 cannot do from text either).
-In brackets: 95 % intervals over utterances (bootstrap); in parentheses: lowest and highest seed.
+In brackets: 95 % t intervals over seeds and kinds of sentences (where there is one seed, over sentences alone: another
+seed may lie outside); in parentheses: lowest and highest seed.
 Runs so far: {seeds}. On {machine}.
 
 **Data.** 2,400 sentences of a grammar of 140 words and 32 countries in three synthetic voices, since a few CPU hours
@@ -506,22 +522,22 @@ without the LLM: an update of 48 utterances takes less time than one of 16 with 
 it hears about six times as many. The KL rows compare the whole vocabulary.
 
 **Token counts.** Response KL and agreement give the CFormer the transcript's number of tokens, as in training; where
-it counts wrongly when it answers (token-count error) shows in WER, Self-BLEU and answers only.
+it counts wrongly when it answers (token-count error) shows in WER, BLEU against the text's answers, and answers only.
 """
 _QUESTIONS = """"What is the capital of Estonia?", spoken to the model without any instruction; training never asks a
-question of this form. Right is an answer that contains the capital's name. Self-BLEU and Self-ROUGE-L: the overlap
-with what the LLM answers to the text."""
+question of this form. Right is an answer that contains the capital's name. BLEU (of the corpus) and ROUGE-L: the
+overlap with what the LLM answers to the text."""
 _LEARNING_RATES = """Three rates, half a decade apart, for each kind of training, a third of a row's minutes each,
 with a linear warm-up of a tenth of the updates and linear decay; the best by validation loss (bold) is taken for all
 rows of that kind: with the CNN, those of BLSP (also for both losses together) and of response KL; with the CFormer from
 scratch, that of response KL, also for cross-entropy; and those of the warm-up, of what follows it, and of X-OPD. Rows
 with more layers or trained parts have the rate of the others of their kind. Adam, gradients clipped at 1; 16 utterances
 an update, 48 in a warm-up."""
-_CLAIMS = """Heard and unheard voices together, difference of both systems (95 % interval, paired bootstrap; in
-parentheses: lowest and highest seed); p of the paired randomisation test, corrected for all claims of a column (Holm;
-the intervals are not). Drawn and exchanged are sentences, each with its two voices, as the mean over the seeds that
-both rows have. What is decided has p < .05 and the same sign with each seed; where there is one seed, it is said of
-these two trainings, and another seed may differ."""
+_CLAIMS = """Heard and unheard voices together, difference of both systems with its 95 % t interval over seeds and kinds
+of sentences (questions: over questions), and in parentheses the lowest and highest seed where both rows go on from the
+same weights. A verdict needs five seeds (three would give 14 to 28 % of them to equal systems); where a row has fewer,
+there is none, and the figures are exploratory. With one seed the interval is of these two trainings alone. Corrected
+over all claims of a column (Holm)."""
 _CURVES = """Learning curves: the warm-up alone has none, as it never runs the LLM, nor has X-OPD, which is validated
 on its own roll-outs."""
 _COST = """KL of text is 0 where the LLM reads text through nothing that was trained: without LoRA, and with Partial

@@ -13,6 +13,9 @@ class Row(NamedTuple):
         share: of the training time that the row spends itself; with that of ``start`` it is 1, above it for X-OPD.
         transcripts: trained on transcripts alone, without responses.
         data_divisor: 4 trains on the first quarter of the training set.
+        rate_of: of rows that begin from scratch, the row on which their learning rate was searched.
+        on_policy: trained on its own roll-outs.
+        trains_encoder: so that the encoder's frames cannot be kept.
     """
 
     title: str
@@ -21,6 +24,9 @@ class Row(NamedTuple):
     share: float = 1.0
     transcripts: bool = False
     data_divisor: int = 1
+    rate_of: str = "kl"
+    on_policy: bool = False
+    trains_encoder: bool = False
 
 
 _CNN = "--adapter cnn --input-kl-weight 0"
@@ -39,15 +45,15 @@ _ON_POLICY = (
 )
 
 ROWS: dict[str, Row] = {
-    "blsp": Row("BLSP: CNN, cross-entropy", f"{_CNN} {_CE} {_FROZEN}"),
-    "cnn_kl": Row("CNN, response KL", f"{_CNN} {_FROZEN}"),
-    "cnn_kl_ce": Row("CNN, response KL + cross-entropy", f"{_CNN} --response-ce-weight 1 {_FROZEN}"),
-    "cnn_kl_lora": Row("CNN, response KL, Partial LoRA", f"{_CNN} --lora-scope speech"),
+    "blsp": Row("BLSP: CNN, cross-entropy", f"{_CNN} {_CE} {_FROZEN}", rate_of="blsp"),
+    "cnn_kl": Row("CNN, response KL", f"{_CNN} {_FROZEN}", rate_of="cnn_kl"),
+    "cnn_kl_ce": Row("CNN, response KL + cross-entropy", f"{_CNN} --response-ce-weight 1 {_FROZEN}", rate_of="blsp"),
+    "cnn_kl_lora": Row("CNN, response KL, Partial LoRA", f"{_CNN} --lora-scope speech", rate_of="cnn_kl"),
     "ce": Row("CFormer, cross-entropy", f"{_CE} {_FROZEN}"),
     "kl": Row("CFormer, response KL", f"{_RESPONSE} {_FROZEN}"),
     "kl_input": Row("CFormer, response + input KL", _FROZEN),
     "blsp_kd": Row("BLSP-KD: + Partial LoRA", "--lora-scope speech"),
-    "unfrozen": Row("BLSP-KD + encoder trained", _UNFROZEN),
+    "unfrozen": Row("BLSP-KD + encoder trained", _UNFROZEN, trains_encoder=True),
     "lora_all": Row("CFormer, both KL, LoRA everywhere", "--lora-scope all"),
     "warm_up": Row("token cross-entropy alone", f"{_WARM_UP} {_FROZEN}", transcripts=True),
     "warm_half": Row("(half of it, where the next begin)", f"{_WARM_UP} {_FROZEN}", share=0.5, transcripts=True),
@@ -55,15 +61,17 @@ ROWS: dict[str, Row] = {
     "warm_kl": Row("warm-up, then response KL", f"{_RESPONSE} {_FROZEN}", "warm_half", 0.5),
     "warm_kl_input": Row("warm-up, then response + input KL", _FROZEN, "warm_half", 0.5),
     "warm_blsp_kd": Row("warm-up, then BLSP-KD", "--lora-scope speech", "warm_half", 0.5),
-    "warm_unfrozen": Row("warm-up, then BLSP-KD + encoder trained", _UNFROZEN, "warm_half", 0.5),
+    "warm_unfrozen": Row("warm-up, then BLSP-KD + encoder trained", _UNFROZEN, "warm_half", 0.5, trains_encoder=True),
     "warm_lora_all": Row("warm-up, then both KL, LoRA everywhere", "--lora-scope all", "warm_half", 0.5),
     "deep_half": Row("(half of it, two layers)", f"{_WARM_UP} {_FROZEN} {_DEEP}", share=0.5, transcripts=True),
     "deep": Row(
         "warm-up, then BLSP-KD, two layers before and after CIF", f"--lora-scope speech {_DEEP}", "deep_half", 0.5
     ),
     "longer": Row("warm-up, then BLSP-KD, half as long again", "--lora-scope speech", "warm_blsp_kd", 0.5),
-    "x_opd": Row("X-OPD, sampled, on top of it", _ON_POLICY, "warm_blsp_kd", 0.5),
-    "x_opd_exact": Row("X-OPD, exact, on top of it", f"{_ON_POLICY} --estimator exact", "warm_blsp_kd", 0.5),
+    "x_opd": Row("X-OPD, sampled, on top of it", _ON_POLICY, "warm_blsp_kd", 0.5, on_policy=True),
+    "x_opd_exact": Row(
+        "X-OPD, exact, on top of it", f"{_ON_POLICY} --estimator exact", "warm_blsp_kd", 0.5, on_policy=True
+    ),
 }
 # The model that the package carries: less LoRA, trained for twice the time, compared with nothing.
 PUBLISHED: dict[str, Row] = {
@@ -112,10 +120,8 @@ def searched(name: str) -> str:
     if row.transcripts:
         return "warm_up"
     if row.start:
-        return "x_opd" if "on_policy" in row.options else "warm_kl"
-    if "cnn" in row.options:
-        return "blsp" if "ce-weight" in row.options else "cnn_kl"
-    return "kl"
+        return "x_opd" if row.on_policy else "warm_kl"
+    return row.rate_of
 
 
 # Trained for others only.

@@ -9,7 +9,8 @@
 #   --translations DIR     covost_v2.*.tsv
 #   --direction X          such as en_de; several in quotes, or "all" (21 into English, 15 from English): one by one
 #   --speech-encoder NAME  default openai/whisper-small           --llm NAME  default Qwen/Qwen2.5-7B-Instruct
-#   --gpus N               on this machine (default 1; 0: CPU)    --nodes N --node-rank R --master HOST:PORT
+#   --gpus N               on this machine (default 1; 0: CPU)    --nodes N --node-rank R --master HOST:PORT, with a
+#                          shared --out: node 0 runs all stages, the others take part in training and wait else
 #   --stage N --stop-stage N --out DIR --max-update N
 #
 #   1 prepare    16 kHz audio and manifests                       4 average    the last 5 checkpoints
@@ -21,10 +22,11 @@ source "$root/examples/common.sh"
 
 stage=0 stop_stage=6 common_voice="" translations="" direction="" gpus=1 nodes=1 node_rank=0 master=127.0.0.1:29500
 speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="" max_update=0 small=""
-usage() { sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 parse_options small stage stop-stage common-voice translations direction gpus nodes node-rank master speech-encoder \
     llm out max-update -- "$@"
 whole_numbers stage stop_stage gpus nodes node_rank max_update
+check_nodes 3
 if [ -z "$small" ] && { [ -z "$common_voice" ] || [ -z "$direction" ]; }; then
     fail "--common-voice and --direction are needed (or --small; --help lists the options)"
 fi
@@ -68,7 +70,7 @@ run_direction() {
     local pair=$1 work=$out/$1 data=$out/$1/data model=$out/$1/model
     run_stage 1 "$pair, prepare" prepare_data "$work"
     run_stage 2 "$pair, responses of the LLM to the transcripts" make_responses "$work"
-    run_stage 3 "$pair, train" run_training "$work" "$max_update updates"
+    on_all_nodes=yes run_stage 3 "$pair, train" run_training "$work" "$max_update updates"
     [ "$node_rank" -eq 0 ] || return 0
     run_stage 4 "$pair, average" average_checkpoints "$work"
     run_stage 5 "$pair, generate" run_generation "$work"
@@ -86,8 +88,8 @@ make_responses() {
     local split
     mkdir -p "$data/responses"
     for split in train:train dev:valid; do
-        python scripts/generate_responses.py --llm "$llm" --input "$data/${split%:*}.tsv" \
-            --output "$data/responses/${split#*:}.tsv" "${responses[@]}"
+        answer_on_gpus --llm "$llm" --input "$data/${split%:*}.tsv" "${responses[@]}" \
+            --output "$data/responses/${split#*:}.tsv"
     done
 }
 
@@ -97,8 +99,9 @@ run_training() {
         --criterion kl_distillation --kd-temperature 2 \
         --optimizer adam --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warm_up" --weight-decay 0.05 \
         --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update" \
-        --batch-size "$batch" --update-freq "$accumulation" \
-        --keep-last-epochs 5 --seed 1 --num-workers 2 --log-interval 10 --save-dir "$model" "${train[@]}"
+        --batch-size "$batch" --update-freq "$accumulation" --max-tokens $((batch * 480000)) \
+        --save-interval-updates 250 --validate-interval-updates 250 --keep-interval-updates 3 --keep-last-epochs 5 \
+        --seed 1 --num-workers 2 --log-interval 10 --save-dir "$model" "${train[@]}"
 }
 
 average_checkpoints() {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import soundfile
+import soxr
 from sentences import sentences
 from tqdm import tqdm
 from voices import SAMPLE_RATE, VOICES, Speak
@@ -33,16 +34,17 @@ MAX_PROCESSES = 16  # each holds a copy of the voice, about 250 MB
 
 
 class Clip(NamedTuple):
-    """One sentence, who speaks it, and how slowly."""
+    """One sentence, who speaks it, how slowly, and how much higher than the voice is."""
 
     text: str
     voice: str
     length_scale: float
+    pitch: float = 1.0
 
     @property
     def name(self) -> str:
-        """File in the audio folder; another text or tempo is another file, so that none is taken for another."""
-        key = f"{self.text}\n{self.length_scale}"
+        """File in the audio folder; another text, tempo or pitch is another file: none is taken for another."""
+        key = f"{self.text}\n{self.length_scale}" + (f"\n{self.pitch}" if self.pitch != 1 else "")
         return f"{self.voice}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.flac"
 
 
@@ -109,8 +111,12 @@ def _start_worker(load: Callable[[], Speak]) -> None:
 
 def _make_clip(clip: Clip, folder: Path) -> None:
     assert _speak is not None
+    # A voice that is played faster is higher, as one of a smaller person is: it speaks slower by as much before.
+    samples = _speak(clip.text, clip.length_scale * clip.pitch)
+    if clip.pitch != 1:
+        samples = soxr.resample(samples, SAMPLE_RATE * clip.pitch, SAMPLE_RATE)
     with whole_file(folder / clip.name) as partial:
-        soundfile.write(partial, _speak(clip.text, clip.length_scale), SAMPLE_RATE, subtype="PCM_16", format="FLAC")
+        soundfile.write(partial, samples, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
 
 
 # --- manifests ------------------------------------------------------------------------------------

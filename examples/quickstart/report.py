@@ -35,7 +35,7 @@ MEASURES = {  # name: (heading, number format, whether less is better)
     "response_agreement": ("top-1 agreement with the teacher, response", ".1%", False),
     "token_count_error": ("token-count error", ".1%", True),
     "repeat_wer": ("WER of \"repeat the sentence\"", ".1%", True),
-    "self_bleu": ("Self-BLEU of answers to speech against answers to text", ".1f", False),
+    "self_bleu": ("corpus BLEU of answers to speech against answers to text", ".1f", False),
 }  # fmt: skip
 ANSWERS = DecodingOptions(max_new_tokens=16)
 BATCH = 50

@@ -44,13 +44,6 @@ make_responses() {
     done
 }
 
-sizes_of() { # FOLDER: the options that the model there was made with, a word a line
-    python -c 'import json, sys
-for name, value in json.load(open(f"{sys.argv[1]}/config.json")).items():
-    if name.startswith(("adapter", "lora")) and value not in ("", 0):
-        print("--" + name.replace("_", "-"), value, sep="\n")' "$1"
-}
-
 run_training() {
     # On two cores 8 minutes are 192 updates of 48 utterances of warm-up and 64 of 16 utterances of distillation.
     local warm_up=$((minutes * 24)) distillation=$((minutes * 8)) lr=3e-4 start sizes common

@@ -8,10 +8,13 @@ The engine keeps one global state, so a process uses one of the voices only.
 import ctypes
 import json
 import os
+import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000
@@ -89,6 +92,26 @@ def load_espeak(variant: str = "en-us+m3", words_per_minute: int = 150) -> Speak
         if status != 0 or not blocks:
             raise VoiceError(f"espeak-ng cannot speak {text!r} (status {status})")
         return soxr.resample(np.concatenate(blocks).astype(np.float32) / 32768, rate, SAMPLE_RATE)
+
+    return speak
+
+
+FLITE_VOICES = ("slt", "rms", "awb", "kal16")
+FLITE_PACKAGES = ("flite", "libflite1")
+
+
+def load_flite(packages: str, voice: str) -> Speak:
+    """A voice of flite, a process for each sentence."""
+    binary = Path(packages) / "usr/bin/flite"
+    libraries = next((Path(packages) / "usr/lib").glob("*/libflite.so.1")).parent
+
+    def speak(text: str, length_scale: float) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            wav = Path(folder) / "speech.wav"
+            command = [str(binary), "-voice", voice, "--setf", f"duration_stretch={length_scale}", "-t", text]
+            subprocess.run([*command, "-o", str(wav)], check=True, env={"LD_LIBRARY_PATH": str(libraries)})
+            samples, rate = soundfile.read(wav, dtype="float32")
+        return np.asarray(soxr.resample(samples, rate, SAMPLE_RATE))
 
     return speak
 

@@ -15,7 +15,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"
 
-name=x_opd prompt=chat lr=2e-5 warm_up=50 per_update=256 updates=109 needs_responses=""
+name=x_opd prompt=chat lr=2e-5 warm_up=50 per_update=256 updates=109 save_every=25 needs_responses=""
 needs_start="roll-outs of a student that does not hear yet teach nothing"
 train_options=(--criterion on_policy_distillation --rollouts 4 --rollout-max-tokens 256 --lora-scope speech
     --adapter-dropout 0 --lora-dropout 0)

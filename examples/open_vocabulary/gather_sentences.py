@@ -1,0 +1,228 @@
+"""Fetches English sentences of an open vocabulary, filters them and deals them to training, validation and test.
+
+    python examples/open_vocabulary/gather_sentences.py --out DIR [--limit N]
+
+DIR/train.txt, valid.txt and test.txt have a sentence a line, in a random order that does not depend on how many there
+are: what people typed to each other (chitchat-dataset: Myers 2020, MIT) and the usage examples of WordNet.
+DIR/filter.json counts what was left out and why. A sentence belongs to one split for ever.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT / "examples" / "quickstart"), str(ROOT / "scripts")]
+
+import fetch_models  # noqa: E402
+import fetch_recordings  # noqa: E402
+
+from blspkd_fairseq.cache import default_cache  # noqa: E402
+from blspkd_fairseq.data.validate import sentence_key  # noqa: E402
+from blspkd_fairseq.files import write_whole  # noqa: E402
+
+SHORTEST, LONGEST = 4, 18  # words
+FREQUENT = 400  # words of the chats that are known without a dictionary: "hi", "okay", "I'm"
+SPLITS = {"valid": 1, "test": 1}  # percent; the rest is for training
+
+# Frequent in chats, and nothing that a voice reads as it is meant.
+_SLANG = """
+u ur r n im ive id ill dont didnt doesnt cant couldnt wouldnt shouldnt isnt arent wasnt werent hasnt havent hadnt wont
+thats whats hows wheres whos theres heres lets youre youve youll theyre weve hes shes gonna gotta wanna kinda sorta
+dunno lol lmao omg idk tbh btw imo brb ppl pls plz thx ty np ya yea haha hahaha hehe hmm hm umm ooh aww bc cuz tho thru
+rn af irl b c k m p s t v w x y z
+"""
+SLANG = frozenset(_SLANG.split())
+
+_WORD = re.compile(r"[A-Za-z']+")
+_SENTENCE = re.compile(r"[A-Za-z',; -]+[.?!]?")
+_REGULAR_ENDINGS = (
+    ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y"),
+    ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", ""), ("er", ""), ("er", "e"), ("est", ""),
+    ("est", "e"), ("'s", ""),
+)  # fmt: skip
+
+
+class Dictionary(NamedTuple):
+    """Words that are English.
+
+    Attributes:
+        lemmas: base forms, and the irregular forms of others.
+        frequent: words that need no dictionary.
+        profane: words that no sentence may have.
+    """
+
+    lemmas: frozenset[str]
+    frequent: frozenset[str]
+    profane: frozenset[str]
+
+    def knows(self, word: str) -> bool:
+        """Whether a lower-case word is frequent, a base form, or a regular inflection of one."""
+        if word in self.frequent or word in self.lemmas:
+            return True
+        stems = (word.removesuffix(old) + new for old, new in _REGULAR_ENDINGS if word.endswith(old))
+        return any(len(stem) > 1 and stem in self.lemmas for stem in stems)
+
+
+# ---- filter --------------------------------------------------------------------------------------------------------
+
+
+def problem(text: str, dictionary: Dictionary) -> str:
+    """Why a sentence is left out, or nothing."""
+    if not _SENTENCE.fullmatch(text):
+        return "characters other than letters"
+    words = [word.lower().strip("'") for word in _WORD.findall(text)]
+    if not SHORTEST <= len(words) <= LONGEST:
+        return f"not {SHORTEST} to {LONGEST} words"
+    if dictionary.profane.intersection(words):
+        return "profanity"
+    if SLANG.intersection(words):
+        return "slang"
+    if not all(dictionary.knows(word) for word in words):
+        return "an unknown word"
+    return ""
+
+
+def tidy(text: str) -> str:
+    """With a capital at the beginning, "I" as a capital and a mark at the end."""
+    text = re.sub(r"\bi\b", "I", " ".join(text.split()))
+    return text[:1].upper() + text[1:] + ("" if text[-1:] in ".?!" else ".")
+
+
+def sift(texts: Iterable[str], dictionary: Dictionary, seen: set[str], counts: Counter[str]) -> Iterator[str]:
+    """The sentences that pass, tidied, each once; ``counts`` says how many did not, and why."""
+    for text in texts:
+        reason = problem(text, dictionary)
+        if not reason and (key := sentence_key(text)) in seen:
+            reason = "said before"
+        counts[reason or "kept"] += 1
+        if not reason:
+            seen.add(key)
+            yield tidy(text)
+
+
+def split_of(text: str) -> str:
+    """The split that a sentence belongs to, from its words alone."""
+    place = _number(f"split {sentence_key(text)}") % 100
+    for name, percent in SPLITS.items():
+        if place < percent:
+            return name
+        place -= percent
+    return "train"
+
+
+def shuffled(texts: Iterable[str]) -> list[str]:
+    """In an order of which every prefix is a random choice, the same whatever else is there."""
+    return sorted(texts, key=lambda text: _number(f"order {text}"))
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+# ---- sources -------------------------------------------------------------------------------------------------------
+
+
+def _keep_chats(package: Path, output: Path) -> None:
+    """The sentences of all messages, a line each."""
+    chats = json.loads((package / "chitchat_dataset" / "dataset.json").read_text(encoding="utf-8"))
+    messages = (one["text"] for chat in chats.values() for turn in chat["messages"] for one in turn)
+    sentences = (part.strip() for text in messages for part in re.split(r"(?<=[.?!])\s+|\n", text))
+    write_whole(output / "sentences.txt", "".join(f"{' '.join(one.split())}\n" for one in sentences if one))
+
+
+def _keep_words(package: Path, output: Path) -> None:
+    words = (package / "better_profanity" / "profanity_wordlist.txt").read_text(encoding="utf-8")
+    write_whole(output / "words.txt", words)
+
+
+CHATS = fetch_models.Source(
+    "chitchat-dataset",
+    "chitchat-dataset",
+    "0.9.0",
+    "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+    8,
+    _keep_chats,
+)
+PROFANITY = fetch_models.Source(
+    "better-profanity",
+    "better-profanity",
+    "0.7.0",
+    "bd4c529ea6aa2db1aaa50524be1ed14d0fe5c664f1fd88c8bc388c7e9f9f00e8",
+    1,
+    _keep_words,
+)
+
+
+def read_lemmas(wordnet: Path) -> frozenset[str]:
+    """Single words of WordNet's index, and the irregular forms of them."""
+    lemmas: set[str] = set()
+    for path in sorted([*wordnet.glob("index.[anv]*"), *wordnet.glob("*.exc")]):
+        for line in path.read_text(encoding="latin-1").splitlines():
+            if line and not line.startswith(" "):
+                lemmas.add(line.split()[0])
+    return frozenset(lemmas)
+
+
+def read_examples(wordnet: Path) -> Iterator[str]:
+    """What stands in quotation marks in WordNet's glosses."""
+    for path in sorted(wordnet.glob("data.*")):
+        for line in path.read_text(encoding="latin-1").splitlines():
+            yield from (found.strip() for found in re.findall(r'"([^"]+)"', line.partition("|")[2]))
+
+
+def frequent_words(texts: Iterable[str], count: int = FREQUENT) -> frozenset[str]:
+    """The most frequent words."""
+    words = Counter(word.lower().strip("'") for text in texts for word in _WORD.findall(text))
+    return frozenset(word for word, _ in words.most_common(count))
+
+
+# ---- command -------------------------------------------------------------------------------------------------------
+
+
+def make(out: Path, cache: Path, limit: int) -> None:
+    """Fetches, filters, deals and writes; prints what was left out."""
+    chats, profanity = fetch_models.fetch(cache, (CHATS, PROFANITY))
+    wordnet = fetch_recordings.fetch_debian(cache / "wordnet", ("wordnet-base",)) / "usr/share/wordnet"
+    typed = (chats / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    profane = frozenset((profanity / "words.txt").read_text(encoding="utf-8").split())
+    dictionary = Dictionary(read_lemmas(wordnet), frequent_words(typed), profane)
+    seen: set[str] = set()
+    counts: dict[str, Counter[str]] = {"chats": Counter(), "WordNet": Counter()}
+    kept = [
+        *sift(typed, dictionary, seen, counts["chats"]),
+        *sift(read_examples(wordnet), dictionary, seen, counts["WordNet"]),
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", *SPLITS):
+        texts = shuffled(text for text in kept if split_of(text) == split)
+        texts = texts[: limit or None]
+        write_whole(out / f"{split}.txt", "".join(f"{text}\n" for text in texts))
+        print(f"{out / split}.txt: {len(texts)} sentences")
+    write_whole(out / "filter.json", json.dumps(counts, indent=1) + "\n")
+    for source, found in counts.items():
+        print(f"{source}: " + ", ".join(f"{count} {reason}" for reason, count in found.most_common()))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--limit", type=int, default=0, help="sentences of each split (default: all)")
+    args = parser.parse_args(arguments)
+    if args.limit < 0:
+        parser.error(f"--limit must not be negative, got {args.limit}")
+    make(args.out, args.cache, args.limit)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"gather_sentences: {error}")

@@ -1,0 +1,203 @@
+"""Measures what a system hears and answers, row by row.
+
+    python examples/open_vocabulary/hear.py --checkpoint MODEL --set test=DIR/test.tsv --audio-root DIR --out MODEL.json
+    python examples/open_vocabulary/hear.py --cascade WHISPER --llm LLM --set test=DIR/test.tsv ... --out cascade.json
+    python examples/open_vocabulary/hear.py --llm LLM --set test=DIR/test.tsv ... --out text.json          (it reads)
+
+Of each set, for each row: its id and transcript, what was heard (of a checkpoint the tokens nearest to its embeddings,
+as many as it counts by itself; of the cascade Whisper's transcript), the answers to "repeat" and to the speech alone
+("chat"), of a checkpoint the counted and the true tokens, and where the manifest has responses the response KL.
+--nothing is a set in which nobody speaks.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from blspkd_fairseq import BlspKd
+from blspkd_fairseq.data.audio import load_audio
+from blspkd_fairseq.data.batch import pad_waveforms
+from blspkd_fairseq.data.dataset import SpeechTextDataset
+from blspkd_fairseq.data.manifest import Manifest
+from blspkd_fairseq.data.prompts import resolve_prompt
+from blspkd_fairseq.evaluation.robustness import Voices, degrade, parse_condition
+from blspkd_fairseq.files import write_whole
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
+from blspkd_fairseq.generation.teacher_forced import collate, teacher_forced
+from blspkd_fairseq.modules.build import SpeechLlmConfig
+from blspkd_fairseq.systems.systems import CascadeSystem, TextSystem, Utterance
+
+ANSWER_TOKENS = {"repeat": 48, "chat": 40}
+
+Found = dict[str, list[Any]]
+
+
+class Rows:
+    """Rows of a manifest, whose audio may be relative to a folder.
+
+    Attributes:
+        name: of the set.
+        manifest: all rows.
+        count: how many are measured.
+        condition: what is done to their sound.
+    """
+
+    def __init__(self, name: str, path: Path, audio_root: Path | None, most: int, condition: str = "clean") -> None:
+        self.name = name
+        self.manifest = Manifest.load(path, ("src_text",))
+        self.count = min(len(self.manifest), most or len(self.manifest))
+        self.condition = condition
+        absolute = self.count > 0 and Path(self.manifest[0]["audio"]).is_absolute()
+        self.root = None if absolute else audio_root or path.parent
+
+    @property
+    def title(self) -> str:
+        return self.name if self.condition == "clean" else f"{self.name} {self.condition}"
+
+    def waveform(self, index: int) -> np.ndarray:
+        """``[samples]`` float32 at 16 kHz, under the condition."""
+        name = self.manifest[index]["id"]
+        return degrade(self._voices.load(name), parse_condition(self.condition), name, voices=self._voices)
+
+    @cached_property
+    def _voices(self) -> Voices:
+        """What babble is made of."""
+        paths = {self.manifest[i]["id"]: self.manifest[i]["audio"] for i in range(self.count)}
+        return Voices(list(paths), lambda name: load_audio(paths[name], self.root))
+
+    def parts(self, size: int) -> Iterator[range]:
+        for start in range(0, self.count, size):
+            yield range(start, min(start + size, self.count))
+
+
+# ---- a trained system ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[str, int]) -> Found:
+    """Everything of one set; of noisy speech and where nobody speaks, what was heard and the answers."""
+    found: Found = {}
+    taught = rows.condition == "clean" and "tgt_text" in rows.manifest.columns
+    data = SpeechTextDataset(rows.manifest, model.chat, audio_root=rows.root)
+    for part in tqdm(list(rows.parts(batch)), desc=rows.title, unit="batch"):
+        cells = [rows.manifest[i] for i in part]
+        if rows.condition == "clean":
+            sample = collate(data, part, model.device)
+            speech = sample["net_input"]["src_tokens"], sample["net_input"]["src_lengths"]
+        else:
+            waveforms = [torch.from_numpy(rows.waveform(i)) for i in part]
+            lengths = torch.tensor([len(one) for one in waveforms], device=model.device)
+            speech = pad_waveforms(waveforms).to(model.device), lengths
+        _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells])
+        adapted = model.model.adapt(*speech)
+        counts = adapted.lengths.tolist()
+        heard = [model.nearest_tokens(one[:count]) for one, count in zip(adapted.embeddings, counts, strict=True)]
+        _add(found, heard=[model.chat.decode(ids) for ids in heard])
+        for prompt, tokens in answers.items():
+            options = DecodingOptions(max_new_tokens=tokens)
+            groups = answer_speech(model.model, model.chat, *speech, [resolve_prompt(prompt)] * len(cells), options)
+            _add(found, **{prompt: [group[0].text for group in groups]})
+        if taught:
+            _add(found, **teacher_forced(model.model, sample))
+    return found
+
+
+def _add(found: Found, **columns: Sequence[Any]) -> None:
+    for name, values in columns.items():
+        found.setdefault(name, []).extend(values)
+
+
+# ---- systems without training --------------------------------------------------------------------------------------
+
+
+def measure_untrained(system: TextSystem, rows: Rows, batch: int, answers: Mapping[str, int]) -> Found:
+    """What was heard, and the answers; without any, one token is answered and thrown away."""
+    found: Found = {}
+    for part in tqdm(list(rows.parts(batch)), desc=rows.title, unit="batch"):
+        cells = [rows.manifest[i] for i in part]
+        waveforms = [rows.waveform(i) if system.hears else None for i in part]
+        _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells])
+        for prompt, tokens in (answers or {"repeat": 1}).items():
+            asked = [
+                Utterance(waveform, row["src_text"], resolve_prompt(prompt), "en")
+                for waveform, row in zip(waveforms, cells, strict=True)
+            ]
+            replies = system.answer(asked, DecodingOptions(max_new_tokens=tokens))
+            if answers:
+                _add(found, **{prompt: [reply.text for reply in replies]})
+        pairs = zip(replies, cells, strict=True)
+        _add(found, heard=[row["src_text"] if reply.heard is None else reply.heard for reply, row in pairs])
+    return found
+
+
+# ---- command -------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    begin = time.monotonic()
+    sets = [Rows(name, path, args.audio_root, args.rows) for name, path in args.set]
+    sets += [Rows(*args.set[0], args.audio_root, args.rows, condition) for condition in args.conditions]
+    silent = [Rows("nothing", args.nothing, args.audio_root, args.rows)] if args.nothing else []
+    answers = {name: ANSWER_TOKENS[name] for name in args.answers}
+    results: dict[str, Any] = {"sets": {}}
+    if args.checkpoint:
+        model = BlspKd.from_pretrained(args.checkpoint)
+        for rows in (*sets, *silent):
+            asked = answers if rows.condition == "clean" else {}
+            results["sets"][rows.title] = measure_checkpoint(model, rows, args.batch_size, asked)
+    else:
+        config = SpeechLlmConfig(llm=args.llm)
+        system = CascadeSystem(args.cascade, config) if args.cascade else TextSystem(config)
+        system.load()
+        for rows in (*sets, *silent) if system.hears else [rows for rows in sets if rows.condition == "clean"]:
+            asked = answers if rows.condition == "clean" else {}
+            results["sets"][rows.title] = measure_untrained(system, rows, args.batch_size, asked)
+    results["measuring_seconds"] = round(time.monotonic() - begin, 1)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(args.out, json.dumps(results, ensure_ascii=False) + "\n")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint of training or a folder of save_pretrained")
+    parser.add_argument("--cascade", default="", help="Whisper before the LLM")
+    parser.add_argument("--llm", default="", help="of the cascade, or that reads the transcripts")
+    parser.add_argument("--set", action="append", required=True, metavar="NAME=MANIFEST", type=_named)
+    parser.add_argument("--nothing", type=Path, help="manifest of clips in which nobody speaks")
+    parser.add_argument("--conditions", nargs="*", default=[], help="the first set again under noise, such as white:10")
+    parser.add_argument("--answers", nargs="*", choices=list(ANSWER_TOKENS), default=list(ANSWER_TOKENS))
+    parser.add_argument("--audio-root", type=Path, help="of relative audio")
+    parser.add_argument("--rows", type=int, default=0, help="first rows of each set (default: all)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    if bool(args.checkpoint) == bool(args.llm):
+        parser.error("give --checkpoint, or --llm with or without --cascade")
+    if args.rows < 0 or args.batch_size < 1:
+        parser.error("--rows must not be negative, and --batch-size at least 1")
+    return args
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and os.path.exists(path)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=MANIFEST with a manifest that exists")
+    return name, Path(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"hear: {error}")

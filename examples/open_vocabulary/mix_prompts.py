@@ -1,0 +1,107 @@
+"""Says what each row is asked for, and adds rows in which nobody says anything.
+
+    python examples/open_vocabulary/mix_prompts.py --data DIR --rows 8000 --mix chat:0.5 continue:0.3 repeat:0.2
+
+DIR/asked/train.tsv, valid.tsv, ... are rows of DIR's manifests in a random order, with the columns ``prompt`` (drawn
+with these shares: the student answers well what it learns to answer) and ``teacher_text``; audio is relative to DIR.
+DIR/asked/nothing.tsv are clips without speech that training does not have.
+"""
+
+import argparse
+import hashlib
+import random
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from no_speech import TEACHER_TEXTS, write_clips
+
+from blspkd_fairseq.data.manifest import Manifest, write_manifest
+from blspkd_fairseq.data.prompts import PROMPTS, resolve_prompt
+
+MIX = {"chat": 0.5, "continue": 0.3, "repeat": 0.2}
+HELD_OUT = ("valid", "test", "test_unheard")
+COLUMNS = ("id", "audio", "n_frames", "src_text", "speaker", "src_lang", "prompt", "teacher_text")
+
+
+def prompt_of(row_id: str, mix: Mapping[str, float]) -> str:
+    """What a row is asked for: drawn by its id alone."""
+    return random.Random(f"prompt {row_id}").choices(list(mix), list(mix.values()))[0]
+
+
+def chosen(rows: Sequence[Mapping[str, object]], count: int) -> list[Mapping[str, object]]:
+    """``count`` random rows (0: all), in a random order of which every prefix is a random choice."""
+    order = sorted(rows, key=lambda row: hashlib.sha256(str(row["id"]).encode()).digest())
+    return order[: count or None]
+
+
+def asked(row: Mapping[str, object], prompt: str, is_speech: bool) -> dict[str, object]:
+    """A row with its prompt and, where nobody speaks, what makes the teacher say so."""
+    cells = {name: row[name] for name in COLUMNS[:6]}
+    return {**cells, "prompt": prompt, "teacher_text": "" if is_speech else TEACHER_TEXTS[prompt]}
+
+
+def make(data: Path, rows: int, held_out: int, nothing: int, mix: Mapping[str, float]) -> None:
+    """Everything in the module's text."""
+    voices = Manifest.load(data / "train.tsv")
+    (data / "asked").mkdir(exist_ok=True)
+    silent = {name: share for name, share in mix.items() if name in TEACHER_TEXTS} or {"chat": 1.0}
+    for split in ("train", *HELD_OUT):
+        if split in HELD_OUT and not (data / f"{split}.tsv").exists():
+            continue
+        found: list[Mapping[str, object]] = list(Manifest.load(data / f"{split}.tsv"))
+        made = [
+            asked(row, prompt_of(str(row["id"]), mix), True)
+            for row in chosen(found, held_out if split in HELD_OUT else rows)
+        ]
+        if split == "train" and nothing:
+            clips = write_clips(data, "train", nothing, voices)
+            made += [asked(row, prompt_of(str(row["id"]), silent), False) for row in clips]
+            made = [dict(row) for row in chosen(made, 0)]
+        write_manifest(data / "asked" / f"{split}.tsv", made, COLUMNS)
+        counts = Counter(str(row["prompt"]) for row in made).most_common()
+        print(f"{data / 'asked' / split}.tsv: {len(made)} rows: {', '.join(f'{n} {prompt}' for prompt, n in counts)}")
+    clips = write_clips(data, "test", nothing and 100, voices)
+    write_manifest(data / "asked" / "nothing.tsv", [asked(row, "chat", False) for row in clips], COLUMNS)
+
+
+def read_mix(texts: Sequence[str]) -> dict[str, float]:
+    """Shares of prompts from ``NAME:SHARE``.
+
+    Raises:
+        ValueError: an unknown prompt, or no share.
+    """
+    mix: dict[str, float] = {}
+    for text in texts:
+        name, _, share = text.rpartition(":")
+        try:
+            mix[name] = float(share)
+        except ValueError:
+            raise ValueError(f"--mix {text!r} has no share: write {name or text}:0.5") from None
+        if name not in PROMPTS or mix[name] < 0:
+            raise ValueError(f"--mix {text!r}: give one of {', '.join(PROMPTS)} with a share of 0 or more")
+        resolve_prompt(name, "en", "en")
+    if not sum(mix.values()):
+        raise ValueError("--mix gives every prompt the share 0: nothing could be drawn")
+    return mix
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of speak.py")
+    parser.add_argument("--rows", type=int, default=0, help="of training (default: all)")
+    parser.add_argument("--held-out", type=int, default=0, help="rows of each other split (default: all)")
+    parser.add_argument("--nothing", type=int, default=400, help="clips without speech in training")
+    parser.add_argument("--mix", nargs="+", default=[f"{name}:{share}" for name, share in MIX.items()])
+    args = parser.parse_args(arguments)
+    if min(args.rows, args.held_out, args.nothing) < 0:
+        parser.error("--rows, --held-out and --nothing must not be negative")
+    make(args.data, args.rows, args.held_out, args.nothing, read_mix(args.mix))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"mix_prompts: {error}")
