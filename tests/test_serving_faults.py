@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 from serving_util import NAME, Served, as_file, input_audio, noise, openai, served, tiny_model
 from tiny import PATIENCE
@@ -66,6 +67,9 @@ PDF = b"%PDF-1.7\n" + bytes(1000)
         ([input_audio(b"")], {}, "empty file"),
         ([input_audio(as_file(noise(0.0)))], {}, "no samples"),
         ([input_audio(as_file(noise(5.2)))], {}, "the limit is 5 s"),
+        ([input_audio(as_file(noise(3.0)))] * 2, {}, "all audio together is 6.0 s"),
+        ([input_audio(as_file(np.zeros((200_000, 8)), "FLAC", 96_000))], {}, "8 channels at 96000 Hz"),
+        ([{"type": "text", "text": "a " * 5000}], {}, "more text than the LLM can read"),
         ([{"type": "input_audio", "input_audio": {"data": "/etc/passwd", "format": "wav"}}], {}, "no path and no URL"),
         ([{"type": "input_audio", "input_audio": {"data": "file:///a"}}], {}, "no path and no URL"),
         ([{"type": "input_audio", "input_audio": {"format": "wav"}}], {}, "Field required"),
@@ -106,6 +110,7 @@ def test_a_wrong_request_is_said_to_be_so(
     [
         (b"{", 400, "JSON"),
         (b"[]", 400, ""),
+        (b"[" * 100_000, 400, ""),
         (b'{"model": "tiny"}', 400, "messages"),
         (b'{"model": "tiny", "messages": []}', 400, "at least one"),
         (b'{"model": "tiny", "messages": [{"role": "assistant", "content": "a"}]}', 400, "take turns"),

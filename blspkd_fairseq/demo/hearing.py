@@ -11,7 +11,6 @@ import torch
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.audio_stream import Window
-from blspkd_fairseq.generation.text_stream import TextStream
 from blspkd_fairseq.hub import AlignedToken, BlspKd
 from blspkd_fairseq.modules.whisper_encoder import FRAMES_PER_SECOND
 
@@ -37,14 +36,12 @@ class Heard(NamedTuple):
 @torch.no_grad()
 def hear_window(model: BlspKd, window: Window) -> Heard:
     """Hears one window."""
-    adapted = model.adapt((window.samples, SAMPLE_RATE))
+    speech = (window.samples, SAMPLE_RATE)
+    adapted = model.adapt(speech)
     tokens: list[AlignedToken] = []
     if adapted.boundaries is not None:
-        ends = (window.start + adapted.boundaries[0] / FRAMES_PER_SECOND).tolist()
-        stream = TextStream(model.chat_format)
-        texts = [stream.push(token) for token in model.nearest_tokens(adapted.embeddings[0])]
-        texts[-1] += stream.finish()
-        tokens = [AlignedToken(*row) for row in zip([window.start, *ends[:-1]], ends, texts, strict=True)]
+        shift = window.start
+        tokens = [AlignedToken(shift + one.start, shift + one.end, one.token) for one in model.align(speech)]
     weights = None
     if adapted.alpha is not None:
         weights = adapted.alpha[0, : _frames(window, FRAMES_PER_SECOND)].float().cpu().numpy()

@@ -15,7 +15,7 @@ from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.generation.streaming import Delta, Sampling, Usage
 from blspkd_fairseq.serving.engine import Answers
 from blspkd_fairseq.serving.errors import invalid
-from blspkd_fairseq.serving.schemas import AudioPart, ChatRequest, Message
+from blspkd_fairseq.serving.schemas import AudioPart, ChatRequest, Message, TextPart
 from blspkd_fairseq.serving.service import Service, service_of
 from blspkd_fairseq.serving.uploads import decode_base64
 
@@ -127,24 +127,33 @@ def _sampling(body: ChatRequest, service: Service, index: int) -> Sampling:
 
 
 def _read_messages(messages: Sequence[Message], service: Service) -> list[dict[str, Any]]:
-    """The messages in this package's shape, speech as waveforms."""
-    return [
+    """The messages in this package's shape, speech as waveforms.
+
+    Raises:
+        ApiError: audio that cannot be used, or more of audio or text than a request may have.
+    """
+    read: list[dict[str, Any]] = [
         {
             "role": "system" if message.role == "developer" else message.role,
-            "content": _read_content(message, f"messages[{number}]", service),
+            "content": [
+                _read_part(part, f"messages[{i}].content[{j}]", service) for j, part in enumerate(message.content)
+            ],
         }
-        for number, message in enumerate(messages)
+        for i, message in enumerate(messages)
     ]
+    parts = [part for message in read for part in message["content"]]
+    seconds = sum(len(part["audio"][0]) for part in parts if "audio" in part) / SAMPLE_RATE
+    if seconds > service.limits.audio_seconds:
+        raise invalid(f"all audio together is {seconds:.1f} s long; the limit is {service.limits.audio_seconds:g} s")
+    if sum(len(part.get("text", "")) for part in parts) > service.most_characters:
+        message = f"there is more text than the LLM can read: {service.most_characters} characters at most"
+        raise invalid(message, "messages", "context_length_exceeded")
+    service.metrics.note_audio(seconds)
+    return read
 
 
-def _read_content(message: Message, where: str, service: Service) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = []
-    for number, part in enumerate(message.content):
-        if isinstance(part, AudioPart):
-            param = f"{where}.content[{number}].input_audio.data"
-            samples = decode_base64(part.input_audio.data, service.limits.audio_seconds, param)
-            service.metrics.note_audio(len(samples) / SAMPLE_RATE)
-            parts.append({"type": "audio", "audio": (samples, SAMPLE_RATE)})
-        else:
-            parts.append({"type": "text", "text": part.text})
-    return parts
+def _read_part(part: TextPart | AudioPart, where: str, service: Service) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    samples = decode_base64(part.input_audio.data, service.limits.audio_seconds, f"{where}.input_audio.data")
+    return {"type": "audio", "audio": (samples, SAMPLE_RATE)}

@@ -14,7 +14,7 @@ class Limits:
         rows: answers that are decoded together in one batch.
         waiting: answers that may wait for a place in it; more are refused.
         body_mib: size of a request.
-        audio_seconds: length of a piece of audio.
+        audio_seconds: length of the audio of a request.
         body_seconds: time that a client has to send its request.
         answer_seconds: time from the whole request to the end of the answer.
         new_tokens: tokens of an answer, and of those that ask for no number of their own.

@@ -17,12 +17,15 @@ from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.audio_stream import Window
 from blspkd_fairseq.data.prompts import PROMPTS
 from blspkd_fairseq.data.vad import speech_windows
+from blspkd_fairseq.generation.decoding import context_of
 from blspkd_fairseq.generation.streaming import Sampling
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.serving.engine import Answers, Engine, as_api_error
 from blspkd_fairseq.serving.errors import ApiError
 from blspkd_fairseq.serving.limits import Limits
 from blspkd_fairseq.serving.metrics import Metrics
+
+_CHARACTERS_PER_TOKEN = 16
 
 
 class Service:
@@ -72,6 +75,11 @@ class Service:
     def has_times(self) -> bool:
         """Whether the adapter cuts tokens."""
         return bool(getattr(self.model.model.adapter, "one_to_one", False))
+
+    @property
+    def most_characters(self) -> int:
+        """Of the text of a request: far more than fits into the LLM's context, and little to tokenize."""
+        return _CHARACTERS_PER_TOKEN * (context_of(self.model.model) or 1 << 15)
 
     def windows(self, samples: np.ndarray) -> list[Window]:
         """Speech ``[samples]`` at 16 kHz in windows that are written down one by one; none in silence, with a VAD."""

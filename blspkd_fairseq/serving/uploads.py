@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import tempfile
 
 import numpy as np
+import soundfile
 
 from blspkd_fairseq.data.audio import AudioError, load_audio
 from blspkd_fairseq.serving.errors import ApiError
+
+_SAMPLES_PER_SECOND = 192_000  # of all channels: a small file of silence can be decoded to gigabytes
 
 
 def decode_audio(content: bytes, max_seconds: float, param: str) -> np.ndarray:
@@ -24,8 +28,9 @@ def decode_audio(content: bytes, max_seconds: float, param: str) -> np.ndarray:
         ``[samples]`` float32, mono, 16 kHz.
 
     Raises:
-        ApiError: no audio, truncated, too long.
+        ApiError: no audio, truncated, too long, or of too many samples.
     """
+    _check_samples(content, max_seconds, param)
     with tempfile.NamedTemporaryFile(prefix="blspkd-") as file:
         file.write(content)
         file.flush()
@@ -49,3 +54,15 @@ def decode_base64(data: str, max_seconds: float, param: str) -> np.ndarray:
             400, f"{param} must be the base64 of an audio file, no path and no URL", "invalid_audio", param
         ) from error
     return decode_audio(content, max_seconds, param)
+
+
+def _check_samples(content: bytes, max_seconds: float, param: str) -> None:
+    """Of what its header says; that it is audio at all, others find out."""
+    try:
+        info = soundfile.info(io.BytesIO(content))
+    except (soundfile.SoundFileError, OSError, ValueError):
+        return
+    frames = min(info.frames, max_seconds * info.samplerate)
+    if frames * info.channels > max_seconds * _SAMPLES_PER_SECOND:
+        reason = f"the audio has {info.channels} channels at {info.samplerate} Hz: send one at 16 kHz"
+        raise ApiError(400, reason, "invalid_audio", param)

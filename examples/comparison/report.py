@@ -513,9 +513,9 @@ Runs so far: {seeds}. On {machine}.
 
 **Data.** 2,400 sentences of a grammar of 140 words and 32 countries in three synthetic voices, since a few CPU hours
 do not teach an open vocabulary. Tested on {sizes}. The sentences of the heard voices and of the voice never heard are
-the same, new ones made of known words; the real recordings (telephone prompts: Asterisk core
-sounds, CC-BY-SA-3.0) hold mostly words that training never had, which nothing here but the cascade can repeat. There are no audio books among them: no package of
-the sources used here has some.
+the same, new ones made of known words; the real recordings (telephone prompts: Asterisk core sounds, CC-BY-SA-3.0)
+hold mostly words that training never had, which nothing here but the cascade can repeat. There are no audio books among
+them: no package of the sources used here has some.
 
 **Time.** Every row is given the same minutes, counted in updates by the seconds per update of that row, measured
 before (what it took stands below); a warm-up is paid out of it, and X-OPD is compared with as much more of BLSP-KD.
