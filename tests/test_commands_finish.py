@@ -427,3 +427,17 @@ def test_real_commands_exit_1_with_one_sentence(world: World, tmp_path: Path) ->
         assert process.returncode == 1
         assert said.splitlines()[-1].startswith(f"{name}: unknown --adapter 'rnn'"), said
         assert "Traceback" not in said
+
+
+def test_bleu_of_texts_without_a_token() -> None:
+    from fairseq.scoring.bleu import BleuConfig, Scorer
+
+    words, nothing = torch.IntTensor([5, 6, 7, 8]), torch.IntTensor([])
+    scorer = Scorer(BleuConfig(pad=1, eos=2, unk=3))
+    for _ in range(50):
+        scorer.add(words, nothing)
+    assert scorer.score() == 0 and "BLEU" in scorer.result_string()
+    scorer.add(nothing, words)
+    scorer.add(nothing, nothing)
+    scorer.add(words, words)
+    assert scorer.stat.reflen == 51 * 4 and scorer.stat.predlen == 8 and scorer.stat.match1 == 4

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from blspkd_fairseq.compat.replacing import replace
+
 logger = logging.getLogger(__name__)
 
 _after_input: list[Callable[[], None]] = []  # of the command that runs
@@ -22,6 +24,31 @@ def attend_generation() -> None:
         if name in ("__main__", "fairseq_cli.generate", "fairseq_cli.interactive"):
             _wrap(module, "buffered_read", _then_call_back)
             _wrap(module, "main", _with_an_end)
+    from fairseq.scoring import bleu
+
+    replace(bleu.Scorer, "add", _of_any_length)
+    replace(bleu.Scorer, "brevity", _of_no_words)
+
+
+def _of_any_length(add: Callable[..., None]) -> Callable[..., None]:
+    """fairseq's BLEU reads memory of others, mostly to its end, when a text has no token."""
+
+    @functools.wraps(add)
+    def add_any(self: Any, ref: Any, pred: Any) -> None:
+        end = ref.new_full((1,), self.eos)
+        add(self, ref if ref.numel() else end, pred if pred.numel() else end)
+
+    return add_any
+
+
+def _of_no_words(brevity: Callable[..., float]) -> Callable[..., float]:
+    """fairseq's BLEU divides by the length of all hypotheses."""
+
+    @functools.wraps(brevity)
+    def penalty(self: Any) -> float:
+        return brevity(self) if self.stat.predlen else 0.0
+
+    return penalty
 
 
 def _wrap(module: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
