@@ -304,7 +304,9 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     assert report["false_answers"] == {"model": "1 of 1"}
     assert [point["valid_token_ce"] for point in report["curves"]["warm-up"]] == [4.5, 3.5]
     assert (tmp_path / "report" / "curve.png").exists()
-    assert "## phone (2 utterances)" in (tmp_path / "report" / "report.md").read_text()
+    text_of_report = (tmp_path / "report" / "report.md").read_text()
+    assert "## phone (2 utterances)" in text_of_report
+    assert "| the dog runs home | the dog runs hope | Fine, thank you all. |" in text_of_report
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

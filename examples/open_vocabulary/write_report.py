@@ -139,17 +139,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def examples(results: dict[str, Any], count: int = 6) -> list[str]:
-    """What each trained system heard of the first rows of each set."""
+    """What each system that hears made of the first rows of each set, and its answers where it was asked."""
     lines: list[str] = []
     for system, result in results.items():
-        for name, found in result["sets"].items():
-            if system == TEXT or "counted" not in found:
-                continue
-            lines += [f"## {system}, {name}", "", "| said | heard | answer |", "|---|---|---|"]
-            rows = list(zip(found["said"], found["heard"], found["chat"], strict=True))[:count]
-            lines += [f"| {' | '.join(' '.join(cell.replace('|', ' ').split()) for cell in row)} |" for row in rows] + [
-                ""
-            ]
+        for name, found in result["sets"].items() if system != TEXT else ():
+            columns = [column for column in ("said", "heard", "chat") if column in found]
+            lines += [f"## {system}, {name}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+            for row in list(zip(*(found[column] for column in columns), strict=True))[:count]:
+                cells = [" ".join(cell.replace("|", " ").split()) for cell in row]
+                lines.append(f"| {' | '.join(cells)} |")
+            lines.append("")
     return lines
 
 
