@@ -55,7 +55,7 @@ def chat(client: openai.OpenAI, **options: object) -> object:
     return client.chat.completions.create(model=NAME, messages=messages, **options)  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_it_when_what_runs_is_finished(folder: Path, number: signal.Signals) -> None:
     with process(folder) as (running, client):
         stream = chat(client, stream=True, max_tokens=400)

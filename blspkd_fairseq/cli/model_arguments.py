@@ -19,6 +19,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--llm", help="in place of the model's own path or name")
     parser.add_argument("--speech-encoder", help="in place of the model's own path or name")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that comes with the LLM's files, whatever --model says",
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
 
 
@@ -55,4 +60,4 @@ def load_model(args: argparse.Namespace) -> BlspKd:
     overrides = {name: value for name, value in given.items() if value}
     if args.model is None:
         return load_published(args.device, **overrides)
-    return BlspKd.from_pretrained(args.model, args.device, **overrides)
+    return BlspKd.from_pretrained(args.model, args.device, args.trust_remote_code, **overrides)

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = BlspKd.from_pretrained(args.checkpoint)
     for option in ("llm", "speech_encoder"):
         setattr(model.config, option, f"{CACHE}/{Path(getattr(model.config, option)).name}")
+    model.config.window_seconds = 6.0  # it was trained on single sentences, and errs on more of them at once
     model.save_pretrained(args.out, dtype="float16")
     heard = Manifest.load(args.data / "heard.tsv")[args.example]
     shutil.copy(args.data / heard["audio"], args.out / "example.flac")
@@ -88,7 +89,7 @@ model.align(f"{{folder}}/example.flac")
 The example was not trained on.
 
 With the base models elsewhere: `BlspKd.from_pretrained(..., llm="DIR", speech_encoder="DIR")`. To train on from it:
-`fairseq-train ... --pretrained-model FOLDER` with the adapter and LoRA options of `config.json`, or
+`fairseq-train ... --pretrained-model FOLDER`, which takes the options of adapter and LoRA from there, or
 `bash examples/quickstart/run.sh --pretrained FOLDER`.
 
 ## What it is for
