@@ -292,7 +292,9 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     silent = {"id": ["n"], "said": ["..."], "heard": ["you"], "repeat": ["you"], "chat": ["Thank you."]}
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "text.json").write_text(json.dumps({"sets": {"phone": text}}))
-    (tmp_path / "results" / "model.json").write_text(json.dumps({"sets": {"phone": model, "nothing": silent}}))
+    (tmp_path / "results" / "model.json").write_text(
+        json.dumps({"sets": {"phone": model, "test": model, "nothing": silent}})
+    )
     log = '2026 | INFO | valid | {"epoch": 1, "valid_token_ce": "%s", "valid_num_updates": "%d", "valid_wps": "x"}\n'
     (tmp_path / "warm-up.log").write_text(log % (4.5, 100) + "| INFO | train | {}\n" + log % (3.5, 200))
     arguments = ["--results", tmp_path / "results", "--logs", tmp_path / "warm-up.log", "--out", tmp_path / "report"]
@@ -304,7 +306,11 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     assert report["false_answers"] == {"model": "1 of 1"}
     assert [point["valid_token_ce"] for point in report["curves"]["warm-up"]] == [4.5, 3.5]
     assert (tmp_path / "report" / "curve.png").exists()
-    assert "## phone (2 utterances)" in (tmp_path / "report" / "report.md").read_text()
+    text_of_report = (tmp_path / "report" / "report.md").read_text()
+    assert "## phone (2 utterances)" in text_of_report
+    assert (
+        text_of_report.count("| the dog runs home | the dog runs hope | Fine, thank you all. |") == 1
+    )  # not of "phone"
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

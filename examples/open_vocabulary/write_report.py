@@ -139,17 +139,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def examples(results: dict[str, Any], count: int = 6) -> list[str]:
-    """What each trained system heard of the first rows of each set."""
+    """What each system that hears made of the first rows of the spoken sets, and its answers where it was asked.
+
+    The texts of the recordings that are fetched stay where they are.
+    """
     lines: list[str] = []
     for system, result in results.items():
         for name, found in result["sets"].items():
-            if system == TEXT or "counted" not in found:
+            if system == TEXT or not name.startswith("test"):
                 continue
-            lines += [f"## {system}, {name}", "", "| said | heard | answer |", "|---|---|---|"]
-            rows = list(zip(found["said"], found["heard"], found["chat"], strict=True))[:count]
-            lines += [f"| {' | '.join(' '.join(cell.replace('|', ' ').split()) for cell in row)} |" for row in rows] + [
-                ""
-            ]
+            columns = [column for column in ("said", "heard", "chat") if column in found]
+            lines += [f"## {system}, {name}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+            for row in list(zip(*(found[column] for column in columns), strict=True))[:count]:
+                cells = [" ".join(cell.replace("|", " ").split()) for cell in row]
+                lines.append(f"| {' | '.join(cells)} |")
+            lines.append("")
     return lines
 
 
