@@ -35,8 +35,14 @@ def _of_any_length(add: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(add)
     def add_any(self: Any, ref: Any, pred: Any) -> None:
-        end = ref.new_full((1,), self.eos)
-        add(self, ref if ref.numel() else end, pred if pred.numel() else end)
+        if ref.numel() and pred.numel():
+            add(self, ref, pred)
+            return
+        self.stat.reflen += ref.numel()
+        self.stat.predlen += pred.numel()
+        for order in range(1, 5):  # nothing matches
+            count = f"count{order}"
+            setattr(self.stat, count, getattr(self.stat, count) + max(0, pred.numel() - order + 1))
 
     return add_any
 

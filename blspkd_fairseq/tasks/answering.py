@@ -13,7 +13,6 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor
 
 from blspkd_fairseq.compat import generation as compat_generation
-from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset
 from blspkd_fairseq.data.prompts import resolve_prompt
@@ -54,14 +53,10 @@ class AnsweringTask(FairseqTask):
         if not 0 <= shard < shards:
             raise ValueError(f"--shard-id must be between 0 and --num-shards - 1 = {shards - 1}, got {shard}")
         return RowsToAnswer, {
-            "max_seconds": self._max_seconds(),
+            "max_seconds": self.cfg.max_audio_seconds,
             "shard": (shard, shards),
             "scoring": self.command.scoring,
         }
-
-    def _max_seconds(self) -> float:
-        longest = float("inf") if self.max_samples is None else self.max_samples / SAMPLE_RATE
-        return float(min(longest, self.cfg.max_audio_seconds))
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **options: Any) -> Any:
         """No row is left out of it: fairseq's training skips what is longer than --max-tokens, and asserts elsewhere.
@@ -102,7 +97,7 @@ class AnsweringTask(FairseqTask):
         """For fairseq-interactive, which has audio alone; rows of a manifest bring their prompts and languages."""
         root = Path(self.cfg.audio_root) if self.cfg.audio_root else None
         prompt, limit = resolve_prompt(self.cfg.prompt), self.command.dataset.max_tokens
-        return LinesToAnswer(prompt, root, self._max_seconds(), limit)
+        return LinesToAnswer(prompt, root, self.cfg.max_audio_seconds, limit)
 
     def _finish(self) -> None:
         """Writes the results when everything is answered.
