@@ -24,7 +24,7 @@ from blspkd_fairseq.compat import signals
 blspkd_fairseq.register()
 
 LAST = "checkpoint_last.pt"
-SAVED_LATER = ("--batch-size", 2, "--disable-validation", "--no-epoch-checkpoints")
+SAVED_LATER = ("--batch-size", 2, "--disable-validation", "--no-epoch-checkpoints", "--max-epoch", 20)
 
 
 @pytest.fixture(scope="module")
