@@ -27,10 +27,10 @@ def _overwrite(start: Callable[[Path], int], content: bytes) -> Damage:
     return overwrite
 
 
-def record(path: Path, ending: str = "") -> zipfile.ZipInfo:
-    """The longest record whose name ends so."""
+def record(path: Path, part: str = "/data/") -> zipfile.ZipInfo:
+    """The longest record in whose name this is: by default, one of weights."""
     with zipfile.ZipFile(path) as archive:
-        return max((one for one in archive.infolist() if one.filename.endswith(ending)), key=lambda one: one.file_size)
+        return max((one for one in archive.infolist() if part in one.filename), key=lambda one: one.file_size)
 
 
 def content_of(path: Path, one: zipfile.ZipInfo) -> int:
@@ -53,9 +53,9 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(content)
 
 
-def _flip_in(ending: str, seed: int) -> Damage:
+def _flip_in(part: str, seed: int) -> Damage:
     def flip_one(path: Path) -> None:
-        one = record(path, ending)
+        one = record(path, part)
         flip(path, 8 * content_of(path, one) + random.Random(seed).randrange(8 * one.file_size))
 
     return flip_one
@@ -85,12 +85,12 @@ DAMAGES: dict[str, Damage] = {
     "the last byte missing": _cut(1, -1),
     "zeros only": lambda path: path.write_bytes(bytes(path.stat().st_size)) and None,
     "zeros at the beginning": _overwrite(lambda path: 0, bytes(512)),
-    "zeros in weights": _overwrite(lambda path: content_of(path, record(path, "")) + 64, bytes(64)),
+    "zeros in weights": _overwrite(lambda path: content_of(path, record(path)) + 64, bytes(64)),
     "zeros in the middle": _overwrite(lambda path: path.stat().st_size // 2, bytes(4096)),
     "zeros at the end": _overwrite(lambda path: path.stat().st_size - 512, bytes(512)),
     "zeros in the directory": _overwrite(lambda path: directory_of(path) + 40, bytes(64)),
-    "a flipped bit of the weights": _flip_in("", 0),
-    "another flipped bit of the weights": _flip_in("", 1),
+    "a flipped bit of the weights": _flip_in("/data/", 0),
+    "another flipped bit of the weights": _flip_in("/data/", 1),
     "a flipped bit of the pickle": _flip_in("data.pkl", 2),
     "another flipped bit of the pickle": _flip_in("data.pkl", 3),
     "a flipped bit of the first byte": lambda path: flip(path, 3),
