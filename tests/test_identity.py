@@ -51,7 +51,9 @@ def trained(made: Path) -> SpeechLLM:
 def root(made: Path, trained: SpeechLLM, tmp_path: Path) -> Path:
     shutil.copytree(made, tmp_path / "root")
     write_trained(tmp_path / "root" / "trained", vars(config_of(tmp_path / "root")), trained, torch.float32)
-    edit_json("trained/config.json", weights_sha256="")(tmp_path / "root")  # as of earlier releases: weights are changed
+    edit_json("trained/config.json", weights_sha256="")(
+        tmp_path / "root"
+    )  # as of earlier releases: weights are changed
     return tmp_path / "root"
 
 
