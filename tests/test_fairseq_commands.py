@@ -365,7 +365,7 @@ def test_results_are_text_with_scores_and_manifest_ids(world: World, trained: Pa
     assert len(rows["test-1"]["n_best"]) == 2
     assert all(row["score"] < 0 and "{speech}" in row["prompt"] for row in rows.values())
     text = (tmp_path / "generate-test.txt").read_text(encoding="utf-8")
-    assert re.search(rf"^T-1\t{re.escape(SENTENCES[2])}$", text, re.M)
+    assert re.search(rf"^T-1\t{re.escape(SENTENCES[1])}$", text, re.M)  # what is to be repeated is the transcript
     assert len(re.findall(r"^H-", text, re.M)) == len(re.findall(r"^P-", text, re.M)) == 10
 
 
