@@ -43,7 +43,7 @@ else
         leave_out recordings
     fi
 fi
-if [[ $chosen != "not slow"* && $models == yes ]] && ! "$py" scripts/fetch_chromium.py --cache "$BLSPKD_CACHE"; then
+if [[ $chosen != "not slow"* && $models == yes ]] && ! timeout 300 "$py" scripts/fetch_chromium.py --cache "$BLSPKD_CACHE"; then
     echo "test.sh: the tests of the demo's page in a browser, which comes as Debian packages, are LEFT OUT" >&2
 fi
 # A file at a time in each process: the tests of a file share what they have trained.
