@@ -88,7 +88,7 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
     """Everything of one set; of noisy speech and where nobody speaks, what was heard and the answers."""
     found: Found = {}
     taught = rows.condition == "clean" and "tgt_text" in rows.manifest.columns
-    data = SpeechTextDataset(rows.manifest, model.chat, audio_root=rows.root)
+    data = SpeechTextDataset(rows.manifest, model.chat_format, audio_root=rows.root)
     for part in tqdm(list(rows.parts(batch)), desc=rows.title, unit="batch"):
         cells = [rows.manifest[i] for i in part]
         if rows.condition == "clean":
@@ -102,10 +102,10 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
         adapted = model.model.adapt(*speech)
         counts = adapted.lengths.tolist()
         heard = [model.nearest_tokens(one[:count]) for one, count in zip(adapted.embeddings, counts, strict=True)]
-        _add(found, heard=[model.chat.decode(ids) for ids in heard])
+        _add(found, heard=[model.chat_format.decode(ids) for ids in heard])
         for prompt, tokens in answers.items():
             options = DecodingOptions(max_new_tokens=tokens)
-            groups = answer_speech(model.model, model.chat, *speech, [resolve_prompt(prompt)] * len(cells), options)
+            groups = answer_speech(model.model, model.chat_format, *speech, [resolve_prompt(prompt)] * len(cells), options)
             _add(found, **{prompt: [group[0].text for group in groups]})
         if taught:
             _add(found, **teacher_forced(model.model, sample))
