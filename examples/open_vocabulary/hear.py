@@ -105,7 +105,9 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
         _add(found, heard=[model.chat_format.decode(ids) for ids in heard])
         for prompt, tokens in answers.items():
             options = DecodingOptions(max_new_tokens=tokens)
-            groups = answer_speech(model.model, model.chat_format, *speech, [resolve_prompt(prompt)] * len(cells), options)
+            groups = answer_speech(
+                model.model, model.chat_format, *speech, [resolve_prompt(prompt)] * len(cells), options
+            )
             _add(found, **{prompt: [group[0].text for group in groups]})
         if taught:
             _add(found, **teacher_forced(model.model, sample))
