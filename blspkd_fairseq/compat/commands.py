@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import queue
 import sys
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blspkd_fairseq.compat import signals
-from blspkd_fairseq.compat.distributed import ending_together, join_launcher
+from blspkd_fairseq.compat.distributed import ending_together, is_launched, join_launcher
 from blspkd_fairseq.compat.replacing import replace
 
 _commands: list[Any] = []  # configurations of those that run
@@ -74,8 +73,7 @@ def _remembered(call_main: Any) -> Any:
 
 def _will_spawn(cfg: Any) -> bool:
     """Whether a command trains in processes of its own, and not in those of torchrun or Slurm."""
-    is_launched = all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
-    return cfg.distributed_world_size > 1 and not cfg.distributed_no_spawn and not is_launched
+    return cfg.distributed_world_size > 1 and not cfg.distributed_no_spawn and not is_launched()
 
 
 def _followed_by_an_end(function: Any) -> Any:

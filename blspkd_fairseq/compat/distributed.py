@@ -106,10 +106,14 @@ def refuse_lonely_processes() -> None:
         )
 
 
+def is_launched() -> bool:
+    """Whether torchrun, or a script in its manner, has started this process."""
+    return all(name in os.environ for name in _LAUNCHED)
+
+
 def _launched_processes() -> int:
-    """How many processes torchrun, or a script in its manner, has started."""
-    is_launched = all(name in os.environ for name in _LAUNCHED)
-    return int(os.environ["WORLD_SIZE"]) if is_launched else 1
+    """How many processes it has started."""
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
 @contextlib.contextmanager

@@ -63,10 +63,8 @@ def _wrap(module: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
         return
     file = Path(inspect.unwrap(function).__code__.co_filename)
     is_generation = file.parent.name == "fairseq_cli" and file.stem in ("generate", "interactive")
-    if is_generation and not getattr(function, "_attends_generation", False):
-        wrapped = wrapper(function)
-        wrapped._attends_generation = True
-        setattr(module, name, wrapped)
+    if is_generation:
+        replace(module, name, wrapper)
 
 
 def at_end(callback: Callable[[], None]) -> None:
