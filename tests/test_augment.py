@@ -217,4 +217,19 @@ def test_training_takes_it_and_refuses_what_does_not_go_together(tmp_path: Path,
         train(tmp_path / "data", tmp_path / "no", *models, "--augment", "all", "--cache-encoder-features")
     with pytest.raises(AugmentationError, match="--augment 'echo'"):
         train(tmp_path / "data", tmp_path / "no", *models, "--augment", "echo")
+    for options, message in {
+        ("--augment-variants", 2): "versions that --augment makes",
+        ("--augment", "all", "--augment-variants", -1): "--augment-variants must not be negative",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "data", tmp_path / "no", *models, *options)
     assert not list((tmp_path / "no").glob("*.pt"))
+
+
+def test_versions_take_turns() -> None:
+    augmenter = Augmenter({"gain": 1.0}, 3, variants=2)
+    first, second, third = (augmenter(talk(), "a", epoch) for epoch in (1, 2, 3))
+    assert np.array_equal(first, third) and not np.array_equal(first, second)
+    assert augmenter.key("a", 1) == augmenter.key("a", 3) != augmenter.key("a", 2)
+    others = Augmenter({"gain": 0.5}, 3, 2), Augmenter({"gain": 1.0}, 4, 2)
+    assert len({one.key("a", 1) for one in (augmenter, *others)} | {augmenter.key("b", 1)}) == 4

@@ -315,6 +315,22 @@ def test_training_hears_each_utterance_once_and_loses_the_same(
     assert losses(log) and "valid on 'train' subset" in log and sum(heard) == 2 * 2
 
 
+def test_versions_of_the_sound_are_heard_once_and_lose_the_same(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--augment", "speed:1,gain:1", "--augment-variants", 2, "--disable-validation", "--max-epoch", 4)
+    expected = losses(world.train(tmp_path / "plain", *options))
+    clean = losses(world.train(tmp_path / "clean", "--disable-validation", "--max-epoch", 2))
+    heard = []
+    forward = SpeechEncoder.forward
+    monkeypatch.setattr(SpeechEncoder, "forward", lambda *a, **k: (heard.append(len(a[2])), forward(*a, **k))[1])
+    kept = ("--cache-encoder-features", "--feature-store", tmp_path / "store")
+    assert losses(world.train(tmp_path / "stored", *options, *kept)) == pytest.approx(expected, rel=5e-3)
+    assert sum(heard) == 2 * 6 and expected[:6] != pytest.approx(clean, rel=5e-3)
+    world.train(tmp_path / "of_itself", "--disable-validation", "--max-epoch", 1, *kept)
+    assert sum(heard) == 3 * 6  # the sound as it is is none of the versions
+
+
 def test_a_resumed_training_has_the_same_frames(world: World, tmp_path: Path) -> None:
     options = ("--disable-validation", "--cache-encoder-features", "--save-interval-updates", 2, "--feature-store")
     world.train(tmp_path / "through", *options, tmp_path / "a", "--max-update", 7)

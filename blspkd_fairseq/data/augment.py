@@ -79,10 +79,21 @@ class Augmenter:
     Attributes:
         probabilities: of each kind, independent of one another.
         seed: of all that is drawn.
+        variants: of each utterance, which take turns; 0: every epoch draws anew.
     """
 
     probabilities: Mapping[str, float]
     seed: int = 1
+    variants: int = 0
+
+    def variant(self, epoch: int) -> int:
+        """The number of what an epoch (1, 2, ...) hears; the same number is the same sound."""
+        return (epoch - 1) % self.variants + 1 if self.variants else epoch
+
+    def key(self, utterance: str, epoch: int) -> str:
+        """What tells this version of an utterance from all others, but for whose voices its babble is made of."""
+        kinds = ",".join(f"{kind}:{value:g}" for kind, value in sorted(self.probabilities.items()))
+        return "\0".join((kinds, str(self.seed), str(self.variant(epoch)), utterance))
 
     def __call__(
         self, samples: np.ndarray, utterance: str, epoch: int, others: Others | None = None, longest: float = np.inf
@@ -92,7 +103,7 @@ class Augmenter:
         Args:
             samples: ``[samples]``.
             utterance: its id.
-            epoch: another one draws anew.
+            epoch: another one draws anew, or takes its turn.
             others: whose voices the babble is made of; None: there is none.
             longest: samples; what would become longer keeps its speed.
 
@@ -101,7 +112,7 @@ class Augmenter:
         """
         speech = np.asarray(samples, dtype=np.float64)
         for kind in KINDS:
-            rng = _generator(self.seed, epoch, kind, utterance)
+            rng = _generator(self.seed, self.variant(epoch), kind, utterance)
             if rng.random() < self.probabilities.get(kind, 0.0):
                 changed = _apply(kind, speech, rng, others)
                 speech = changed if len(changed) <= longest else speech

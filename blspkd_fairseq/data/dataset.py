@@ -102,7 +102,7 @@ class SpeechTextDataset(FairseqDataset):
         with_response: the LLM reads up to the end of the response; otherwise no further than the speech.
         share_prefix: what all rows of a batch begin with is read once.
         max_response_tokens: of a longer response the rest is cut off; 0: never.
-        augmenter: changes the sound of every utterance anew in every epoch.
+        augmenter: changes the sound of every utterance in every epoch.
 
     Attributes:
         store: frames of speech that the encoder has heard; such speech is not decoded, and batches say what is missing.
@@ -193,7 +193,7 @@ class SpeechTextDataset(FairseqDataset):
             raise ManifestError(f"{where}: {error}") from error
         n_frames = int(self.manifest.n_frames[index])
         try:
-            keys, stored = self._find_stored(pieces, n_frames)
+            keys, stored = self._find_stored(pieces, n_frames, row)
             waveforms = [] if stored else self._changed(self._load(pieces, n_frames), index, row)
         except AudioError as error:
             raise AudioError(f"{where}: {error}", error.reason) from error
@@ -244,11 +244,17 @@ class SpeechTextDataset(FairseqDataset):
             )
         return [self.chat.encode_text(text)]
 
-    def _find_stored(self, pieces: Sequence[AudioPart], n_frames: int) -> tuple[list[bytes], list[Stored]]:
+    def _find_stored(
+        self, pieces: Sequence[AudioPart], n_frames: int, row: Mapping[str, str]
+    ) -> tuple[list[bytes], list[Stored]]:
         """The key of each piece, and its frames if those of all pieces are stored and as long as is allowed."""
         if self.store is None:
             return [], []
-        keys = [entry_key(audio_identity(piece.audio, self._root(piece.audio)), n_frames) for piece in pieces]
+        identities = [audio_identity(piece.audio, self._root(piece.audio)) for piece in pieces]
+        if self.augmenter is not None:
+            versions = (self.augmenter.key(f"{row['id']}\0{i}", self.epoch) for i in range(len(pieces)))
+            identities = ["\0".join(both) for both in zip(identities, versions, strict=True)]
+        keys = [entry_key(identity, n_frames) for identity in identities]
         found = (self.store.find(key) for key in keys)
         stored = [one for one in found if one is not None and one.samples <= self.max_seconds * SAMPLE_RATE]
         return keys, stored if len(stored) == len(pieces) else []

@@ -89,6 +89,13 @@ class BlspKdConfig(FaultLimits, FairseqDataclass):
             "as speed:0.5,reverb:0.25,noise:0.3,babble:0.3,band:0.15,gain:1 (which is all)"
         },
     )
+    augment_variants: int = field(
+        default=0,
+        metadata={
+            "help": "--augment makes so many versions of each utterance, which take turns, so that "
+            "--cache-encoder-features hears each of them once (0: a new one in every epoch)"
+        },
+    )
     augment_seed: int = II("common.seed")
     pretrained_model: str = field(
         default="",
@@ -125,7 +132,7 @@ class BlspKdTask(AnsweringTask):
         super().__init__(cfg)
         self.dictionary = LlmDictionary()
         self.trust_remote_code = False  # of the user, for a teacher as for the student
-        self._augmenter = Augmenter(parse_augmentation(cfg.augment), cfg.augment_seed) if cfg.augment else None
+        self._augmenter = _augmenter(cfg)
         self._needed_texts: tuple[str, ...] = ()
         self._reads_responses = True
         self._loaded_split = ""
@@ -178,10 +185,11 @@ class BlspKdTask(AnsweringTask):
         if self.cfg.feature_store and not self._keeps_features and not from_checkpoint:
             raise ValueError("--feature-store is the folder of --cache-encoder-features: give both or none of them")
         self.trust_remote_code = cfg.trust_remote_code
-        if self._augmenter is not None and self._keeps_features and not from_checkpoint:
+        endless = self._augmenter is not None and not self._augmenter.variants
+        if endless and self._keeps_features and not from_checkpoint:
             raise ValueError(
                 "--augment changes the sound in every epoch, and --cache-encoder-features has each utterance heard "
-                "once: leave out one of them"
+                "once: give --augment-variants, or leave out one of them"
             )
         begin = "" if from_checkpoint else self.cfg.pretrained_model
         trained = read_trained(Path(begin)) if begin else None
@@ -273,7 +281,8 @@ class BlspKdTask(AnsweringTask):
         if self._store is None:
             self._store = self._open_store(model.speech_llm)
         if data is not self._measured:
-            self._store.check_room(data.encoder_frames(SAMPLES_PER_FRAME) * self._store.frame_size)
+            versions = 1 if self._augmenter is None else self._augmenter.variants
+            self._store.check_room(data.encoder_frames(SAMPLES_PER_FRAME) * self._store.frame_size * versions)
             self._measured = data
         self._store.refresh()  # what other ranks have heard, before workers are forked
         data.store = self._store
@@ -417,6 +426,17 @@ class BlspKdTask(AnsweringTask):
             metrics.log_derived("wer_raw", lambda meters: _rate(meters, "_wer_raw_errors", "_wer_raw_words"))
         if any("_bleu_ref" in log for log in logging_outputs):
             metrics.log_derived("bleu", _bleu_of_meters)
+
+
+def _augmenter(cfg: BlspKdConfig) -> Augmenter | None:
+    """What changes the sound of training speech, if anything does."""
+    if cfg.augment_variants < 0:
+        raise ValueError(f"--augment-variants must not be negative, got {cfg.augment_variants}")
+    if cfg.augment_variants and not cfg.augment:
+        raise ValueError("--augment-variants are versions that --augment makes: give both, or leave it out")
+    if not cfg.augment:
+        return None
+    return Augmenter(parse_augmentation(cfg.augment), cfg.augment_seed, cfg.augment_variants)
 
 
 def _of_all_processes(own: list[Any]) -> list[Any]:
