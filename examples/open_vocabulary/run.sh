@@ -2,9 +2,10 @@
 # An LLM that hears open English: from sentences that people typed to a model that answers speech, in stages that resume.
 #
 #   bash examples/open_vocabulary/run.sh [--speech DIR] [--train N] [--rows N] [--warm-up-updates N] [--updates N]
-#       [--mix "chat:0.5 continue:0.3 repeat:0.2"] [--augment KINDS] [--pretrained DIR] [--speech-encoder NAME]
-#       [--llm NAME] [--voices "slt rms awb kal16 joe"] [--batch N] [--row NAME --row-options OPTIONS] [--test-rows N]
-#       [--processes N] [--quick] [--stage N] [--stop-stage N] [--out DIR] [--cache DIR]
+#       [--mix "chat:0.5 continue:0.3 repeat:0.2"] [--augment KINDS] [--augment-variants N] [--pretrained DIR]
+#       [--speech-encoder NAME] [--llm NAME] [--voices "slt rms awb kal16 joe"] [--batch N]
+#       [--row NAME --row-options OPTIONS] [--test-rows N] [--processes N] [--quick] [--stage N] [--stop-stage N]
+#       [--out DIR] [--cache DIR]
 #
 #   1 models         Whisper tiny.en and SmolLM2-135M-Instruct, as in the quickstart
 #   2 sentences      chats and WordNet's examples, filtered; what was left out is counted
@@ -17,21 +18,22 @@
 #   9 report
 #
 # --speech adds speech made before (speak.py says what the folder holds). With more --warm-up-updates or --updates,
-# training goes on from where it was; everything else belongs to OUT, which refuses other options. --batch is that of
-# distillation, the warm-up's is three times as large. --row distils a variant beside the model, with more options of
-# fairseq-train. --quick runs every stage on a few rows. Killed, a run goes on with the same command.
+# training goes on from where it was; everything else belongs to OUT, which refuses other options. --augment makes the
+# sound anew in every epoch, or, with --augment-variants, so many versions of each clip, whose features are stored.
+# --batch is that of distillation, the warm-up's is three times as large. --row distils a variant beside the model, with
+# more options of fairseq-train. --quick runs every stage on a few rows. Killed, a run goes on with the same command.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/examples/common.sh"
 
 stage=0 stop_stage=9 speech="" train=36000 rows=12000 warm_up_updates=8000 updates=4000 test_rows=200 quick=""
-mix="chat:0.5 continue:0.3 repeat:0.2" augment="" batch=16 row="" row_options="" voices="slt rms awb kal16 joe" speech_encoder="" llm="" processes=$(nproc)
+mix="chat:0.5 continue:0.3 repeat:0.2" augment="" augment_variants=0 batch=16 row="" row_options="" voices="slt rms awb kal16 joe" speech_encoder="" llm="" processes=$(nproc)
 pretrained="$root/blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m"
 out="$root/out/open_vocabulary" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
-usage() { sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-parse_options stage stop-stage speech train rows warm-up-updates updates test-rows quick mix augment speech-encoder llm \
+usage() { sed -n '2,26s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+parse_options stage stop-stage speech train rows warm-up-updates updates test-rows quick mix augment augment-variants speech-encoder llm \
     processes pretrained out cache batch row row-options voices -- "$@"
-whole_numbers stage stop_stage train rows warm_up_updates updates test_rows processes batch
+whole_numbers stage stop_stage train rows warm_up_updates updates test_rows processes batch augment_variants
 out=$(realpath -m "$out") cache=$(realpath -m "$cache")
 from_here speech speech_encoder llm pretrained
 [ -z "$speech" ] || [ -f "$speech/train.tsv" ] || fail "--speech $speech holds no train.tsv: speak.py says what it needs"
@@ -41,7 +43,7 @@ if [ -n "$quick" ]; then
     train=24 rows=24 warm_up_updates=4 updates=4 test_rows=4 valid=6 nothing=4 tokens=8 sentence_limit=200 most_ready=12
     conditions=(white:10) voices="kal16 awb"
 fi
-one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows${quick:+ --quick}"
+one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --augment-variants $augment_variants --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows${quick:+ --quick}"
 use_environment quickstart,recordings
 speech_encoder=${speech_encoder:-$cache/whisper-tiny.en}
 llm=${llm:-$cache/smollm2-135m-instruct}
@@ -74,7 +76,11 @@ respond() {
 # train_part FOLDER DATA OPTIONS: goes on from the checkpoint in FOLDER, if there is one
 train_part() {
     local folder=$1 part=$2 sizes features=(--cache-encoder-features)
-    [ -z "$augment" ] || features=(--augment "$augment" --num-workers "$processes")
+    if [ "$augment_variants" -gt 0 ]; then
+        features+=(--augment "$augment" --augment-variants "$augment_variants")
+    elif [ -n "$augment" ]; then
+        features=(--augment "$augment" --num-workers "$processes")
+    fi
     mapfile -t sizes < <(sizes_of "$pretrained")
     mkdir -p "$folder"
     fairseq-train "$part" --user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${device[@]}" \
