@@ -127,6 +127,7 @@ def end_together(workers: "list[subprocess.Popen[str]]", seconds: float = PATIEN
         for worker in workers:
             output, _ = worker.communicate(timeout=seconds)
             assert worker.returncode == 0, output[-3000:]
+            assert "FutureWarning" not in output, output[-3000:]
     finally:  # one that waits for the other, which has failed, would wait for ever
         for worker in workers:
             worker.kill()

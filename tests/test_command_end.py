@@ -54,14 +54,18 @@ def pinning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def left_over(pinning: None) -> Iterator[Callable[..., list[str]]]:
-    """Names of the threads and processes that the test has begun and not ended."""
+    """Names of the threads and processes that the test has begun and not ended.
+
+    A worker process that ends may take the lock of its queue with it. Whoever waits for that lock is a daemon that
+    nobody waits for.
+    """
     before = {*threading.enumerate(), *multiprocessing.active_children()}
 
     def names(seconds: float = 10) -> list[str]:
         end = time.monotonic() + seconds  # torch tells threads of its queues to end and does not wait for them
         while True:
             now = {*threading.enumerate(), *multiprocessing.active_children()} - before
-            left = [one.name for one in now if one.name != "tqdm_monitor"]
+            left = [one.name for one in now if one.name not in ("tqdm_monitor", "QueueFeederThread")]
             if not left or time.monotonic() > end:
                 return left
             time.sleep(0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +39,8 @@ def sum_gradients_as_they_are() -> None:
         def wrap(module: Any, **options: Any) -> Any:
             if not any(parameter.is_cuda for parameter in module.parameters()):
                 options |= {"device_ids": None, "output_device": None}
+            if "broadcast_buffers" in options and "forward_sync_buffers" in inspect.signature(wrapper).parameters:
+                options["forward_sync_buffers"] = options.pop("broadcast_buffers")  # its name since torch 2.13
             return wrapper(module=module, **options)
 
         return wrap
