@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     comparison = Comparison(args)
+    comparison.end_on_signals()
     comparison.prepare()
     if not args.prepare_only:
         comparison.measure_rates()

@@ -10,12 +10,14 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from blspkd_fairseq.files import write_whole
 ROOT = Path(__file__).resolve().parents[2]
 VALIDATIONS = 5  # points of a learning curve
 LADDER = tuple(float(f"{digit}e{exponent}") for exponent in range(-8, 2) for digit in (1, 3))  # of learning rates
+POLL = 0.2  # seconds
 PATIENCE = 120  # seconds in which a training that is told to end has written its checkpoint
 
 
@@ -50,12 +53,12 @@ def use_cores(args: argparse.Namespace) -> None:
     """Sets ``--jobs`` and the folder of the results, and gives each row its threads.
 
     A small model keeps one thread busy and two by far not: a row for each core makes the most of them, and the time of
-    a training is CPU time then.
+    a training is CPU time then. An OMP_NUM_THREADS that is set holds.
     """
     cores = len(os.sched_getaffinity(0))
     args.results = args.results or args.out / "results"
     args.jobs = args.jobs or (1 if torch.cuda.is_available() else cores)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // args.jobs))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // args.jobs)))
 
 
 class Trainings:
@@ -72,6 +75,15 @@ class Trainings:
         self.training_locks: dict[Path, threading.Lock] = {}
         self.device = [] if torch.cuda.is_available() else ["--cpu"]
         self.end = time.monotonic() + args.seconds if args.seconds else math.inf
+
+    def end_on_signals(self) -> None:
+        """SIGTERM and Ctrl-C end the time: what runs saves, and ends."""
+
+        def end_now(*_: object) -> None:
+            self.end = 0.0
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end_now)
 
     # ---- what a comparison says --------------------------------------------------------------------------------------
 
@@ -183,6 +195,17 @@ class Trainings:
     def folder(self, name: str, seed: int) -> Path:
         return self.args.out / "models" / f"{name}-seed{seed}"
 
+    def done(self, name: str, seed: int) -> dict[str, Any]:
+        """What was noted of a training; nothing of none."""
+        path = self.folder(name, seed) / "done.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if name else {}
+        return found
+
+    def heard_before(self, row: Row, seed: int) -> int:
+        """Utterances that what it begins with has heard."""
+        before = self.done(row.start, seed)
+        return int(before.get("utterances_before", 0) + before.get("updates", 0) * before.get("batch", 0))
+
     def start_of(self, row: Row, seed: int) -> Path | None:
         """The checkpoint that a row goes on from."""
         return self.folder(row.start, seed) / "checkpoint_last.pt" if row.start else None
@@ -201,7 +224,7 @@ class Trainings:
         updates, start = self.updates_of(name, seed), self.start_of(row, seed)
         rate = self.learning_rate(self.table.searched(name))
         print(f"\n== {name}, seed {seed}: {updates} updates ({time.strftime('%H:%M:%S')})", flush=True)
-        before = json.loads(start.with_name("done.json").read_text()) if start else {}
+        before = self.done(row.start, seed)
         begin = time.monotonic()
         log = self.train(row, folder, updates, seed, start, rate, validate=True)
         done = {
@@ -211,7 +234,7 @@ class Trainings:
             "batch": self.batch(row),
             "training_seconds": round(time.monotonic() - begin, 1),
             "train_wall": sum_over_epochs(log, "train_wall"),
-            "utterances_before": before.get("utterances_before", 0) + before.get("updates", 0) * before.get("batch", 0),
+            "utterances_before": self.heard_before(row, seed),
             "wall_before": before.get("wall_before", 0.0) + before.get("train_wall", 0.0),
             "rollout_wall": sum_over_epochs(log, "rollout_wall"),
             "commands": [*before.get("commands", []), self.shown_command(row, updates, seed, rate, start)],
@@ -281,18 +304,18 @@ class Trainings:
             output: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT} if log else {}
             process = subprocess.Popen(command, cwd=ROOT, **output)
             try:
-                return process.wait(None if math.isinf(self.end) else max(0.0, self.end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.terminate()  # a training finishes its update and saves
-                try:
-                    process.wait(PATIENCE)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                raise TimeOver from None
+                while process.poll() is None and time.monotonic() < self.end:
+                    time.sleep(POLL)
+                if process.returncode is None:
+                    process.terminate()  # a training finishes its update and saves
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(PATIENCE)
             finally:
-                if process.poll() is None:
-                    process.terminate()
+                process.kill()  # what has ended stays as it is
                 process.wait()
+        if process.returncode and time.monotonic() >= self.end:
+            raise TimeOver
+        return process.returncode
 
     def python(self, script: Path, *arguments: Any) -> None:
         """Runs a script, and ends with it if it fails."""
@@ -341,7 +364,8 @@ class Trainings:
         updates = self.updates_of(name, seed, self.search_part(name))
         print(f"\n== {name} at learning rate {rate:g}: {updates} updates", flush=True)
         points = curve(self.train(row, folder, updates, seed, start, rate, validate=True))
-        found |= {"updates": updates, **self.more_of(name, seed)}
+        found |= {"updates": updates, "batch": self.batch(row), "utterances_before": self.heard_before(row, seed)}
+        found |= self.more_of(name, seed)
         found["losses"][f"{rate:g}"] = points[-1].get("loss", float("nan")) if points else float("nan")
         write_json(self.found_rates(name), found)
         shutil.rmtree(folder)
