@@ -178,8 +178,9 @@ class Trainings:
         self.train_row(name, seed)
         if name not in self.table.hidden and not result.exists():
             measured = self.args.out / f"{name}-seed{seed}.json"
-            self.measure(name, seed, folder / "checkpoint_last.pt", measured)
-            write_json(result, json.loads(measured.read_text()) | json.loads((folder / "done.json").read_text()))
+            if not measured.exists() or measured.stat().st_mtime < (folder / "done.json").stat().st_mtime:
+                self.measure(name, seed, folder / "checkpoint_last.pt", measured)
+            write_json(result, json.loads(measured.read_text()) | self.done(name, seed))
 
     def is_needed(self, name: str, seed: int) -> bool:
         """Whether it is still to be measured, or a row that needs it."""

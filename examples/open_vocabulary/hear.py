@@ -91,7 +91,8 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
     """Everything of one set; of noisy speech and where nobody speaks, what was heard and the answers."""
     found: Found = {}
     taught = rows.condition == "clean" and "tgt_text" in rows.manifest.columns
-    data = SpeechTextDataset(rows.manifest, model.chat_format, audio_root=rows.root)
+    lengths = model.model.speech_lengths
+    data = SpeechTextDataset(rows.manifest, model.chat_format, audio_root=rows.root, lengths=lengths)
     for part in tqdm(list(rows.parts(batch)), desc=rows.title, unit="batch"):
         cells = [rows.manifest[i] for i in part]
         if rows.condition == "clean":
@@ -99,8 +100,8 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
             speech = sample["net_input"]["src_tokens"], sample["net_input"]["src_lengths"]
         else:
             waveforms = [torch.from_numpy(rows.waveform(i)) for i in part]
-            lengths = torch.tensor([len(one) for one in waveforms], device=model.device)
-            speech = pad_waveforms(waveforms).to(model.device), lengths
+            samples = torch.tensor([len(one) for one in waveforms], device=model.device)
+            speech = pad_waveforms(waveforms).to(model.device), samples
         _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells])
         if model.model.adapter.one_to_one:
             adapted = model.model.adapt(*speech)
