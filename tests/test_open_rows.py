@@ -278,6 +278,15 @@ def test_less_data_has_a_line_on_logarithmic_axes(tmp_path: Path) -> None:
     assert rows_report.fitted([1, 2], [Interval(1, 0, 1, "")] * 2) is None
 
 
+def test_too_few_sentences_make_no_contrast(tmp_path: Path) -> None:
+    run = run_of(0)
+    run["sets"]["test"] = {name: values[:9] for name, values in run["sets"]["test"].items()}
+    folder = write_runs(tmp_path / "rows", {})
+    (folder / "results" / "text.json").write_text(json.dumps(run))
+    (said,) = rows_report.Report(folder).compare(tmp_path / "out")
+    assert said == "No contrasts: 9 sentences were measured, and an interval takes 10 at least."
+
+
 def test_results_without_the_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no text.json"):
         rows_report.Report(tmp_path)
@@ -360,7 +369,7 @@ def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What stages 1 to 7 of run.sh leave, of tiny models and noise."""
     work = tmp_path_factory.mktemp("work")
     save_llm(work / "llm"), save_whisper(work / "whisper", width=24)
-    for split, count in (("train", 64), ("valid", 4), ("test", 6)):
+    for split, count in (("train", 64), ("valid", 4), ("test", 12)):
         write_split(work / "data", split, count, texts=SAID, speaker="x", src_lang="en")
     mix_prompts.make(work / "data", 0, 0, 0, mix_prompts.MIX)
     for split in ("train", "valid", "test"):
@@ -373,36 +382,34 @@ def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_rows(work: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> compare_rows.OpenRows:
     bases = ["--speech-encoder", work / "whisper", "--llm", work / "llm"]
-    rows = rows_of(work, "--quick", "--jobs", 1, *bases, *options)
+    rows = rows_of(work, "--quick", "--test-rows", 12, "--jobs", 1, *bases, *options)
     monkeypatch.setattr(rows, "call", in_this_process)
     return rows
 
 
+@pytest.mark.slow
 def test_a_row_and_what_it_needs_are_trained_measured_and_not_made_again(
     tiny_work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = ["--out", tiny_work / "few", "--only", "blsp_in_time", "--search"]
+    given = ["--out", tiny_work / "few", "--only", "scratch", "--search"]
     rows = tiny_rows(tiny_work, monkeypatch, *given)
     rows.prepare()
     rows.run_all()
     names = {path.name for path in (tiny_work / "few" / "results").iterdir()}
-    trained = ("mix", "blsp", "blsp_in_time")
-    searched = {"search-blsp.json", "search-mix.json", "search-warm_up.json"}
-    assert names == {"text.json", "cascade.json", *(f"{name}-seed1.json" for name in trained)} | searched
-    mix, blsp = (json.loads(rows.result(name, 1).read_text()) for name in ("mix", "blsp_in_time"))
-    assert (mix["utterances_before"], mix["updates"], mix["batch"]) == (12, 3, 4)
-    assert mix["sets"]["phone"]["heard"] and "response_kl" in mix["sets"]["test"]
-    assert "heard" not in blsp["sets"]["test"] and "long" not in blsp["sets"]["test"] and mix["sets"]["test"]["long"]
-    assert mix["curve"] and mix["train_wall"] >= 0
+    assert names == {"text.json", "cascade.json", "scratch-seed1.json", "search-scratch.json"}
+    found = json.loads(rows.result("scratch", 1).read_text())
+    assert (found["utterances_before"], found["updates"], found["batch"]) == (0, 6, 4)
+    assert found["sets"]["phone"]["heard"] and "response_kl" in found["sets"]["test"]
+    assert found["curve"] and "long" not in found["sets"]["test"]
+    assert len(json.loads(rows.found_rates("scratch").read_text())["losses"]) >= 3
     made = {path: path.stat().st_mtime_ns for path in (tiny_work / "few" / "results").iterdir()}
     again = tiny_rows(tiny_work, monkeypatch, *given)
     monkeypatch.setattr(again, "call", None)  # nothing is called
     again.prepare()
     again.run_all()
     assert made == {path: path.stat().st_mtime_ns for path in made}
-    assert "Hours that a trial had heard when it ended: warm_up 0.0, blsp" in report(
-        rows.args.out, tiny_work / "few-report"
-    )
+    said = report(rows.args.out, tiny_work / "few-report")
+    assert "Hours that a trial had heard when it ended: scratch 0.0" in said
 
 
 @pytest.mark.slow
@@ -412,6 +419,9 @@ def test_every_row_is_trained_and_measured(tiny_work: Path, monkeypatch: pytest.
     rows.run_all()
     for name in table.ROWS:
         assert rows.result(name, 1).exists() != (name in table.TABLE.hidden), name
+    blsp = json.loads(rows.result("blsp_in_time", 1).read_text())["sets"]["test"]
+    assert "heard" not in blsp and "long" not in blsp and "response_kl" in blsp
+    assert json.loads(rows.result("mix", 1).read_text())["sets"]["test"]["long"]
     shown = json.loads(rows.result("anchored", 1).read_text())["commands"]
     assert len(shown) == 3 and "--off-policy-cross-entropy" in shown[2] and "--train-subset train " in shown[0]
     assert "--unfreeze-speech-encoder" in json.loads(rows.result("encoder", 1).read_text())["commands"][1]

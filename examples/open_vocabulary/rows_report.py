@@ -28,6 +28,7 @@ from blspkd_fairseq.evaluation.contrasts import Contrast, Plan, load_plan  # noq
 from blspkd_fairseq.evaluation.metrics import Measurement, bleu, error_rate  # noqa: E402
 from blspkd_fairseq.evaluation.planned_runs import Comparison, compare_plan  # noqa: E402
 from blspkd_fairseq.evaluation.significance import Interval  # noqa: E402
+from blspkd_fairseq.evaluation.variance import MIN_CLUSTERS  # noqa: E402
 from blspkd_fairseq.files import write_whole  # noqa: E402
 
 PLAN = HERE / "contrasts.toml"
@@ -265,6 +266,9 @@ class Report:
 
     def compare(self, folder: Path) -> list[str]:
         """Writes compare.md, compare.json and contrasts.png, with the plan and the answers, and says what they hold."""
+        texts = self.runs["text"][None]["sets"]
+        if (count := len({said for name in self.tests for said in texts[name]["said"]})) < MIN_CLUSTERS:
+            return [f"No contrasts: {count} sentences were measured, and an interval takes {MIN_CLUSTERS} at least."]
         self.write_answers(folder)
         for path in (PLAN, PLAN.with_name(f"{PLAN.name}.sha256")):
             if path.exists():
