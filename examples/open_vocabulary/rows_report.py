@@ -242,11 +242,13 @@ class Report:
 
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         for axis, column in zip(figure.subplots(1, len(SCALING)), SCALING, strict=True):
+            lowest = np.inf
             for number, name in enumerate(SCALED):
                 hours, found = self.points(name, column)
                 if not hours:
                     continue
                 scores = np.array([one.score for one in found])
+                lowest = min(lowest, scores.min())
                 ends = np.nan_to_num(np.abs(np.array([[one.low, one.high] for one in found]).T - scores))
                 ends[0] = np.minimum(ends[0], 0.999 * scores)  # a logarithm ends above 0
                 style = {"color": f"C{number}", "marker": "o", "capsize": 3, "linestyle": "none"}
@@ -258,6 +260,8 @@ class Report:
             axis.grid(alpha=0.3, which="both")
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=8)
+                if lowest > 0:  # an interval down to 0 would take the axis with it
+                    axis.set_ylim(bottom=lowest / 3)
             else:
                 axis.set_title(NOT_MEASURED)
         figure.savefig(path, dpi=110)
