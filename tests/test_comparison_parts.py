@@ -51,7 +51,7 @@ def train_nothing(comparison: compare.Comparison, data: Path, monkeypatch: pytes
         Path(arguments[arguments.index("--out") + 1]).write_text("{}")
 
     monkeypatch.setattr(comparison, "train", train)
-    monkeypatch.setattr(compare, "python", python)
+    monkeypatch.setattr(comparison, "python", python)
     return trained
 
 

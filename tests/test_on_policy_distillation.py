@@ -442,6 +442,20 @@ def test_off_policy_batches_are_the_divergence_on_the_responses(world: World) ->
     assert not shares._is_off_policy(model, sample)
 
 
+@pytest.mark.parametrize("estimator", on_policy_distillation.ESTIMATORS)
+def test_off_policy_batches_may_be_an_anchor_in_the_words_of_the_responses(world: World, estimator: str) -> None:
+    model = world.build().train()
+    sample = world.sample(model, [0, 1, 2])
+    options: dict[str, Any] = {"im_weight": 0.0, "estimator": estimator, "off_policy_cross_entropy": True}
+    loss, _, log = criterion_of(model, off_policy_share=1.0, **options)(model, sample)
+    out = model(**sample["net_input"], positions=("response",)).response
+    surprise = torch.nn.functional.cross_entropy(
+        out.student @ model.speech_llm.head[0].t(), out.targets, reduction="none"
+    )
+    torch.testing.assert_close(loss, sum(surprise[out.rows == row].mean() for row in range(3)))
+    assert log["rollouts"] == 0 and log["speech_off_policy_divergence_sum"] == pytest.approx(surprise.sum().item())
+
+
 def test_a_larger_teacher_teaches(world: World, tmp_path: Path) -> None:
     larger = save_llm(tmp_path / "larger", hidden=48, layers=3, seed=5)
     model = world.build("none").train()
@@ -479,6 +493,7 @@ def test_a_larger_teacher_teaches(world: World, tmp_path: Path) -> None:
         ({"beta": 0.5}, "--beta needs --estimator exact"),
         ({"im_weight": 1.5}, "--im-weight must be between 0 and 1, got 1.5"),
         ({"off_policy_share": -1}, "--off-policy-share must be between 0 and 1"),
+        ({"off_policy_cross_entropy": True}, "--off-policy-cross-entropy needs updates on tgt_text"),
         ({"rollout_lifetime": 0}, "--rollout-lifetime must be at least 1"),
         ({"quantity_weight": -1}, "--quantity-weight must not be negative"),
         ({"teacher_llm_dtype": "fp16"}, "unknown --teacher-llm-dtype 'fp16': choose from float32, bfloat16, float16"),

@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,16 @@ def test_another_archive_is_refused(data: bytes, message: str) -> None:
         recordings.spoken_lines(data)
 
 
+def test_recordings_are_copied_so_that_they_may_be_moved(tmp_path: Path) -> None:
+    write_split(tmp_path / "cache", "recordings", 2)
+    rows = [{**row, "audio": str(tmp_path / "cache" / row["audio"])}
+            for row in Manifest.load(tmp_path / "cache" / "recordings.tsv")]  # fmt: skip
+    made = recordings.copied(rows, tmp_path / "out")
+    assert [row["audio"] for row in made] == [f"audio/{row['id']}.flac" for row in rows]
+    for row, copy in zip(rows, made, strict=True):
+        assert (tmp_path / "out" / copy["audio"]).read_bytes() == Path(row["audio"]).read_bytes()
+
+
 def test_lines_that_whisper_does_not_hear_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["one two three four", "five six seven eight", "nine ten eleven twelve"]
     write_split(tmp_path, "recordings", 3, texts=texts)
@@ -336,7 +347,8 @@ def command(name: str, *options: object, environment: dict[str, str] | None = No
         ("gpu.sh", ["pack", "--train", "5"], "unknown option --train"),
         ("gpu.sh", ["load"], "load needs what to load"),
         ("gpu.sh", ["load", "00", "--from", "/nowhere"], "/nowhere/00 holds no piece"),
-        ("gpu.sh", ["rows", "nonsense", "--work", "/nowhere"], "there is no row nonsense"),
+        ("gpu.sh", ["rows", "--seeds", "1"], "rows needs what to rows, such as all"),
+        ("gpu.sh", ["rows", "mix", "--work", "/nowhere"], "holds no pieces: load them all first"),
         ("gpu.sh", ["train", "--work", "/nowhere"], "holds no pieces: load them all first"),
         ("gpu.sh", ["results", "--work", "/nowhere", "--to", "x"], "train first"),
     ],
@@ -394,6 +406,7 @@ def test_all_stages_run_on_a_few_rows_and_a_second_run_skips_them(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.real
+@pytest.mark.recordings
 def test_the_pieces_for_a_gpu_train_on_a_few_rows(tmp_path: Path) -> None:
     where = ["--work", tmp_path / "work", "--quick"]
     packed = command("gpu.sh", "pack", "--quick", "--piece-mib", 8, "--to", tmp_path / "pieces")
@@ -406,10 +419,16 @@ def test_the_pieces_for_a_gpu_train_on_a_few_rows(tmp_path: Path) -> None:
     options = ["--processes", 1, "--seconds", PATIENCE]
     trained = command("gpu.sh", "train", *options, *where)
     assert trained.returncode == 0 and trained.stdout.endswith("trained\n"), (trained.stdout + trained.stderr)[-3000:]
-    row = command("gpu.sh", "rows", "no-input-kl", *options, *where)
-    assert "no-input-kl: trained" in row.stdout, (row.stdout + row.stderr)[-3000:]
-    assert "trained before" in command("gpu.sh", "rows", "no-input-kl", *options, *where).stdout
+    given = ["rows", "mix", "--jobs", 1, *where]
+    in_pieces = command("gpu.sh", *given, "--seconds", 5)
+    assert "the time is over" in in_pieces.stdout, (in_pieces.stdout + in_pieces.stderr)[-3000:]
+    measured = command("gpu.sh", *given, "--seconds", PATIENCE)
+    assert measured.stdout.endswith("measured\n"), (measured.stdout + measured.stderr)[-3000:]
     brought = command("gpu.sh", "results", "--to", tmp_path / "results", *where)
     assert brought.returncode == 0, brought.stderr[-2000:]
     size = sum(path.stat().st_size for path in (tmp_path / "results").rglob("*"))
     assert (tmp_path / "results" / "distillation" / "model.safetensors").exists() and size < 16 << 20
+    with tarfile.open(tmp_path / "results" / "rows.tar.gz.00") as archive:
+        archive.extractall(tmp_path, filter="data")
+    result = json.loads((tmp_path / "rows" / "results" / "mix-seed1.json").read_text())
+    assert {"test", "phone", "game"} <= set(result["sets"])

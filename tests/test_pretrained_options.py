@@ -10,6 +10,7 @@ from tiny import save_llm, save_whisper, write_split
 
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.modules.build import SpeechLlmConfig, adopt_options, build_speech_llm
+from blspkd_fairseq.modules.trained_state import deepen_adapter, load_trained_state_dict, trained_state_dict
 
 
 def test_what_is_left_at_its_default_is_taken_over() -> None:
@@ -55,3 +56,55 @@ def test_training_goes_on_from_a_folder_without_its_options(tmp_path: Path) -> N
         fairseq(
             "train", tmp_path / "data", *options, "--adapter-post-layers", 1, "--pretrained-model", tmp_path / "model"
         )
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bases")
+
+
+def small_config(folder: Path, **options: Any) -> SpeechLlmConfig:
+    whisper, llm = folder / "whisper", folder / "llm"
+    bases = whisper if whisper.exists() else save_whisper(whisper), llm if llm.exists() else save_llm(llm)
+    return SpeechLlmConfig(
+        speech_encoder=str(bases[0]), llm=str(bases[1]), llm_dtype="float32", adapter_heads=2, lora_rank=3, **options
+    )
+
+
+@pytest.mark.parametrize(("pre", "post"), [(3, 1), (2, 2)])
+def test_a_deeper_adapter_begins_with_the_output_of_the_shallow_one(bases: Path, pre: int, post: int) -> None:
+    shallow, _ = build_speech_llm(small_config(bases, adapter_pre_layers=1, adapter_post_layers=1))
+    deep, _ = build_speech_llm(small_config(bases, adapter_pre_layers=pre, adapter_post_layers=post))
+    state = trained_state_dict(shallow)
+    load_trained_state_dict(deep, deepen_adapter(deep, state))
+    samples, lengths = torch.randn(2, 16_000), torch.tensor([16_000, 9_000])
+    outputs = [model.eval().adapt(samples, lengths) for model in (shallow, deep)]
+    assert torch.equal(outputs[0].embeddings, outputs[1].embeddings)
+    assert torch.equal(outputs[0].alpha, outputs[1].alpha)  # type: ignore[arg-type]
+    # What is new learns from the first update on.
+    outputs[1] = deep.train().adapt(samples, lengths)
+    (outputs[1].embeddings * torch.randn_like(outputs[1].embeddings)).sum().backward()
+    new = {name: p for name, p in deep.named_parameters() if name.startswith("adapter.") and name not in state}
+    last = [p for name, p in new.items() if "out_proj." in name or "linear2." in name]
+    assert len(new) == 12 * (pre + post - 2) == 3 * len(last)
+    assert all(not p.any() and p.grad is not None and p.grad.any() for p in last)
+
+
+@pytest.mark.parametrize("options", [{"adapter_pre_layers": 0}, {"adapter_post_layers": 0}, {"adapter": "cnn"}])
+def test_an_adapter_that_is_no_beginning_of_the_other_is_refused(bases: Path, options: dict[str, Any]) -> None:
+    shallow, _ = build_speech_llm(small_config(bases, **{"adapter_pre_layers": 2, "adapter_post_layers": 2}))
+    other, _ = build_speech_llm(small_config(bases, **{"adapter_pre_layers": 2, "adapter_post_layers": 2} | options))
+    with pytest.raises(ValueError, match="does not fit the model's options"):
+        load_trained_state_dict(other, deepen_adapter(other, trained_state_dict(shallow)))
+
+
+def test_training_goes_on_with_a_deeper_adapter(tmp_path: Path, bases: Path) -> None:
+    config = small_config(bases, adapter_pre_layers=1, adapter_post_layers=1)
+    BlspKd(*build_speech_llm(config), config).save_pretrained(tmp_path / "model")
+    write_split(tmp_path / "data", "train", 4)
+    log = fairseq(
+        "train", tmp_path / "data", *TRAIN_OPTIONS, "--lora-rank", 3, "--save-dir", tmp_path / "save",
+        "--max-update", 1, "--disable-validation", "--pretrained-model", tmp_path / "model", "--adapter-pre-layers", 2,
+    )  # fmt: skip
+    assert "adapter.pre.1: not among the trained layers, begin by adding nothing" in log
+    assert "adapter.pre.1.linear2.weight" in load(tmp_path / "save" / "checkpoint_last.pt")["model"]

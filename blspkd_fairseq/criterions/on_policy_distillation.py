@@ -93,6 +93,10 @@ class OnPolicyDistillationConfig(DistillationConfig):
         default=0.0,
         metadata={"help": "share of updates trained on tgt_text in place of roll-outs (1 - lambda of GKD)"},
     )
+    off_policy_cross_entropy: bool = field(
+        default=False,
+        metadata={"help": "... by its cross-entropy, as an anchor in the words of tgt_text, not by the divergence"},
+    )
     teacher_llm: str = field(
         default="", metadata={"help": "another, larger LLM with the same tokenizer as teacher (default: the student's)"}
     )
@@ -292,7 +296,10 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
             teacher, head = own.teach(batch.teacher).index_select(0, batch.teacher.response), own.head
             transforms = (speech_llm.logit_transform, own.logit_transform)
         assert teacher is not None
-        if self.cfg.estimator == "exact" or rolled is None:
+        if rolled is None and self.cfg.off_policy_cross_entropy:
+            values = linear_cross_entropy(compared.student, compared.targets, weight, bias, chunk, transforms[0])
+            divergence = values.sum()
+        elif self.cfg.estimator == "exact" or rolled is None:
             values, agrees = linear_jensen_shannon(
                 compared.student, teacher, weight, bias, self.cfg.beta, 1.0, chunk, head, *transforms
             )
@@ -415,6 +422,8 @@ def _check(cfg: OnPolicyDistillationConfig) -> None:
             raise ValueError(f"--{option.replace('_', '-')} must be between 0 and 1, got {getattr(cfg, option)}")
     if cfg.estimator == "sampled" and cfg.beta != 1 and cfg.off_policy_share == 0:
         raise ValueError("--beta needs --estimator exact: the sampled estimator is one of the reverse KL (beta 1)")
+    if cfg.off_policy_cross_entropy and cfg.off_policy_share == 0:
+        raise ValueError("--off-policy-cross-entropy needs updates on tgt_text: give --off-policy-share above 0")
     if cfg.rollout_lifetime < 1:
         raise ValueError(f"--rollout-lifetime must be at least 1, got {cfg.rollout_lifetime}")
     if cfg.rollout_lifetime > 1 and get_data_parallel_world_size() > 1:

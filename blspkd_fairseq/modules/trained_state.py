@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ _NO_WEIGHT = (_FINGERPRINT, _SETTING)
 _CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _SHA256 = "weights_sha256"
+_ADDS = re.compile(r"\.(self_attn\.out_proj|linear2)\.(weight|bias)$")  # the last of what a layer adds to its input
+
+logger = logging.getLogger(__name__)
 
 
 def trained_state_dict(model: SpeechLLM) -> dict[str, Tensor]:
@@ -85,6 +90,35 @@ def load_trained_state_dict(model: SpeechLLM, state: Mapping[str, Tensor]) -> No
                 parameter.copy_(weights[name])
             elif "lora_B" in name:
                 parameter.zero_()
+
+
+def deepen_adapter(model: SpeechLLM, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a CFormer with fewer layers, completed for this one: the output stays what it was.
+
+    The layers that it lacks come after those that it has. They begin as they were initialised here, but for the
+    projections of what each adds to its input, which are zero.
+
+    Args:
+        model: the deeper model, freshly built.
+        state: of :func:`trained_state_dict`; of another adapter it is returned as it is.
+    """
+    known = {_layer(name) for name in state}
+    if "adapter.pre.0" not in known:
+        return dict(state)
+    missing = {
+        name: torch.zeros_like(parameter) if _ADDS.search(name) else parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if name.startswith(("adapter.pre.", "adapter.post.")) and _layer(name) not in known
+    }
+    if missing:
+        layers = sorted({_layer(name) for name in missing})
+        logger.info(f"{', '.join(layers)}: not among the trained layers, begin by adding nothing")
+    return {**state, **missing}
+
+
+def _layer(name: str) -> str:
+    """``adapter.pre.1`` of the name of a parameter in it."""
+    return ".".join(name.split(".")[:3])
 
 
 def _check_settings(settings: Mapping[str, float], state: Mapping[str, Tensor]) -> None:

@@ -33,7 +33,7 @@ from blspkd_fairseq.generation.fairseq_generator import LlmDictionary
 from blspkd_fairseq.modules.build import adopt_options
 from blspkd_fairseq.modules.fingerprint import identity
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
-from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained
+from blspkd_fairseq.modules.trained_state import deepen_adapter, load_trained_state_dict, read_trained
 from blspkd_fairseq.modules.whisper_encoder import SAMPLES_PER_FRAME
 from blspkd_fairseq.tasks.answering import AnsweringTask
 
@@ -101,7 +101,8 @@ class BlspKdConfig(FaultLimits, FairseqDataclass):
         default="",
         metadata={
             "help": "begin with the trained parts of this model: a folder of save_pretrained or a checkpoint; options "
-            "of adapter, LoRA and base models that are not given are its own"
+            "of adapter, LoRA and base models that are not given are its own. Adapter layers beyond its own begin by "
+            "adding nothing"
         },
     )
     eval_wer: bool = field(
@@ -199,7 +200,7 @@ class BlspKdTask(AnsweringTask):
             logger.info(f"of --pretrained-model: {options or 'no option'}")
         model = super().build_model(cfg, from_checkpoint)
         if trained is not None:
-            load_trained_state_dict(model.speech_llm, trained[1])
+            load_trained_state_dict(model.speech_llm, deepen_adapter(model.speech_llm, trained[1]))
         self.dictionary.chat = model.chat
         self._model = model.speech_llm
         return model

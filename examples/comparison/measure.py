@@ -130,7 +130,9 @@ def measure_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     word_ends = WordEnds(args.whisper, args.data) if args.whisper and model.model.adapter.one_to_one else None
     results: dict[str, Any] = {"sets": {}}
     for name in tqdm((*SETS, *QUESTIONS), desc=args.out.stem, unit="set"):
-        data = SpeechTextDataset(Manifest.load(manifest_of(args.data, name)), model.chat_format, audio_root=None)
+        data = SpeechTextDataset(
+            Manifest.load(manifest_of(args.data, name)), model.chat_format, lengths=model.model.speech_lengths
+        )
         data.audio_root = None if name == "real" else args.data
         results["sets"][name] = measure_set(model, data, name, word_ends)
     results["text_kl"] = text_kl(model, args.data)
@@ -177,7 +179,10 @@ def measure_set(
 
 def text_kl(model: BlspKd, folder: Path) -> dict[str, list[float]]:
     """KL of the trained LLM reading text against the base LLM, at the responses to the heard set."""
-    data = SpeechTextDataset(Manifest.load(manifest_of(folder, "heard")), model.chat_format, audio_root=folder)
+    data = SpeechTextDataset(
+        Manifest.load(manifest_of(folder, "heard")), model.chat_format, audio_root=folder,
+        lengths=model.model.speech_lengths,
+    )  # fmt: skip
     inputs = collate(data, range(len(data)), model.device)["net_input"]
     plan = inputs["spec"].build(inputs["plan"])
     kl, tokens = teacher_forced_text_kl(model.model, plan.teacher), torch.ones(len(plan.response.rows))

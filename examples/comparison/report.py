@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import texts
+from figures import cell, mean_of_seeds, rates_table, ratio
 from pictures import kl_curve, plot_all
 from systems import CLAIMS, DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, QUESTIONS, ROWS, SCALED, SETS, UNTRAINED, Claim
 
 from blspkd_fairseq.evaluation.contrasts import Contrast
 from blspkd_fairseq.evaluation.metrics import Measurement, bleu, contains_match, error_rate, rouge_l
 from blspkd_fairseq.evaluation.significance import Interval
-from blspkd_fairseq.evaluation.variance import MIN_CLUSTERS, VarianceError
+from blspkd_fairseq.evaluation.variance import MIN_CLUSTERS
 from blspkd_fairseq.evaluation.verdicts import NONE, Verdict, compare_runs, correct
 from blspkd_fairseq.evaluation.verdicts import Runs as ClusteredRuns
 
@@ -84,25 +85,15 @@ class Runs(NamedTuple):
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 
-def _ratio(name: str, sums: Sequence[float], counts: Sequence[float], scale: float = 1.0) -> Measurement:
-    statistics = np.array([sums, counts], dtype=np.float64).T
-
-    def score_of(total: np.ndarray) -> np.ndarray:
-        count = total[..., 1]
-        return scale * np.divide(total[..., 0], count, out=np.full(np.shape(count), np.nan), where=count > 0)
-
-    return Measurement(name, name, statistics, score_of, True)
-
-
 def _kl(part: str) -> Callable[..., Measurement | None]:
     def of(run: dict[str, Any], text: dict[str, Any], rows: dict[str, Any]) -> Measurement | None:
-        return _ratio(part, run[f"{part}_kl"], run[f"{part}_tokens"]) if f"{part}_kl" in run else None
+        return ratio(part, run[f"{part}_kl"], run[f"{part}_tokens"]) if f"{part}_kl" in run else None
 
     return of
 
 
 def _agreement(run: dict[str, Any], text: dict[str, Any], rows: dict[str, Any]) -> Measurement | None:
-    return _ratio("agreement", run["response_agree"], run["response_tokens"], 100) if "response_agree" in run else None
+    return ratio("agreement", run["response_agree"], run["response_tokens"], 100) if "response_agree" in run else None
 
 
 def _repeat(run: dict[str, Any], text: dict[str, Any], rows: dict[str, Any]) -> Measurement:
@@ -125,13 +116,13 @@ def _counts(run: dict[str, Any], text: dict[str, Any], rows: dict[str, Any]) -> 
     if "counted" not in run:
         return None
     errors = [abs(a - b) for a, b in zip(run["counted"], run["tokens"], strict=True)]
-    return _ratio("token-count error", errors, run["tokens"], 100)
+    return ratio("token-count error", errors, run["tokens"], 100)
 
 
 def _boundaries(run: dict[str, Any], text: dict[str, Any], rows: dict[str, Any]) -> Measurement | None:
     if "boundary_ms" not in run:
         return None
-    return _ratio(
+    return ratio(
         "boundary error", [sum(map(abs, row)) for row in run["boundary_ms"]], [len(row) for row in run["boundary_ms"]]
     )
 
@@ -251,22 +242,13 @@ class Report:
         by_seed = self.by_seed(name, [set_name], measure)
         if not by_seed:
             return None
-        mean = float(np.mean([one.score for one in by_seed.values()]))
-        try:
-            found = _runs({name: by_seed}, self.clusters([set_name])).score(name)
-        except VarianceError as error:
-            return Interval(mean, float("nan"), float("nan"), str(error))
-        low, high = found.interval()
-        return Interval(mean, max(0.0, low), high if _ALL[measure].less_is_better else min(100.0, high), found.note)
+        seeds = {None if name in UNTRAINED else seed: one for seed, one in by_seed.items()}
+        return mean_of_seeds(seeds, self.clusters([set_name]))
 
     def cell(self, name: str, set_name: str, measure: str, with_range: bool = True) -> str:
         """The mean of the seeds with its interval, and their range."""
-        interval, form = self.interval(name, set_name, measure), _ALL[measure].form
-        if interval is None:
-            return "–"
-        text = f"{interval.score:{form}}"
-        if not np.isnan(interval.low):
-            text += f" [{interval.low:{form}}, {interval.high:{form}}]"
+        form = _ALL[measure].form
+        text = cell(self.interval(name, set_name, measure), form)
         made = self.measurements(name, [set_name], measure)
         if with_range and len(made) > 1:
             scores = [one.score for one in made]
@@ -430,13 +412,7 @@ class Report:
         return f"{np.mean(found):.3f}" if found else "–"
 
     def learning_rates_table(self) -> str:
-        lines = ["| searched on | validation loss at each learning rate |", "|---|---|"]
-        for name, losses in self.runs.searches.items():
-            best = min(losses.values())
-            cells = [f"{rate}: {'**' if loss == best else ''}{loss:.3f}{'**' if loss == best else ''}"
-                     for rate, loss in sorted(losses.items(), key=lambda pair: float(pair[0]))]  # fmt: skip
-            lines.append(f"| {self.titles(name)} | " + ", ".join(cells) + " |")
-        return "\n".join(lines) + "\n"
+        return rates_table(self.runs.searches, {name: self.titles(name) for name in self.runs.searches})
 
     def claims_table(self) -> str:
         columns = {measure: self.claims_on(measure) for measure in DECIDING}

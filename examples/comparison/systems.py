@@ -1,5 +1,6 @@
 """The rows of the comparison: each system is a set of options of ``fairseq-train``, and the claims of the papers."""
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -16,6 +17,9 @@ class Row(NamedTuple):
         rate_of: of rows that begin from scratch, the row on which their learning rate was searched.
         on_policy: trained on its own roll-outs.
         trains_encoder: so that the encoder's frames cannot be kept.
+        responses: what the responses that it learns answer, or "" for the usual ones.
+        like: the row that this one is again, but for as long as ``as_long_as`` trained.
+        as_long_as: a row whose training time it has, or "".
     """
 
     title: str
@@ -27,6 +31,33 @@ class Row(NamedTuple):
     rate_of: str = "kl"
     on_policy: bool = False
     trains_encoder: bool = False
+    responses: str = ""
+    like: str = ""
+    as_long_as: str = ""
+
+
+class Table(NamedTuple):
+    """Everything that is trained and compared.
+
+    Attributes:
+        rows: by name.
+        untrained: titles of the systems without training.
+        main: rows that all seeds train; the others have the first seed.
+        last: rows that come when all others are done.
+        hidden: rows that are trained for others only.
+        rates: learning rates, in rising order, that are tried on a row.
+        searched: the row on which the rate of a row is searched.
+        widest: how many more rates are tried where the best is at the edge.
+    """
+
+    rows: Mapping[str, Row]
+    untrained: Mapping[str, str]
+    main: Sequence[str]
+    last: Sequence[str]
+    hidden: Sequence[str]
+    rates: Mapping[str, tuple[float, ...]]
+    searched: Callable[[str], str]
+    widest: int = 0
 
 
 _CNN = "--adapter cnn --input-kl-weight 0"
@@ -90,17 +121,18 @@ SCALED = ("blsp", "warm_blsp_kd")
 DIVISORS = (8, 4, 2)
 
 
-def _on_less(name: str, divisor: int) -> dict[str, Row]:
-    row = ROWS[name]
+def on_less(rows: Mapping[str, Row], name: str, divisor: int) -> dict[str, Row]:
+    """A row and those that it begins with, on a part of the data."""
+    row = rows[name]
     start = f"{row.start}_{divisor}" if row.start else ""
     less = row._replace(title=f"{row.title}, 1/{divisor} of the data", start=start, data_divisor=divisor)
-    return (_on_less(row.start, divisor) if row.start else {}) | {f"{name}_{divisor}": less}
+    return (on_less(rows, row.start, divisor) if row.start else {}) | {f"{name}_{divisor}": less}
 
 
 LESS_DATA: dict[str, Row] = {}
 for _name in SCALED:
     for _divisor in DIVISORS:
-        LESS_DATA |= _on_less(_name, _divisor)
+        LESS_DATA |= on_less(ROWS, _name, _divisor)
 ROWS |= LESS_DATA
 
 # Three learning rates, half a decade apart, are tried on a row of each kind, from scratch or on top of another.
@@ -126,6 +158,8 @@ def searched(name: str) -> str:
 
 # Trained for others only.
 HIDDEN = ("warm_half", "deep_half", "small_warm_up", *(f"warm_half_{divisor}" for divisor in DIVISORS))
+
+TABLE = Table(ROWS, UNTRAINED, MAIN, (*PUBLISHED, *LESS_DATA), HIDDEN, LEARNING_RATES, searched)
 
 
 class Claim(NamedTuple):

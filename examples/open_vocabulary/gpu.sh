@@ -5,23 +5,29 @@
 #   bash examples/open_vocabulary/gpu.sh pack [--speech DIR] [--piece-mib N] --to DIR     here: DIR/00, DIR/01, ...
 #   bash examples/open_vocabulary/gpu.sh load N --from DIR                                there, once for each piece
 #   bash examples/open_vocabulary/gpu.sh train [OPTIONS OF run.sh]                        there, until it says "trained"
-#   bash examples/open_vocabulary/gpu.sh rows "NAME ..." [OPTIONS OF run.sh]              there: variants, see row_options
-#   bash examples/open_vocabulary/gpu.sh results [--model NAME] --to DIR                  there: a model and all logs
+#   bash examples/open_vocabulary/gpu.sh rows "NAME ..."|all [OPTIONS OF compare_rows.py] there, until it says "measured"
+#   bash examples/open_vocabulary/gpu.sh results [--model NAME] --to DIR                  there: a model, logs, the rows
 #
 # --seconds N (480) is the time of one call of train or rows; --work DIR is where everything lies there; --quick packs
-# and trains a few rows, with the packages that are installed. Models, speech by flite and Python 3.12 wheels of what a
-# machine with torch and transformers lacks are packed; responses are made there.
+# and trains a few rows, with the packages that are installed. Models, speech by flite, recordings to test on and Python
+# 3.12 wheels of what a machine with torch and transformers lacks are packed; responses are made there. The rows of the
+# comparison stand in rows.py; they need stage 4 of run.sh (train, also with --stop-stage 4).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 here=$root/examples/open_vocabulary
 source "$root/examples/common.sh"
 
 command=${1:-help} work=${TMPDIR:-/tmp}/open_vocabulary_gpu from="" to="" speech="" model=distillation piece_mib=45 seconds=480 quick="" cache=""
-usage() { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 fail() { echo "gpu.sh: $*" >&2; exit 2; }
 [ $# -eq 0 ] || shift
 positional="" passed=()
-case $command in load | rows) positional=${1:-}; [ -n "$positional" ] || fail "$command needs what to $command (--help)"; shift ;; esac
+case $command in
+    load | rows)
+        positional=${1:-}
+        [[ -n "$positional" && "$positional" != -* ]] || fail "$command needs what to $command, such as $([ "$command" = load ] && echo 00 || echo all) (--help)"
+        shift ;;
+esac
 while [ $# -gt 0 ]; do
     case $1 in
         --help | -h) usage; exit 0 ;;
@@ -31,8 +37,7 @@ while [ $# -gt 0 ]; do
             name=${1#--}; printf -v "${name//-/_}" '%s' "$2"; shift 2 ;;
         *)
             case $command in train | rows) ;; *) fail "unknown option $1 (--help lists them)" ;; esac
-            [ $# -gt 1 ] || fail "$1 needs a value"
-            passed+=("$1" "$2"); shift 2 ;;
+            passed+=("$1"); shift ;;
     esac
 done
 whole_numbers piece_mib seconds
@@ -51,7 +56,7 @@ pack() {
     [ -n "$to" ] || fail "pack needs --to DIR"
     [ ! -e "$to" ] || fail "$to exists: remove it or give another folder"
     [ "$piece_mib" -gt 0 ] || fail "--piece-mib must be at least 1"
-    local name number=0 limit=0 pieces
+    local name number=0 limit=0 recorded=200 pieces
     # Beside the pieces, which appear when they are complete.
     mkdir -p "$(dirname "$to")"
     unfinished=$(mktemp -d "$(dirname "$to")/.pack.XXXXXX"); trap 'rm -rf "$unfinished"' EXIT
@@ -59,7 +64,7 @@ pack() {
     pieces=$unfinished/pieces
     mkdir -p "$bundle/wheels" "$bundle/cache" "$bundle/out" "$pieces"
     if [ -z "$quick" ]; then fetch_wheels "$bundle/wheels"; fi
-    [ -z "$quick" ] || limit=200
+    [ -z "$quick" ] || { limit=200 recorded=4; }
     "$python" "$here/gather_sentences.py" --out "$bundle/out/sentences" --cache "$cache" --limit "$limit"
     touch "$bundle/out/.done-2"
     "$python" - "$root" "$cache" <<'PYTHON'
@@ -71,6 +76,9 @@ import fetch_recordings, voices
 fetch_recordings.fetch_debian(cache / "flite", voices.FLITE_PACKAGES)
 PYTHON
     cp -r "$cache/flite" "$bundle/cache/"
+    "$python" "$root/examples/quickstart/fetch_models.py" --cache "$cache"
+    "$python" "$here/recordings.py" --out "$bundle/out/sets" --cache "$cache" --whisper "$cache/whisper-tiny.en" \
+        --rows "$recorded" --copy
     if [ -n "$speech" ]; then cp -r "$speech" "$bundle/speech"; chmod -R u+w "$bundle/speech"; fi
     tar -C "$bundle" -cf - . | split -b "${piece_mib}M" -d - "$pieces/part-"
     for name in "$pieces"/part-*; do
@@ -130,22 +138,23 @@ load() {
     echo "all pieces are unpacked in $work"
 }
 
-# in_time OPTIONS: stages of run.sh until the time is over; 0 when they are done
-in_time() {
+# there_only: commands find what was packed, and nothing is fetched
+there_only() {
     [ -d "$work/bundle/out" ] || fail "$work holds no pieces: load them all first"
-    # The neural voice stays here. Models are made there from the wheels; with --quick those of the cache are taken.
-    local models=$work/bundle/cache given=(--voices "slt rms awb kal16")
+    # Models are made there from the wheels; with --quick those of the cache are taken.
+    models=$work/bundle/cache
     [ -z "$quick" ] || models=$cache
-    [ -z "$quick" ] || given+=(--quick)
-    [ ! -d "$work/bundle/speech" ] || given+=(--speech "$work/bundle/speech")
     export BLSPKD_VENV=none PIP_NO_INDEX=1 PIP_FIND_LINKS=$work/bundle/wheels
     export PATH=$work/site/bin:$PATH PYTHONPATH=$work/site:$root${PYTHONPATH:+:$PYTHONPATH}
-    timeout "$seconds" bash "$here/run.sh" --out "$work/bundle/out" --cache "$models" "${given[@]}" --stop-stage 6 "$@"
 }
 
 train() {
-    local ended=0
-    in_time "${passed[@]}" || ended=$?
+    local ended=0 given=(--voices "slt rms awb kal16") # the neural voice stays here
+    there_only
+    [ -z "$quick" ] || given+=(--quick)
+    [ ! -d "$work/bundle/speech" ] || given+=(--speech "$work/bundle/speech")
+    timeout "$seconds" bash "$here/run.sh" --out "$work/bundle/out" --cache "$models" "${given[@]}" --stop-stage 6 \
+        "${passed[@]}" || ended=$?
     case $ended in
         0) echo "trained" ;;
         124) echo "the time is over: train again with the same options, it goes on" ;;
@@ -153,46 +162,37 @@ train() {
     esac
 }
 
-# row_options NAME: the options of fairseq-train that make a variant of the distillation
-row_options() {
-    case $1 in
-        no-input-kl) echo "--input-kl-weight 0" ;;
-        no-lora) echo "--lora-scope none" ;;
-        cross-entropy) echo "--response-kl-weight 0 --input-kl-weight 0 --response-ce-weight 1" ;;
-        response-kl) echo "--input-kl-weight 0 --lora-scope none" ;;
-        *) fail "there is no row $1: choose from no-input-kl, no-lora, cross-entropy, response-kl" ;;
-    esac
-}
-
 rows() {
-    local name ended begin=$SECONDS all=$seconds
-    for name in $positional; do row_options "$name" >/dev/null; done
-    for name in $positional; do
-        [ ! -e "$work/bundle/out/model/$name.done" ] || { echo "$name: trained before"; continue; }
-        seconds=$((all - (SECONDS - begin))) ended=0
-        [ "$seconds" -gt 20 ] || { echo "the time is over: run rows again"; return; }
-        in_time "${passed[@]}" --stage 6 --row "$name" --row-options "$(row_options "$name")" || ended=$?
-        case $ended in
-            0) touch "$work/bundle/out/model/$name.done"; echo "$name: trained" ;;
-            124) echo "the time is over: run rows again, it goes on"; return ;;
-            *) fail "row $name ended with $ended" ;;
-        esac
-    done
+    local ended=0 only=()
+    [ "$positional" = all ] || read -r -a only <<<"--only $positional"
+    there_only
+    "$python" "$here/compare_rows.py" --work "$work/bundle/out" --cache "$models" \
+        --speech-encoder "$models/whisper-tiny.en" --llm "$models/smollm2-135m-instruct" --seconds "$seconds" \
+        ${quick:+--quick} "${only[@]}" "${passed[@]}" || ended=$?
+    case $ended in
+        0) echo "measured" ;;
+        124) echo "the time is over: rows again with the same options, it goes on" ;;
+        *) fail "the rows ended with $ended" ;;
+    esac
 }
 
 results() {
     [ -n "$to" ] || fail "results needs --to DIR"
-    local checkpoint=$work/bundle/out/model/$model/checkpoint_last.pt
-    [ -f "$checkpoint" ] || fail "there is no $checkpoint: train first"
+    local out=$work/bundle/out checkpoint=$work/bundle/out/model/$model/checkpoint_last.pt
+    [ -f "$checkpoint" ] || [ -d "$out/rows/results" ] || fail "there is no $checkpoint: train first"
     mkdir -p "$to"
+    to=$(realpath "$to")
     export PYTHONPATH=$work/site:$root${PYTHONPATH:+:$PYTHONPATH}
-    "$python" - "$checkpoint" "$to/$model" <<'PYTHON'
+    if [ -f "$checkpoint" ]; then
+        "$python" - "$checkpoint" "$to/$model" <<'PYTHON'
 import sys
 from blspkd_fairseq import BlspKd
 BlspKd.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype="float16")
 PYTHON
-    to=$(realpath "$to")
-    (cd "$work/bundle/out/model" && tar -czf "$to/logs.tar.gz" -- *.log)
+        (cd "$out/model" && tar -czf "$to/logs.tar.gz" -- *.log)
+    fi
+    # For rows_report.py, here: cat rows.tar.gz.* | tar -xz
+    [ ! -d "$out/rows/results" ] || tar -C "$out" -cz rows/options.json rows/results | split -b 15M -d - "$to/rows.tar.gz."
     echo "$to: $(du -sm "$to" | cut -f1) MiB"
 }
 

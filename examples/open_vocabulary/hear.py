@@ -5,8 +5,9 @@
     python examples/open_vocabulary/hear.py --llm LLM --set test=DIR/test.tsv ... --out text.json          (it reads)
 
 Of each set, for each row: its id and transcript, what was heard (of a checkpoint the tokens nearest to its embeddings,
-as many as it counts by itself; of the cascade Whisper's transcript), the answers to "repeat" and to the speech alone
-("chat"), of a checkpoint the counted and the true tokens, and where the manifest has responses the response KL.
+as many as it counts by itself; of the cascade Whisper's transcript), the answers to "repeat", to the speech alone
+("chat"; "long": longer ones) and to "continue", of a checkpoint the counted and the true tokens, and where the manifest
+has responses the response KL.
 --nothing is a set in which nobody speaks.
 """
 
@@ -37,7 +38,8 @@ from blspkd_fairseq.generation.teacher_forced import collate, teacher_forced
 from blspkd_fairseq.modules.build import SpeechLlmConfig
 from blspkd_fairseq.systems.systems import CascadeSystem, TextSystem, Utterance
 
-ANSWER_TOKENS = {"repeat": 48, "chat": 40}
+ANSWERS = {"repeat": ("repeat", 48), "chat": ("chat", 40), "continue": ("continue", 48), "long": ("chat", 160)}
+"""What is asked for, and how many tokens an answer may have."""
 
 Found = dict[str, list[Any]]
 
@@ -57,8 +59,9 @@ class Rows:
         self.manifest = Manifest.load(path, ("src_text",))
         self.count = min(len(self.manifest), most or len(self.manifest))
         self.condition = condition
-        absolute = self.count > 0 and Path(self.manifest[0]["audio"]).is_absolute()
-        self.root = None if absolute else audio_root or path.parent
+        first = Path(self.manifest[0]["audio"] if self.count else "")
+        lies_beside = audio_root is None or (path.parent / first).exists()
+        self.root = None if first.is_absolute() else path.parent if lies_beside else audio_root
 
     @property
     def title(self) -> str:
@@ -84,11 +87,12 @@ class Rows:
 
 
 @torch.no_grad()
-def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[str, int]) -> Found:
+def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[str, tuple[str, int]]) -> Found:
     """Everything of one set; of noisy speech and where nobody speaks, what was heard and the answers."""
     found: Found = {}
     taught = rows.condition == "clean" and "tgt_text" in rows.manifest.columns
-    data = SpeechTextDataset(rows.manifest, model.chat_format, audio_root=rows.root)
+    lengths = model.model.speech_lengths
+    data = SpeechTextDataset(rows.manifest, model.chat_format, audio_root=rows.root, lengths=lengths)
     for part in tqdm(list(rows.parts(batch)), desc=rows.title, unit="batch"):
         cells = [rows.manifest[i] for i in part]
         if rows.condition == "clean":
@@ -96,19 +100,19 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
             speech = sample["net_input"]["src_tokens"], sample["net_input"]["src_lengths"]
         else:
             waveforms = [torch.from_numpy(rows.waveform(i)) for i in part]
-            lengths = torch.tensor([len(one) for one in waveforms], device=model.device)
-            speech = pad_waveforms(waveforms).to(model.device), lengths
+            samples = torch.tensor([len(one) for one in waveforms], device=model.device)
+            speech = pad_waveforms(waveforms).to(model.device), samples
         _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells])
-        adapted = model.model.adapt(*speech)
-        counts = adapted.lengths.tolist()
-        heard = [model.nearest_tokens(one[:count]) for one, count in zip(adapted.embeddings, counts, strict=True)]
-        _add(found, heard=[model.chat_format.decode(ids) for ids in heard])
-        for prompt, tokens in answers.items():
+        if model.model.adapter.one_to_one:
+            adapted = model.model.adapt(*speech)
+            counts = adapted.lengths.tolist()
+            heard = [model.nearest_tokens(one[:count]) for one, count in zip(adapted.embeddings, counts, strict=True)]
+            _add(found, heard=[model.chat_format.decode(ids) for ids in heard])
+        for answer, (prompt, tokens) in answers.items():
             options = DecodingOptions(max_new_tokens=tokens)
-            groups = answer_speech(
-                model.model, model.chat_format, *speech, [resolve_prompt(prompt)] * len(cells), options
-            )
-            _add(found, **{prompt: [group[0].text for group in groups]})
+            prompts = [resolve_prompt(prompt)] * len(cells)
+            groups = answer_speech(model.model, model.chat_format, *speech, prompts, options)
+            _add(found, **{answer: [group[0].text for group in groups]})
         if taught:
             _add(found, **teacher_forced(model.model, sample))
     return found
@@ -122,21 +126,21 @@ def _add(found: Found, **columns: Sequence[Any]) -> None:
 # ---- systems without training --------------------------------------------------------------------------------------
 
 
-def measure_untrained(system: TextSystem, rows: Rows, batch: int, answers: Mapping[str, int]) -> Found:
+def measure_untrained(system: TextSystem, rows: Rows, batch: int, answers: Mapping[str, tuple[str, int]]) -> Found:
     """What was heard, and the answers; without any, one token is answered and thrown away."""
     found: Found = {}
     for part in tqdm(list(rows.parts(batch)), desc=rows.title, unit="batch"):
         cells = [rows.manifest[i] for i in part]
         waveforms = [rows.waveform(i) if system.hears else None for i in part]
         _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells])
-        for prompt, tokens in (answers or {"repeat": 1}).items():
+        for answer, (prompt, tokens) in (answers or {"": ("repeat", 1)}).items():
             asked = [
                 Utterance(waveform, row["src_text"], resolve_prompt(prompt), "en")
                 for waveform, row in zip(waveforms, cells, strict=True)
             ]
             replies = system.answer(asked, DecodingOptions(max_new_tokens=tokens))
             if answers:
-                _add(found, **{prompt: [reply.text for reply in replies]})
+                _add(found, **{answer: [reply.text for reply in replies]})
         pairs = zip(replies, cells, strict=True)
         _add(found, heard=[row["src_text"] if reply.heard is None else reply.heard for reply, row in pairs])
     return found
@@ -151,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sets = [Rows(name, path, args.audio_root, args.rows) for name, path in args.set]
     sets += [Rows(*args.set[0], args.audio_root, args.rows, condition) for condition in args.conditions]
     silent = [Rows("nothing", args.nothing, args.audio_root, args.rows)] if args.nothing else []
-    answers = {name: ANSWER_TOKENS[name] for name in args.answers}
+    answers = {name: (ANSWERS[name][0], min(ANSWERS[name][1], args.most_tokens)) for name in args.answers}
     results: dict[str, Any] = {"sets": {}}
     if args.checkpoint:
         model = BlspKd.from_pretrained(args.checkpoint)
@@ -178,16 +182,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", required=True, metavar="NAME=MANIFEST", type=_named)
     parser.add_argument("--nothing", type=Path, help="manifest of clips in which nobody speaks")
     parser.add_argument("--conditions", nargs="*", default=[], help="the first set again under noise, such as white:10")
-    parser.add_argument("--answers", nargs="*", choices=list(ANSWER_TOKENS), default=list(ANSWER_TOKENS))
-    parser.add_argument("--audio-root", type=Path, help="of relative audio")
+    parser.add_argument("--answers", nargs="*", choices=list(ANSWERS), default=["repeat", "chat"])
+    parser.add_argument("--most-tokens", type=int, default=1000, help="that an answer may have, whatever is asked")
+    parser.add_argument("--audio-root", type=Path, help="of audio that does not lie beside its manifest")
     parser.add_argument("--rows", type=int, default=0, help="first rows of each set (default: all)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     if bool(args.checkpoint) == bool(args.llm):
         parser.error("give --checkpoint, or --llm with or without --cascade")
-    if args.rows < 0 or args.batch_size < 1:
-        parser.error("--rows must not be negative, and --batch-size at least 1")
+    if args.rows < 0 or min(args.batch_size, args.most_tokens) < 1:
+        parser.error("--rows must not be negative, --batch-size and --most-tokens at least 1")
     return args
 
 

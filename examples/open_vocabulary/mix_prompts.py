@@ -42,6 +42,17 @@ def asked(row: Mapping[str, object], prompt: str, is_speech: bool) -> dict[str, 
     return {**cells, "prompt": prompt, "teacher_text": "" if is_speech else TEACHER_TEXTS[prompt]}
 
 
+def asked_again(folder: Path, target: Path, prompt: str, splits: Sequence[str]) -> None:
+    """The rows of the manifests in a folder, all of them asked for one thing."""
+    target.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        rows = [
+            {**row, "prompt": prompt, "teacher_text": TEACHER_TEXTS[prompt] if row.get("teacher_text") else ""}
+            for row in Manifest.load(folder / f"{split}.tsv")
+        ]
+        write_manifest(target / f"{split}.tsv", rows, COLUMNS)
+
+
 def make(data: Path, rows: int, held_out: int, nothing: int, mix: Mapping[str, float]) -> None:
     """Everything in the module's text."""
     voices = Manifest.load(data / "train.tsv")

@@ -13,6 +13,7 @@ import io
 import json
 import random
 import re
+import shutil
 import struct
 import sys
 import tempfile
@@ -189,13 +190,25 @@ def heard_by_whisper(rows: Sequence[dict[str, str]], whisper: str, batch: int = 
     return kept
 
 
-def make(out: Path, cache: Path, whisper: str, rows: int) -> None:
+def copied(rows: Sequence[dict[str, str]], out: Path) -> list[dict[str, str]]:
+    """The rows with their audio in OUT/audio, so that OUT may be moved."""
+    (out / "audio").mkdir(parents=True, exist_ok=True)
+    made = []
+    for row in rows:
+        name = f"audio/{row['id']}{Path(row['audio']).suffix}"
+        shutil.copyfile(row["audio"], out / name)
+        made.append({**row, "audio": name})
+    return made
+
+
+def make(out: Path, cache: Path, whisper: str, rows: int, copy: bool = False) -> None:
     """Everything in the module's text."""
     out.mkdir(parents=True, exist_ok=True)
-    write_manifest(out / "phone.tsv", draw(fetch_recordings.fetch(cache), rows), COLUMNS)
+    prompts = draw(fetch_recordings.fetch(cache), rows)
+    write_manifest(out / "phone.tsv", copied(prompts, out) if copy else prompts, COLUMNS)
     drawn = draw(fetch_game(cache), rows)
     kept = heard_by_whisper(drawn, whisper)
-    write_manifest(out / "game.tsv", kept, COLUMNS)
+    write_manifest(out / "game.tsv", copied(kept, out) if copy else kept, COLUMNS)
     counts = {
         "drawn": len(drawn),
         "kept": len(kept),
@@ -211,10 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--whisper", required=True, help="that decides which lines of the game are speech")
     parser.add_argument("--rows", type=int, default=200, help="of each set, before the filter (0: all)")
+    parser.add_argument("--copy", action="store_true", help="copy the audio into OUT, which may then be moved")
     args = parser.parse_args(arguments)
     if args.rows < 0:
         parser.error(f"--rows must not be negative, got {args.rows}")
-    make(args.out, args.cache, args.whisper, args.rows)
+    make(args.out, args.cache, args.whisper, args.rows, args.copy)
 
 
 if __name__ == "__main__":

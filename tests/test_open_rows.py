@@ -1,0 +1,451 @@
+"""The comparison on everyday English: how long rows train, what goes on where it was, what the report says."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import fairseq
+from tiny import PATIENCE, save_llm, save_whisper, write_split
+
+ROOT = Path(__file__).resolve().parents[1]
+OPEN = ROOT / "examples" / "open_vocabulary"
+sys.path[:0] = [str(OPEN), str(ROOT / "examples" / "comparison")]
+
+import compare_rows  # noqa: E402
+import hear  # noqa: E402
+import mix_prompts  # noqa: E402
+import rows as table  # noqa: E402
+import rows_report  # noqa: E402
+import select_sentences  # noqa: E402
+import trainings  # noqa: E402
+from figures import rates_table  # noqa: E402
+from no_speech import TEACHER_TEXTS  # noqa: E402
+
+from blspkd_fairseq import BlspKd  # noqa: E402
+from blspkd_fairseq.cli import responses  # noqa: E402
+from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
+from blspkd_fairseq.evaluation.contrasts import load_plan  # noqa: E402
+from blspkd_fairseq.evaluation.significance import Interval  # noqa: E402
+from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm  # noqa: E402
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+def test_every_row_finds_what_it_begins_with_and_its_rates() -> None:
+    for name, row in table.ROWS.items():
+        assert all(other in table.ROWS for other in trainings.needs(table.TABLE, name))
+        assert table.searched(name) in table.RATES and set(table.RATES) <= set(table.BY_UTTERANCES)
+        start = table.ROWS[row.start].share if row.start and table.ROWS[row.start].transcripts else 0
+        assert start + row.share == (0.5 if name.startswith("warm_half") or row.start == "mix" else 1)
+    assert all(rate in trainings.LADDER for rates in table.RATES.values() for rate in rates)
+
+
+def test_the_plan_speaks_of_rows_that_all_seeds_train() -> None:
+    plan = load_plan(rows_report.PLAN)
+    assert set(plan.systems) <= {*table.ROWS, *table.UNTRAINED} and len(plan.primary) == 4
+    assert {name for one in plan.primary for name in (one.better, one.worse)} <= set(table.MAIN)
+    for one in plan.contrasts:
+        pair = [{name, table.ROWS[name].start} for name in (one.better, one.worse) if name in table.ROWS]
+        assert one.shared_start == (len(pair) == 2 and bool(pair[0] & pair[1] - {""})), one.name
+
+
+# ---- how long a row trains -----------------------------------------------------------------------------------------
+
+
+def write_asked(work: Path, count: int = 32) -> None:
+    """What stage 4 of run.sh leaves, of three seconds each."""
+    rows = [
+        {"id": f"r{i}", "audio": f"{i}.wav", "n_frames": 48_000, "src_text": "a", "tgt_text": "b", "prompt": "chat"}
+        for i in range(count)
+    ]
+    folder = work / "data" / "asked" / "responses"
+    folder.mkdir(parents=True)
+    for split in ("train", "valid", "test"):
+        write_manifest(folder / f"{split}.tsv", rows, list(rows[0]))
+
+
+def rows_of(work: Path, *options: Any) -> compare_rows.OpenRows:
+    return compare_rows.OpenRows(compare_rows.parse(["--work", str(work), *map(str, options)]))
+
+
+def note(rows: compare_rows.OpenRows, name: str, updates: int, wall: float, before: float = 0.0) -> None:
+    folder = rows.folder(name, 1)
+    folder.mkdir(parents=True)
+    done = {"updates": updates, "batch": 16, "train_wall": wall, "wall_before": before, "utterances_before": 0}
+    (folder / "done.json").write_text(json.dumps(done))
+
+
+def test_rows_hear_as_many_utterances_and_again_have_as_many_minutes(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, "--utterances", 4800)
+    assert rows.updates_of("blsp", 1) == rows.updates_of("scratch", 1) == 300
+    assert (rows.updates_of("warm_half", 1), rows.updates_of("mix", 1), rows.updates_of("x_opd", 1)) == (50, 150, 150)
+    note(rows, "warm_half", 50, 20)
+    note(rows, "mix", 150, 100, before=20)
+    note(rows, "longer", 150, 90, before=120)
+    note(rows, "blsp", 300, 60)
+    note(rows, "x_opd", 150, 450, before=120)
+    note(rows, "encoder", 150, 300, before=20)
+    assert rows.updates_of("blsp_in_time", 1) == 600  # 120 s at a fifth of a second each
+    assert rows.updates_of("encoder_in_time", 1) == 50  # the 100 s that are left beside the warm-up
+    assert rows.updates_of("x_opd_in_time", 1) == 30  # the 90 s of what goes on as it did
+
+
+def test_rates_are_searched_where_rows_hear(tmp_path: Path) -> None:
+    write_asked(tmp_path)
+    rows = rows_of(tmp_path, "--utterances", 120_000, "--search", "--threshold-hours", 30)
+    # 60 hours are 72,000 utterances of three seconds; a row from scratch hears them, what follows a warm-up has less
+    # to go, and never less than a third.
+    assert rows.search_part("scratch") == pytest.approx(0.6)
+    note(rows, "warm_half", 3750, 1)  # 60,000 utterances
+    assert rows.search_part("mix") == pytest.approx(1 / 3)
+    assert rows_of(tmp_path, "--utterances", 12_000, "--search").search_part("scratch") == 1
+
+
+def test_other_options_are_refused_and_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no train.tsv: run.sh --out .* --stop-stage 4 first"):
+        rows_of(tmp_path).prepare()
+    write_asked(tmp_path)
+    rows_of(tmp_path, "--utterances", 10).keep_options()
+    rows_of(tmp_path, "--utterances", 10, "--seeds", 1, 2).keep_options()
+    with pytest.raises(ValueError, match="holds rows of --utterances 10, not 11: give another --out"):
+        rows_of(tmp_path, "--utterances", 11).keep_options()
+
+
+def test_parts_of_the_data_hold_each_other(tmp_path: Path) -> None:
+    write_asked(tmp_path, 64)
+    folder = tmp_path / "data" / "asked" / "responses"
+    inner: set[str] = set()
+    for divisor in table.DIVISORS:
+        compare_rows.write_part(folder, divisor)
+        ids = {row["id"] for row in Manifest.load(folder / f"train_{divisor}.tsv")}
+        assert inner < ids and len(ids) == 64 // divisor
+        inner = ids
+
+
+def test_rows_are_asked_again_for_one_thing(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", 4, speaker="x", src_lang="en")
+    rows = list(Manifest.load(tmp_path / "train.tsv"))
+    before = [mix_prompts.asked(row, "chat", is_speech=i < 3) for i, row in enumerate(rows)]
+    write_manifest(tmp_path / "train.tsv", before, mix_prompts.COLUMNS)
+    mix_prompts.asked_again(tmp_path, tmp_path / "again", "continue", ("train",))
+    after = list(Manifest.load(tmp_path / "again" / "train.tsv"))
+    assert [row["id"] for row in before] == [row["id"] for row in after]
+    assert {row["prompt"] for row in after} == {"continue"}
+    assert [row["teacher_text"] for row in after] == ["", "", "", TEACHER_TEXTS["continue"]]
+
+
+# ---- what goes on --------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_of_an_epoch_that_was_logged_twice_counts_once() -> None:
+    lines = ["| INFO | train | epoch 001 | loss 2 | train_wall 4 | wall 9", "| INFO | train | epoch 002 | train_wall 3"]
+    assert trainings.sum_over_epochs("\n".join([lines[0], *lines]), "train_wall") == 7
+    valid = "| valid | epoch 001 | valid on 'valid' subset | loss {} | num_updates {}"
+    log = "\n".join([valid.format(3, 10), valid.format(2, 20), valid.format(2.5, 20)])
+    assert [point["loss"] for point in trainings.curve(log)] == [3, 2.5]
+
+
+def test_a_command_ends_with_the_time_and_what_it_writes_goes_on(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path)
+    log = tmp_path / "log"
+    assert rows.call([sys.executable, "-c", "print(1)"], log) == 0
+    assert rows.call([sys.executable, "-c", "raise SystemExit(3)"], log) == 3
+    script = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved', flush=True), sys.exit(143)))"
+    rows.end_on_signals()
+    killer = subprocess.Popen(["bash", "-c", f"until grep -q begun {log}; do sleep .1; done; kill -TERM {os.getpid()}"])
+    try:
+        with pytest.raises(trainings.TimeOver):
+            rows.call([sys.executable, "-c", f"{script}; print('begun', flush=True); time.sleep(600)"], log)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        killer.wait()
+    assert log.read_text().split() == ["1", "begun", "saved"]
+    with pytest.raises(trainings.TimeOver):
+        rows.call(["never"])
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "edge"),
+    [(1e-3, 3, False), (3e-3, 4, False), (1e-2, 5, False), (3e-2, 5, True), (1e-4, 5, False), (1e-5, 5, True)],
+)
+def test_a_best_rate_at_the_edge_is_followed_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: float, tried: int, edge: bool
+) -> None:
+    rows = rows_of(tmp_path, "--search")
+    rows.args.results.mkdir(parents=True)
+
+    def try_rate(name: str, rate: float, found: dict[str, Any]) -> None:
+        found["losses"][f"{rate:g}"] = abs(np.log(rate / best))
+        trainings.write_json(rows.found_rates(name), found)
+
+    monkeypatch.setattr(rows, "try_rate", try_rate)
+    found = rows.learning_rate("scratch")
+    losses = json.loads(rows.found_rates("scratch").read_text())["losses"]
+    assert len(losses) == tried and trainings.at_the_edge(losses) == edge and (edge or found == best)
+    assert ("at the edge" in rates_table({"scratch": losses}, {"scratch": "x"})) == edge
+    monkeypatch.setattr(rows, "try_rate", None)
+    assert rows.learning_rate("scratch") == found  # of what is noted
+
+
+# ---- report --------------------------------------------------------------------------------------------------------
+
+WORDS = ("cats", "dogs", "mice", "birds", "fish", "cows", "pigs", "hens", "goats", "sheep", "bees", "ants")
+SAID = [f"the {word} eat in the garden" for word in WORDS]
+
+
+def run_of(wrong: int, kl: float = 1.0, hours: float = 2.0, long: bool = True) -> dict[str, Any]:
+    """A run that gets so many sentences wrong."""
+    answers = ["nothing of that kind at all" if i < wrong else text for i, text in enumerate(SAID)]
+    found: dict[str, Any] = {"id": list(WORDS), "said": SAID, "heard": answers, "repeat": answers, "chat": answers}
+    found |= {"continue": answers, "response_kl": [kl * (1 + i % 3) for i in range(12)], "response_tokens": [4] * 12}
+    found |= {"long": answers} if long else {}
+    done = {"utterances_before": 100, "updates": 10, "batch": 16, "utterance_hours": 0.1, "wall_before": 0.0}
+    done |= {"train_wall": 60.0, "hours": hours, "machine": "a machine", "commands": ["fairseq-train"]}
+    return {"sets": {"test": found}, **done}
+
+
+def write_runs(folder: Path, runs: dict[str, dict[int, dict[str, Any]]]) -> Path:
+    (folder / "results").mkdir(parents=True)
+    (folder / "options.json").write_text(json.dumps({"threshold_hours": 30}))
+    for name in table.UNTRAINED:
+        (folder / "results" / f"{name}.json").write_text(json.dumps(run_of(0)))
+    for name, seeds in runs.items():
+        for seed, run in seeds.items():
+            (folder / "results" / f"{name}-seed{seed}.json").write_text(json.dumps(run))
+    return folder
+
+
+def report(folder: Path, out: Path) -> str:
+    rows_report.main(["--rows", str(folder), "--out", str(out)])
+    return (out / "ROWS.md").read_text()
+
+
+def seeds_of(wrong: int, count: int = 8) -> dict[int, dict[str, Any]]:
+    return {seed: run_of(wrong + seed % 2) for seed in range(1, count + 1)}
+
+
+def test_what_was_not_trained_stands_in_the_table(tmp_path: Path) -> None:
+    said = report(write_runs(tmp_path / "rows", {"mix": seeds_of(0, 2), "scratch": seeds_of(5, 3)}), tmp_path / "out")
+    utterances, minutes = said.split("## As many minutes")
+    line = next(line for line in utterances.splitlines() if line.startswith("| BLSP-KD from scratch |"))
+    assert line.endswith("| 0.3 | 26.0 † | 1.0 | 3 |")  # (100 + 160) utterances of a tenth of an hour
+    assert "| BLSP: CNN, cross-entropy | not measured |" in utterances
+    assert "| BLSP-KD from scratch, equal minutes | not measured |" in minutes
+    assert "| warm-up, BLSP-KD on the mix | " in minutes.split("## What was")[0]
+    compared = (tmp_path / "out" / "compare.md").read_text()
+    assert "## Exploratory" in compared and "## What was to be shown" not in compared
+    assert "the warm-up helps BLSP-KD on as many utterances" in compared and "| 2 |" in compared
+    assert "Not measured: the warm-up helps BLSP-KD in the same minutes; " in said
+
+
+def test_verdicts_take_every_planned_seed_of_every_primary_contrast(tmp_path: Path) -> None:
+    primary = {"mix": 0, "scratch_in_time": 6, "blsp_in_time": 6, "chat": 1, "continue": 6, "x_opd_in_time": 1}
+    runs = {name: seeds_of(wrong) for name, wrong in primary.items()}
+    runs["longer"] = {seed: run_of(1 + (seed + 1) % 2) for seed in runs["mix"]}
+    folder = write_runs(tmp_path / "rows", runs)
+    said = rows_report.Report(folder).compare(tmp_path / "out")
+    compared = json.loads((tmp_path / "out" / "compare.json").read_text())
+    verdicts = [one["verdict"] for one in compared["primary"]]
+    assert verdicts == ["holds", "holds", "holds", "undecided"] and said[0].startswith("Verdicts by")
+    (folder / "results" / "longer-seed8.json").unlink()
+    said = rows_report.Report(folder).compare(tmp_path / "again")
+    compared = json.loads((tmp_path / "again" / "compare.json").read_text())
+    assert not compared["primary"] and {one["verdict"] for one in compared["secondary"]} == {""}
+    assert said[0].startswith("Without verdicts") and len(compared["secondary"]) >= 4
+
+
+def test_less_data_has_a_line_on_logarithmic_axes(tmp_path: Path) -> None:
+    runs = {f"mix_{divisor}": {1: run_of(3, kl=divisor**0.5, hours=32 / divisor)} for divisor in table.DIVISORS}
+    folder = write_runs(tmp_path / "rows", runs | {"mix": {1: run_of(3, kl=1, hours=32)}})
+    said = report(folder, tmp_path / "out")
+    assert "| warm-up, BLSP-KD on the mix | | | response KL (nats): falls by 29 % with each doubling |" in said
+    assert "| warm-up, BLSP-KD on the mix | 1/32 | 1.00 | 2.8" in said
+    assert "| BLSP: CNN, cross-entropy | 1/32 | not measured |" in said
+    assert (tmp_path / "out" / "scaling.png").stat().st_size > 10_000
+    line = rows_report.fitted([1, 2, 4], [Interval(score, 0, 9, "") for score in (8.0, 4.0, 2.0)])
+    assert line and line[0] == pytest.approx(-1) and line[1] == pytest.approx(np.log(8))
+    assert rows_report.fitted([1, 2], [Interval(1, 0, 1, "")] * 2) is None
+
+
+def test_too_few_sentences_make_no_contrast(tmp_path: Path) -> None:
+    run = run_of(0)
+    run["sets"]["test"] = {name: values[:9] for name, values in run["sets"]["test"].items()}
+    folder = write_runs(tmp_path / "rows", {})
+    (folder / "results" / "text.json").write_text(json.dumps(run))
+    (said,) = rows_report.Report(folder).compare(tmp_path / "out")
+    assert said == "No contrasts: 9 sentences were measured, and an interval takes 10 at least."
+
+
+def test_results_without_the_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no text.json"):
+        rows_report.Report(tmp_path)
+
+
+# ---- sentences to speak next ---------------------------------------------------------------------------------------
+
+
+def spoken(said: str, heard: str, kl: float) -> select_sentences.SpokenRow:
+    return select_sentences.SpokenRow(said.split(), heard.split(), kl)
+
+
+def test_words_are_hard_where_they_are_missed() -> None:
+    rows = [spoken("the cat sat", "the hat sat", 3.0), spoken("the cat ran", "the cat ran", 0.5)]
+    words = select_sentences.hard_words([*rows, spoken("the the dog", "the dog", 2.0)])
+    assert words["cat"] == (pytest.approx(3 / 3), 2) and words["sat"].hardness == 0
+    assert words["the"] == (pytest.approx(2 * 0.5 / 4), 3)
+    assert select_sentences.of_new_words(words) == 0  # of sat, ran and dog
+    assert select_sentences.of_new_words({}) == 0
+
+
+def test_hard_and_frequent_words_are_picked_and_no_word_fills_the_list() -> None:
+    rows = [spoken("alpha one", "x one", 4.0), spoken("beta one", "y one", 3.9), spoken("gamma one", "gamma one", 1.0)]
+    words = select_sentences.hard_words(rows)
+    texts = ["Gamma one.", "Alpha one.", "Alpha one again?", "Alpha, one!", "Beta one.", "Beta one now."]
+    chosen = [text for _, text in select_sentences.select(texts, words, 4)]
+    assert chosen[:2] == ["Alpha one.", "Beta one."] and "Gamma one." not in chosen
+    scores = [score for score, _ in select_sentences.select(texts, words, 9)]
+    assert scores == sorted(scores, reverse=True) and len(scores) == len(texts)
+
+
+def test_a_model_picks_what_is_spoken_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_split(tmp_path / "data", "train", 8, speaker="x")
+    config = SpeechLlmConfig(
+        speech_encoder=str(save_whisper(tmp_path / "whisper")), llm=str(save_llm(tmp_path / "llm")),
+        llm_dtype="float32", adapter_pre_layers=1, adapter_post_layers=1, adapter_heads=2, lora_rank=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BlspKd(*build_speech_llm(config), config).save_pretrained(tmp_path / "model")
+    said = [row["src_text"] for row in Manifest.load(tmp_path / "data" / "train.tsv")]
+    new = ["Turn the light on.", "Play music in Paris.", "The weather is cold.", "Unheard things happen."]
+    (tmp_path / "sentences.txt").write_text("\n".join([*said, *new]) + "\n")
+    given = ["--checkpoint", tmp_path / "model", "--rows", tmp_path / "data" / "train.tsv"]
+    given += ["--sentences", tmp_path / "sentences.txt", "--count", 3, "--out", tmp_path / "next.txt"]
+    select_sentences.main(list(map(str, given)))
+    chosen = (tmp_path / "next.txt").read_text().splitlines()
+    assert len(chosen) == 3 and set(chosen) < set(new)
+    ranked = [line.split("\t") for line in (tmp_path / "next.txt.rows.tsv").read_text().splitlines()]
+    assert ranked[0] == ["kl", "id", "said", "heard"] and {line[2] for line in ranked[1:]} == set(said)
+    assert [float(line[0]) for line in ranked[1:]] == sorted((float(line[0]) for line in ranked[1:]), reverse=True)
+    assert "3 of 4 sentences" in capsys.readouterr().out
+    (tmp_path / "sentences.txt").write_text("\n".join(said))
+    with pytest.raises(ValueError, match="has no sentence that nobody said yet"):
+        select_sentences.main(list(map(str, given)))
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+def in_this_process(command: list[str], log: Path | None = None) -> int:
+    """Runs what a piece runs without a process of its own, whose imports take longer than a tiny training."""
+    if Path(command[0]).name == "fairseq-train":
+        assert log is not None
+        handler = logging.FileHandler(log)
+        handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s"))
+        logging.getLogger().addHandler(handler)
+        try:
+            fairseq("train", Path(command[1]), *command[2:])
+        finally:
+            logging.getLogger().removeHandler(handler)
+    else:
+        if "--cascade" in command:  # a tiny Whisper has no words: the text stands for what it hears
+            del command[(at := command.index("--cascade")) : at + 2]
+        {"hear.py": hear.main, "generate_responses.py": responses.main}[Path(command[1]).name](command[2:])
+    return 0
+
+
+@pytest.fixture(scope="module")
+def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stages 1 to 7 of run.sh leave, of tiny models and noise."""
+    work = tmp_path_factory.mktemp("work")
+    save_llm(work / "llm"), save_whisper(work / "whisper", width=24)
+    for split, count in (("train", 64), ("valid", 4), ("test", 12)):
+        write_split(work / "data", split, count, texts=SAID, speaker="x", src_lang="en")
+    mix_prompts.make(work / "data", 0, 0, 0, mix_prompts.MIX)
+    for split in ("train", "valid", "test"):
+        rows = [{**row, "tgt_text": "It is cold."} for row in Manifest.load(work / "data" / "asked" / f"{split}.tsv")]
+        (work / "data" / "asked" / "responses").mkdir(exist_ok=True)
+        write_manifest(work / "data" / "asked" / "responses" / f"{split}.tsv", rows, list(rows[0]))
+    write_split(work / "sets", "phone", 3, drop=["tgt_text"], speaker="x")
+    return work
+
+
+def tiny_rows(work: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> compare_rows.OpenRows:
+    bases = ["--speech-encoder", work / "whisper", "--llm", work / "llm"]
+    rows = rows_of(work, "--quick", "--test-rows", 12, "--jobs", 1, *bases, *options)
+    monkeypatch.setattr(rows, "call", in_this_process)
+    return rows
+
+
+@pytest.mark.slow
+def test_a_row_and_what_it_needs_are_trained_measured_and_not_made_again(
+    tiny_work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--out", tiny_work / "few", "--only", "scratch", "--search"]
+    rows = tiny_rows(tiny_work, monkeypatch, *given)
+    rows.prepare()
+    rows.run_all()
+    names = {path.name for path in (tiny_work / "few" / "results").iterdir()}
+    assert names == {"text.json", "cascade.json", "scratch-seed1.json", "search-scratch.json"}
+    found = json.loads(rows.result("scratch", 1).read_text())
+    assert (found["utterances_before"], found["updates"], found["batch"]) == (0, 6, 4)
+    assert found["sets"]["phone"]["heard"] and "response_kl" in found["sets"]["test"]
+    assert found["curve"] and "long" not in found["sets"]["test"]
+    assert len(json.loads(rows.found_rates("scratch").read_text())["losses"]) >= 3
+    made = {path: path.stat().st_mtime_ns for path in (tiny_work / "few" / "results").iterdir()}
+    again = tiny_rows(tiny_work, monkeypatch, *given)
+    monkeypatch.setattr(again, "call", None)  # nothing is called
+    again.prepare()
+    again.run_all()
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    said = report(rows.args.out, tiny_work / "few-report")
+    assert "Hours that a trial had heard when it ended: scratch 0.0" in said
+
+
+@pytest.mark.slow
+def test_every_row_is_trained_and_measured(tiny_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tiny_rows(tiny_work, monkeypatch, "--out", tiny_work / "all")
+    rows.prepare()
+    rows.run_all()
+    for name in table.ROWS:
+        assert rows.result(name, 1).exists() != (name in table.TABLE.hidden), name
+    blsp = json.loads(rows.result("blsp_in_time", 1).read_text())["sets"]["test"]
+    assert "heard" not in blsp and "long" not in blsp and "response_kl" in blsp
+    assert json.loads(rows.result("mix", 1).read_text())["sets"]["test"]["long"]
+    shown = json.loads(rows.result("anchored", 1).read_text())["commands"]
+    assert len(shown) == 3 and "--off-policy-cross-entropy" in shown[2] and "--train-subset train " in shown[0]
+    assert "--unfreeze-speech-encoder" in json.loads(rows.result("encoder", 1).read_text())["commands"][1]
+    assert "--train-subset train_32" in json.loads(rows.result("mix_32", 1).read_text())["commands"][0]
+    said = report(tiny_work / "all", tiny_work / "all-report")
+    assert "not measured" not in said.split("## What was to be shown")[0]
+    assert "| BLSP: CNN, cross-entropy | 1/32 | 0.00 |" in said and "with each doubling" in said
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_row_of_the_real_models_goes_on_where_its_time_was_over(tmp_path: Path) -> None:
+    environment = {**os.environ, "BLSPKD_VENV": "none"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+
+    def run(*command: object, code: int = 0) -> str:
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env=environment, timeout=4 * PATIENCE
+        )
+        assert done.returncode == code, (done.stdout + done.stderr)[-4000:]
+        return done.stdout
+
+    run("bash", OPEN / "run.sh", "--quick", "--processes", 1, "--out", tmp_path, "--stop-stage", 4)
+    rows = [sys.executable, OPEN / "compare_rows.py", "--work", tmp_path, "--quick", "--jobs", 1, "--only", "scratch"]
+    assert "the time is over" in run(*rows, "--seconds", 5, code=124)
+    run(*rows)
+    assert len(json.loads((tmp_path / "rows" / "results" / "scratch-seed1.json").read_text())["curve"]) > 1
