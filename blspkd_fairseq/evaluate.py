@@ -35,6 +35,7 @@ from blspkd_fairseq.evaluation.significance import SAMPLES, TRIALS
 from blspkd_fairseq.generation.decoding import DecodingOptions
 from blspkd_fairseq.hub import read_options
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig
+from blspkd_fairseq.modules.quantized import QUANTIZATIONS
 from blspkd_fairseq.systems.answers import CLEAN, Questions, answer_all
 from blspkd_fairseq.systems.boundaries import calibrate, compare_boundaries
 from blspkd_fairseq.systems.cost import measure_costs
@@ -42,6 +43,7 @@ from blspkd_fairseq.systems.systems import CascadeSystem, CheckpointSystem, Syst
 
 logger = logging.getLogger("blspkd_fairseq.evaluate")
 
+_LLM_OPTIONS = ("llm", "llm_dtype", "llm_quantization")
 PROMPTS = {"asr": "repeat", "translation": "translate", "qa": "chat"}
 
 
@@ -94,6 +96,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--text", action="store_true", help="the LLM reads the reference transcript")
     add("--llm", default="", help="of --cascade and --text (default: the first checkpoint's), or in place of theirs")
     add("--llm-dtype", default="", choices=["", *DTYPES], help="(default: the first checkpoint's, or bfloat16)")
+    add(
+        "--llm-quantization",
+        default="",
+        choices=["", *QUANTIZATIONS],
+        help="(default: the first checkpoint's, or none)",
+    )
     add("--speech-encoder", default="", help="in place of the checkpoints'")
     add("--trust-remote-code", action="store_true", help="run code that comes with the LLM's files")
     add = parser.add_argument_group("decoding").add_argument
@@ -169,7 +177,8 @@ def build_systems(args: argparse.Namespace) -> dict[str, System]:
     Raises:
         ValueError: no system, two of one name, or no LLM for cascade and text.
     """
-    overrides = {name: getattr(args, name) for name in ("llm", "llm_dtype", "speech_encoder") if getattr(args, name)}
+    names = (*_LLM_OPTIONS, "speech_encoder")
+    overrides = {name: getattr(args, name) for name in names if getattr(args, name)}
     systems: dict[str, System] = {}
     for given in args.checkpoint:
         name, path = named_path(given)
@@ -210,10 +219,10 @@ def named_cascades(args: argparse.Namespace) -> list[tuple[str, str]]:
 def text_config(args: argparse.Namespace) -> SpeechLlmConfig:
     """The LLM as the first checkpoint has it, unless options say otherwise."""
     options: Mapping[str, Any] = read_options(named_path(args.checkpoint[0])[1]) if args.checkpoint else {}
-    names = ("llm", "llm_dtype", "system_prompt", "chat_template")
+    names = (*_LLM_OPTIONS, "system_prompt", "chat_template")
     chosen = {name: options[name] for name in names if name in options}
     chosen["trust_remote_code"] = args.trust_remote_code
-    chosen |= {name: getattr(args, name) for name in ("llm", "llm_dtype") if getattr(args, name)}
+    chosen |= {name: getattr(args, name) for name in _LLM_OPTIONS if getattr(args, name)}
     return SpeechLlmConfig(**chosen)
 
 

@@ -96,11 +96,13 @@ def _body(card: Card, bases: Sequence[str], options: Mapping[str, Any]) -> str:
         what = "Partial LoRA" if lora == "speech" else "LoRA"
         parts.append(f"{what} of rank {options.get('lora_rank', 16)}")
     hours = f" {card.hours:g} hours of speech." if card.hours else ""
+    bits = options.get("llm_quantization", "none")
+    held = "" if bits == "none" else f" The LLM's linear layers were held in {bits} in training."
     lines = [
         f"# {card.name}",
         "",
         f"{bases[0]} hears through {', '.join(parts[:-1])} and {parts[-1]}. The file holds what was trained; the base "
-        "models are fetched by their names.",
+        f"models are fetched by their names.{held}",
         "",
         "```python",
         "from blspkd_fairseq import BlspKd",

@@ -54,6 +54,7 @@ EXTRAS = {
     # And liger-kernel, which would pull triton beside a CPU torch: scripts/venv.sh installs it by itself.
     "bench": ["torch-cif==0.2.0"],
     "ray": ["ray[data]>=2.40,<3"],  # scripts/generate_responses.py on many machines
+    "quantized": ["bitsandbytes>=0.50,<0.51"],  # --llm-quantization
     "vad": ["silero-vad>=6,<7", "onnxruntime>=1.20,<2"],  # --vad silero
     "mic": ["sounddevice>=0.5,<1"],  # blspkd chat --mic, with the library PortAudio
     "recordings": ["av>=14,<19"],  # decodes M4A, AAC, WebM, and what scripts/fetch_recordings.py fetches

@@ -78,7 +78,7 @@ def make_prompts(model: SpeechLLM, size: int) -> Prompts:
 @torch.no_grad()
 def measure(model: SpeechLLM, prompts: Prompts, beam: int, args: argparse.Namespace) -> list[dict[str, str]]:
     options = DecodingOptions(beam=beam, max_new_tokens=args.tokens)
-    chat: Any = SimpleNamespace(eos_ids=[], end_of_turn_id=0, decode=lambda ids: "")
+    chat: Any = SimpleNamespace(eos_ids=[], end_of_turn_id=0, decode_answer=lambda ids: "")
 
     def ours() -> None:
         _answer(model, chat, prompts, options, with_scores=True)

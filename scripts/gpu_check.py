@@ -34,6 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TESTS, SCRIPTS = ROOT / "tests", ROOT / "scripts"
 _EXIT_SECONDS = 60  # after "done training"
+_KILL_SECONDS = 10  # a killed command may take to end
 _OVERTIME = 15  # seconds behind --seconds at which whatever still runs is killed
 _LOG_HEAD, _LOG_TAIL = 50_000, 700_000  # characters of a step's log that are kept
 _SOCKET_NAME = 70  # longest folder for temporary files: loaders' sockets lie in it, whose names may have 107 bytes
@@ -177,10 +178,14 @@ class Gate:
 
 
 def kill_group(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a command and everything that it started, if it has not ended."""
+    """Ends a command and everything that it started, if it has not ended.
+
+    What hangs inside the card's driver cannot be killed: it is left behind, so that the next step begins.
+    """
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_KILL_SECONDS)
 
 
 def shorten(text: str) -> str:
@@ -242,8 +247,8 @@ def told_tests(printed: str) -> str:
     return "; ".join([told_pytest(printed), *spoken[-1:], *failed[:8], *more])
 
 
-def told_training(path: Path, preset: str, batch: int) -> Callable[[str], str]:
-    """Utterances per second of the variants in a table of bench_training.py."""
+def told_training(path: Path, preset: str, batch: int, variants: str) -> Callable[[str], str]:
+    """Utterances per second of these variants in a table of bench_training.py."""
 
     def told(printed: str) -> str:
         import csv
@@ -252,7 +257,8 @@ def told_training(path: Path, preset: str, batch: int) -> Callable[[str], str]:
             return ""
         with open(path, encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if (row["models"], row["batch"]) == (preset, str(batch))]
-        return ", ".join(f"{row['variant']}: {row['utterances_per_second']}/s" for row in rows)
+        figures = {row["variant"]: row["utterances_per_second"] for row in rows}
+        return ", ".join(f"{name}: {figures[name]}/s" for name in variants.split(",") if name in figures)
 
     return told
 
@@ -318,7 +324,7 @@ def bench_training_step(args: argparse.Namespace, preset: str, batch: int, varia
     options = ["--preset", preset, "--device", args.device, "--batch-size", size, "--rounds", rounds]
     options += ["--variants", variants, "--out", path, *(["--quick"] if args.quick else [])]
     command = [sys.executable, "-u", str(SCRIPTS / "bench_training.py"), *map(str, options)]
-    return Step(f"training-{preset}-{batch}", command, 100, told_training(path, preset, size))
+    return Step(f"training-{preset}-{batch}", command, 100, told_training(path, preset, size, variants))
 
 
 def bench_generation_step(args: argparse.Namespace) -> Step:

@@ -20,6 +20,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--llm", help="in place of the model's own path or name")
     parser.add_argument("--speech-encoder", help="in place of the model's own path or name")
     parser.add_argument(
+        "--llm-quantization",
+        choices=("none", "int8", "nf4"),
+        help="hold the LLM's linear layers in fewer bits, by bitsandbytes (default: as in training)",
+    )
+    parser.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run code that comes with the LLM's files, whatever --model says",
@@ -56,7 +61,7 @@ def load_model(args: argparse.Namespace) -> BlspKd:
 
     logging.captureWarnings(True)  # a library's advice to its own authors is no part of a command's output
     transformers_logging.set_verbosity_error()
-    given = {"llm": args.llm, "speech_encoder": args.speech_encoder}
+    given = {"llm": args.llm, "speech_encoder": args.speech_encoder, "llm_quantization": args.llm_quantization}
     overrides = {name: value for name, value in given.items() if value}
     if args.model is None:
         return load_published(args.device, **overrides)

@@ -35,6 +35,7 @@ from blspkd_fairseq.compat.llm import (
     use_fast_cpu_attention,
     without_progress_bars,
 )
+from blspkd_fairseq.compat.quantizer import import_bitsandbytes
 from blspkd_fairseq.compat.torchaudio import block_broken_torchaudio, guard_transformers
 from blspkd_fairseq.compat.trainer import guard_updates
 from blspkd_fairseq.compat.training import go_on_exactly, restore_training_state, training_state
@@ -61,6 +62,7 @@ __all__ = [
     "go_on_exactly",
     "guard_transformers",
     "guard_updates",
+    "import_bitsandbytes",
     "read_whole_checkpoints",
     "refuse_lonely_processes",
     "refuse_precision",

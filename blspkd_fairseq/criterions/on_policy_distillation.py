@@ -45,6 +45,7 @@ from blspkd_fairseq.generation.decoding import build_prompts, hear, speech_of
 from blspkd_fairseq.generation.rollouts import RolloutOptions, roll_out, rollout_seed
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, load_llm, load_tokenizer
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_jensen_shannon
+from blspkd_fairseq.modules.quantized import QUANTIZATIONS
 from blspkd_fairseq.modules.speech_llm import ChatLLM, Distillation, SpeechLLM
 
 ESTIMATORS = ("sampled", "exact")
@@ -101,6 +102,9 @@ class OnPolicyDistillationConfig(DistillationConfig):
         default="", metadata={"help": "another, larger LLM with the same tokenizer as teacher (default: the student's)"}
     )
     teacher_llm_dtype: str = field(default="bfloat16", metadata={"help": "its precision: float32, bfloat16 or float16"})
+    teacher_llm_quantization: str = field(
+        default="none", metadata={"help": "hold its linear layers in fewer bits: int8 or nf4, by bitsandbytes"}
+    )
 
 
 @register_criterion("on_policy_distillation", dataclass=OnPolicyDistillationConfig)
@@ -396,7 +400,12 @@ def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:
         ValueError: it cannot be loaded, or has not the student's words and ends of turn.
     """
     trusts = getattr(task, "trust_remote_code", False)  # by what the user said of the student
-    config = SpeechLlmConfig(llm=cfg.teacher_llm, llm_dtype=cfg.teacher_llm_dtype, trust_remote_code=trusts)
+    config = SpeechLlmConfig(
+        llm=cfg.teacher_llm,
+        llm_dtype=cfg.teacher_llm_dtype,
+        llm_quantization=cfg.teacher_llm_quantization,
+        trust_remote_code=trusts,
+    )
     chat = ChatFormat(load_tokenizer(config, "teacher-llm"), task.chat.system, task.chat.chat_template)
     if chat.tokenizer.get_vocab() != task.chat.tokenizer.get_vocab():
         raise ValueError(
@@ -417,6 +426,11 @@ def _check(cfg: OnPolicyDistillationConfig) -> None:
         raise ValueError(f"unknown --estimator {cfg.estimator!r}: choose from {', '.join(ESTIMATORS)}")
     if cfg.teacher_llm_dtype not in DTYPES:
         raise ValueError(f"unknown --teacher-llm-dtype {cfg.teacher_llm_dtype!r}: choose from {', '.join(DTYPES)}")
+    if cfg.teacher_llm_quantization not in QUANTIZATIONS:
+        raise ValueError(
+            f"unknown --teacher-llm-quantization {cfg.teacher_llm_quantization!r}: choose from "
+            f"{', '.join(QUANTIZATIONS)}"
+        )
     for option in ("im_weight", "beta", "off_policy_share"):
         if not 0 <= getattr(cfg, option) <= 1:
             raise ValueError(f"--{option.replace('_', '-')} must be between 0 and 1, got {getattr(cfg, option)}")

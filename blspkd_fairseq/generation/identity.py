@@ -25,9 +25,12 @@ def llm_identity(config: SpeechLlmConfig) -> dict[str, Any]:
         ValueError: there is no such LLM or template.
     """
     template = read_chat_template(config)
+    # Left out where nothing is quantised: stores of earlier releases stay valid.
+    bits = {} if config.llm_quantization == "none" else {"llm_quantization": config.llm_quantization}
     return {
         "llm": model_identity(config.llm),
         "llm_dtype": config.llm_dtype,
+        **bits,
         "system_prompt": config.system_prompt,
         "chat_template": "" if template is None else f"sha256:{hashlib.sha256(template.encode()).hexdigest()[:16]}",
         "template_date": TEMPLATE_DATE.isoformat(),

@@ -15,7 +15,8 @@ from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
-from blspkd_fairseq.modules.pretrained import load_pretrained
+from blspkd_fairseq.modules.pretrained import load_pretrained, load_unquantized
+from blspkd_fairseq.modules.quantized import QUANTIZATIONS, quantize_linears
 from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
 
@@ -33,6 +34,10 @@ class SpeechLlmConfig:
     speech_encoder: str = _option("", "Whisper model: a Hugging Face name such as openai/whisper-small, or a directory")
     llm: str = _option("", "causal chat LLM: a Hugging Face name such as Qwen/Qwen2.5-7B-Instruct, or a directory")
     llm_dtype: str = _option("bfloat16", "precision of the frozen LLM: float32, bfloat16 or float16")
+    llm_quantization: str = _option(
+        "none",
+        "hold the LLM's linear layers in fewer bits: int8 or nf4, by bitsandbytes (checkpoints do not depend on it)",
+    )
     product_dtype: str = _option(
         "auto",
         "matrix products of adapter and LoRA, whose weights are in float32: float32, bfloat16, or auto (bfloat16 on a "
@@ -215,7 +220,7 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
     Raises:
         ValueError: it cannot be loaded, embeds fewer tokens than its tokenizer has, or its head is of an unknown kind.
     """
-    llm = load_pretrained(
+    llm = load_unquantized(
         AutoModelForCausalLM, config.llm, option, "LLM", config.trust_remote_code, dtype=DTYPES[config.llm_dtype]
     )
     if len(chat.tokenizer) > llm.get_input_embeddings().num_embeddings:
@@ -226,6 +231,7 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
     # What Hugging Face ships as defaults (sampling, repetition penalty) would change results without anyone asking.
     llm.generation_config = GenerationConfig(eos_token_id=chat.eos_ids, pad_token_id=chat.eos_ids[0])
     compat.use_fast_cpu_attention(llm)
+    quantize_linears(llm, config.llm_quantization)
     llm.logit_transform = find_logit_transform(llm, config.llm)
     return llm
 
@@ -250,6 +256,7 @@ def _check(config: SpeechLlmConfig) -> None:
         "adapter_alignment": tuple(ALIGNMENTS),
         "lora_scope": LORA_SCOPES,
         "llm_dtype": tuple(DTYPES),
+        "llm_quantization": QUANTIZATIONS,
         "speech_encoder_dtype": ("auto", *DTYPES),
         "product_dtype": ("auto", "float32", "bfloat16"),
     }

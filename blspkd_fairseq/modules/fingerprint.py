@@ -6,13 +6,18 @@ import torch
 from torch import Tensor, nn
 
 _TENSORS, _ELEMENTS = 16, 16
+_KEPT = "frozen_fingerprint"
 
 
 def fingerprint(module: nn.Module) -> Tensor:
     """A sample of the frozen weights: up to 256 numbers, fp32 on the CPU, whatever dtype the weights are in.
 
-    Floats and no hash, so that EMA, averaging and half precision carry it through unharmed.
+    Floats and no hash, so that EMA, averaging and half precision carry it through unharmed. Of a quantised model it is
+    that of the weights before.
     """
+    kept = getattr(module, _KEPT, None)
+    if kept is not None:
+        return kept.clone()
     matrices = [p for name, p in module.named_parameters() if "lora_" not in name and p.dim() > 1]
     chosen = torch.linspace(0, len(matrices) - 1, min(_TENSORS, len(matrices))).long().tolist()
     samples = []
@@ -21,6 +26,11 @@ def fingerprint(module: nn.Module) -> Tensor:
         places = torch.linspace(0, flat.numel() - 1, _ELEMENTS, dtype=torch.float64).long()
         samples.append(flat[places.to(flat.device)].float().cpu())
     return torch.cat(samples) if samples else torch.zeros(0)
+
+
+def keep_fingerprint(module: nn.Module) -> None:
+    """Lets a model keep its fingerprint, whatever its weights become."""
+    setattr(module, _KEPT, fingerprint(module))
 
 
 def identity(module: nn.Module, *options: object) -> str:

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.modules.packed_llm import active_rows, packed_rows
+from blspkd_fairseq.modules.quantized import frozen_weight
 
 
 class AllPositions:
@@ -117,7 +118,7 @@ def places_of(mask: SpeechPlaces | AllPositions | None) -> int | Tensor | None:
 
 
 class _SpeechLinear(torch.autograd.Function):
-    """``x @ weight.T + bias``, and at the speech positions ``scale * speech @ down.T @ up.T`` besides.
+    """The frozen layer's product, and at the speech positions ``scale * speech @ down.T @ up.T`` besides.
 
     One step forward and one back, in place of a dozen each: a GPU waits for Python between them.
     """
@@ -126,8 +127,7 @@ class _SpeechLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        layer: Any,
         speech: _Speech,
         down: Tensor,
         up: Tensor,
@@ -137,17 +137,17 @@ class _SpeechLinear(torch.autograd.Function):
         places: int | Tensor | None,
     ) -> Tensor:
         narrow, wide = matrices
-        result = nn.functional.linear(x, weight, bias)
+        result = nn.functional.linear(x, frozen_weight(layer, x.dtype), layer.bias)
         low = speech.values @ narrow.t()
         _add_product(result.view(-1, result.shape[-1]), places, low, wide.t(), scale)
-        ctx.save_for_backward(weight, speech.values, speech.kept, low, narrow, wide)
-        ctx.scale, ctx.dropout, ctx.places = scale, dropout, places
+        ctx.save_for_backward(speech.values, speech.kept, low, narrow, wide)
+        ctx.layer, ctx.scale, ctx.dropout, ctx.places = layer, scale, dropout, places
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, speech, kept, low, narrow, wide = ctx.saved_tensors
+        speech, kept, low, narrow, wide = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
         d_delta = flat.index_select(0, ctx.places) if isinstance(ctx.places, Tensor) else flat[: ctx.places]
         d_delta = d_delta.to(low.dtype)
@@ -156,7 +156,7 @@ class _SpeechLinear(torch.autograd.Function):
             d_low.mul_(ctx.scale)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = flat @ weight
+            d_x = flat @ frozen_weight(ctx.layer, flat.dtype)
             if kept is None:
                 _add_product(d_x, ctx.places, d_low, narrow, 1.0)
             else:
@@ -167,7 +167,7 @@ class _SpeechLinear(torch.autograd.Function):
         d_up = d_delta.t() @ low
         if ctx.scale != 1.0:
             d_up.mul_(ctx.scale)
-        return d_x, None, None, None, d_low.t() @ speech, d_up, None, None, None, None
+        return d_x, None, None, d_low.t() @ speech, d_up, None, None, None, None
 
 
 def _add_product(result: Tensor, places: int | Tensor | None, one: Tensor, other: Tensor, scale: float) -> None:
@@ -212,15 +212,8 @@ class PartialLoraLinear(LoraLinear):
         p = float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         speech, dtype = state.speech(x, p), state.products_of(x)
         matrices = state.matrix(down.weight, dtype), state.matrix(up.weight, dtype)
-        weight, bias = self._frozen_weight()
-        return _SpeechLinear.apply(
-            x, weight, bias, speech, down.weight, up.weight, matrices, self.scaling[name], p, places_of(state.mask)
-        )
-
-    def _frozen_weight(self) -> tuple[Tensor, Tensor | None]:
-        """Of the base layer, ``[out, in]`` and ``[out]``."""
-        base = self.get_base_layer()
-        return (base.weight.t() if isinstance(base, Conv1D) else base.weight), base.bias
+        base, places = self.get_base_layer(), places_of(state.mask)
+        return _SpeechLinear.apply(x, base, speech, down.weight, up.weight, matrices, self.scaling[name], p, places)
 
     def _check_shape(self, x: Tensor, shape: tuple[int, ...]) -> None:
         positions = tuple(x.shape[:-1])

@@ -76,6 +76,38 @@ def load_pretrained(
     return model
 
 
+def load_unquantized(cls: Any, name: str, option: str, what: str, *args: Any, **options: Any) -> Any:
+    """As :func:`load_pretrained`, with the weights that a quantised model's bits stand for.
+
+    They are what identifies it, and what gradients go through. Experts in MXFP4 are left to transformers.
+
+    Raises:
+        ValueError: as there, or it is quantised by a method that cannot be undone here, or whose package is missing.
+    """
+    method = _quantization_of(os.path.expanduser(name))
+    if method == "bitsandbytes":
+        compat.import_bitsandbytes(f"--{option} {name}")
+        return load_pretrained(cls, name, option, what, *args, **options).dequantize()
+    if method not in ("", "mxfp4"):
+        raise ValueError(
+            f"--{option} {name} is quantised already ({method}), so the weights that identify it are not there: give "
+            "the model that it was made from, and --llm-quantization to hold that in fewer bits"
+        )
+    return load_pretrained(cls, name, option, what, *args, **options)
+
+
+def _quantization_of(path: str) -> str:
+    """By which method a model is quantised; "" if it is not, or cannot be read, which loading says."""
+    from transformers import PretrainedConfig
+
+    try:
+        config = PretrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError):
+        return ""
+    given = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    return str(given.get("quant_method", "unknown")) if given else ""
+
+
 class CodeRefusedError(ValueError):
     """A model that runs code of its own, which the user has not asked for."""
 

@@ -289,7 +289,8 @@ class _Forced(LogitsProcessor):
         return forced
 
 
-_NAMED = ("speech_encoder", "llm", "llm_dtype", "system_prompt", "chat_template")  # besides the weights of a checkpoint
+# Besides the weights of a checkpoint.
+_NAMED = ("speech_encoder", "llm", "llm_dtype", "llm_quantization", "system_prompt", "chat_template")
 
 
 def _load_llm(config: SpeechLlmConfig) -> tuple[ChatFormat, ChatLLM]:
