@@ -53,6 +53,7 @@ def register() -> None:
     compat.end_in_one_sentence()
     compat.attend_generation()
     compat.distrust_checkpoints()
+    compat.show_all_options()
     from fairseq.models import import_models
     from fairseq.tasks import import_tasks
 

@@ -27,6 +27,7 @@ from blspkd_fairseq.compat.fairseq_build import (
     silence_fairseq,
 )
 from blspkd_fairseq.compat.generation import attend_generation
+from blspkd_fairseq.compat.help import show_all_options
 from blspkd_fairseq.compat.llm import (
     CPU_ATTENTION,
     cache_argument,
@@ -70,6 +71,7 @@ __all__ = [
     "require_fairseq",
     "restore_training_state",
     "share_checkpoints",
+    "show_all_options",
     "silence_fairseq",
     "sum_gradients_as_they_are",
     "training_state",

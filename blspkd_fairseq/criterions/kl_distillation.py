@@ -55,7 +55,7 @@ _PER_TOKEN = [term.name for term in TERMS if term.position != "count"]
 
 @dataclass
 class KlDistillationConfig(DistillationConfig):
-    """Options of ``--criterion kl_distillation``. A weight of 0 switches a term off."""
+    """Terms of ``--criterion kl_distillation``. A weight of 0 switches a term off."""
 
     response_kl_weight: float = field(
         default=1.0, metadata={"help": "KL at the positions that predict the response (BLSP-KD)"}

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class OnPolicyDistillationConfig(DistillationConfig):
-    """Options of ``--criterion on_policy_distillation``; defaults are X-OPD's where it has them."""
+    """Options of ``--criterion on_policy_distillation``. Defaults are X-OPD's where it has them."""
 
     rollouts: int = field(default=4, metadata={"help": "roll-outs of each utterance (X-OPD: 4)"})
     rollout_temperature: float = field(

@@ -19,7 +19,7 @@ from blspkd_fairseq.modules.speech_llm import Distillation, SpeechLlmOutput
 
 @dataclass
 class DistillationConfig(FairseqDataclass):
-    """Options of every criterion here."""
+    """Every criterion."""
 
     quantity_weight: float = field(
         default=1.0, metadata={"help": "|sum(alpha) / n - 1| (BLSP-KD); an adapter without CIF has none"}

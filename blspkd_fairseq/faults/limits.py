@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class FaultLimits:
-    """A training that meets more of a kind ends with an error."""
+    """Faults. A training that meets more of a kind ends with an error."""
 
     max_oom: int = field(
         default=5,

@@ -28,30 +28,38 @@ def _option(default: Any, text: str) -> Any:
 
 
 @dataclass
-class SpeechLlmConfig:
-    """Options of the model. Defaults are those of BLSP-KD's published code where it has them."""
+class LlmOptions:
+    """LLM."""
 
-    speech_encoder: str = _option("", "Whisper model: a Hugging Face name such as openai/whisper-small, or a directory")
     llm: str = _option("", "causal chat LLM: a Hugging Face name such as Qwen/Qwen2.5-7B-Instruct, or a directory")
+    trust_remote_code: bool = _option(False, "run code that comes with the LLM's files (only from who you trust)")
+    system_prompt: str = _option("", "system message of the chat (default: what the LLM's chat template has)")
+    chat_template: str = _option("", "file with a Jinja chat template in place of the tokenizer's own")
     llm_dtype: str = _option("bfloat16", "precision of the frozen LLM: float32, bfloat16 or float16")
     llm_quantization: str = _option(
         "none",
         "hold the LLM's linear layers in fewer bits: int8 or nf4, by bitsandbytes (checkpoints do not depend on it)",
     )
-    product_dtype: str = _option(
-        "auto",
-        "matrix products of adapter and LoRA, whose weights are in float32: float32, bfloat16, or auto (bfloat16 on a "
-        "GPU that has it)",
-    )
-    speech_encoder_dtype: str = _option(
-        "auto", "precision of the frozen speech encoder: float32, bfloat16, float16, or auto (as --product-dtype)"
-    )
-    trust_remote_code: bool = _option(False, "run code that comes with the LLM's files (only from who you trust)")
-    system_prompt: str = _option("", "system message of the chat; default: what the LLM's chat template has")
-    chat_template: str = _option("", "file with a Jinja chat template in place of the tokenizer's own")
-    adapter: str = _option(
-        "cformer", "adapter between speech encoder and LLM: cformer (BLSP-KD; an embedding per token), or cnn (BLSP)"
-    )
+    gradient_checkpointing: bool = _option(False, "recompute the LLM's activations in backward: less memory, slower")
+    no_shared_prefix: bool = _option(False, "recompute the common prefix of the prompts in every row (same numbers)")
+
+
+@dataclass
+class LoraOptions:
+    """Partial LoRA. Low-rank updates of the LLM's linear layers, at the positions of speech."""
+
+    lora_scope: str = _option("speech", "where LoRA acts in the LLM: speech (Partial LoRA), all (positions) or none")
+    lora_rank: int = _option(16, "rank of LoRA")
+    lora_alpha: float = _option(16.0, "LoRA's delta is scaled by alpha / rank")
+    lora_dropout: float = _option(0.05, "dropout of LoRA's input")
+    lora_target_modules: str = _option("", "comma-separated names of linear layers (default: all of the decoder's)")
+
+
+@dataclass
+class AdapterOptions:
+    """Adapter. Between speech encoder and LLM."""
+
+    adapter: str = _option("cformer", "cformer (BLSP-KD; an embedding per token), or cnn (BLSP)")
     adapter_pre_layers: int = _option(4, "transformer layers before CIF")
     adapter_post_layers: int = _option(4, "transformer layers after CIF")
     adapter_heads: int = _option(8, "attention heads of the adapter; must divide the speech encoder's width")
@@ -63,21 +71,34 @@ class SpeechLlmConfig:
     adapter_kernel_size: int = _option(5, "kernel size of the cnn adapter")
     adapter_bottleneck: int = _option(512, "width of the cnn adapter's bottleneck")
     adapter_dropout: float = _option(0.1, "dropout of the adapter")
-    lora_scope: str = _option("speech", "where LoRA acts in the LLM: speech (Partial LoRA), all (positions) or none")
-    lora_rank: int = _option(16, "rank of LoRA")
-    lora_alpha: float = _option(16.0, "LoRA's delta is scaled by alpha / rank")
-    lora_dropout: float = _option(0.05, "dropout of LoRA's input")
-    lora_target_modules: str = _option("", "comma-separated names of linear layers (default: all of the decoder's)")
+    product_dtype: str = _option(
+        "auto",
+        "matrix products of adapter and LoRA, whose weights are in float32: float32, bfloat16, or auto (bfloat16 on a "
+        "GPU that has it)",
+    )
+
+
+@dataclass
+class SpeechEncoderOptions:
+    """Speech encoder."""
+
+    speech_encoder: str = _option("", "Whisper model: a Hugging Face name such as openai/whisper-small, or a directory")
+    speech_encoder_dtype: str = _option(
+        "auto", "precision of the frozen speech encoder: float32, bfloat16, float16, or auto (as --product-dtype)"
+    )
     unfreeze_speech_encoder: bool = _option(False, "train the speech encoder, too")
-    gradient_checkpointing: bool = _option(False, "recompute the LLM's activations in backward: less memory, slower")
+    cache_encoder_features: bool = _option(
+        False, "keep the frozen encoder's output of all training speech on disk: it hears each utterance once"
+    )
     pad_to_30s: bool = _option(False, "give the encoder 30 s of input as published, not only the batch's speech")
     window_seconds: float = _option(
         0.0, "in use, longer speech is heard in windows of at most this, cut in pauses (0: what the encoder takes)"
     )
-    cache_encoder_features: bool = _option(
-        False, "keep the frozen encoder's output of all training speech on disk: it hears each utterance once"
-    )
-    no_shared_prefix: bool = _option(False, "recompute the common prefix of the prompts in every row (same numbers)")
+
+
+@dataclass
+class SpeechLlmConfig(LlmOptions, LoraOptions, AdapterOptions, SpeechEncoderOptions):
+    """Options of the model. Defaults are those of BLSP-KD's published code where it has them."""
 
 
 SHAPING_OPTIONS = (

@@ -43,8 +43,8 @@ _BLEU_ORDER = 4
 
 
 @dataclass
-class BlspKdConfig(FaultLimits, FairseqDataclass):
-    """Options of ``--task blsp_kd``."""
+class DataOptions:
+    """Data."""
 
     data: str = field(
         default=MISSING,
@@ -82,6 +82,12 @@ class BlspKdConfig(FaultLimits, FairseqDataclass):
             "that is said (0: never)"
         },
     )
+
+
+@dataclass
+class AugmentationOptions:
+    """Augmentation."""
+
     augment: str = field(
         default="",
         metadata={
@@ -97,14 +103,12 @@ class BlspKdConfig(FaultLimits, FairseqDataclass):
         },
     )
     augment_seed: int = II("common.seed")
-    pretrained_model: str = field(
-        default="",
-        metadata={
-            "help": "begin with the trained parts of this model: a folder of save_pretrained or a checkpoint; options "
-            "of adapter, LoRA and base models that are not given are its own. Adapter layers beyond its own begin by "
-            "adding nothing"
-        },
-    )
+
+
+@dataclass
+class EvaluationOptions:
+    """Evaluation. In validation, and by fairseq-generate."""
+
     eval_wer: bool = field(
         default=False, metadata={"help": "validation: WER of repeating the transcript (wer, wer_raw)"}
     )
@@ -119,6 +123,20 @@ class BlspKdConfig(FaultLimits, FairseqDataclass):
         metadata={
             "help": "file for fairseq-generate's answers with the manifest's ids, as lines of JSON "
             "(default: generate-SUBSET.jsonl in --results-path)"
+        },
+    )
+
+
+@dataclass
+class BlspKdConfig(FaultLimits, EvaluationOptions, AugmentationOptions, DataOptions, FairseqDataclass):
+    """Options of ``--task blsp_kd``."""
+
+    pretrained_model: str = field(
+        default="",
+        metadata={
+            "help": "begin with the trained parts of this model: a folder of save_pretrained or a checkpoint; options "
+            "of adapter, LoRA and base models that are not given are its own. Adapter layers beyond its own begin by "
+            "adding nothing"
         },
     )
 
