@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blspkd_fairseq.evaluation.metrics import Measurement, error_rate, tokens_of
+from blspkd_fairseq.evaluation.metrics import Measurement, tokens_of
 
 
 class EditCounts(NamedTuple):
@@ -41,6 +41,7 @@ class ErrorDetail:
 
 
 def error_detail(
+    whole: Measurement,
     hypotheses: Sequence[str],
     references: Sequence[str],
     unit: str = "WER",
@@ -48,11 +49,16 @@ def error_detail(
     normalize: bool = True,
     spelling: Mapping[str, str] | None = None,
 ) -> ErrorDetail:
-    """Arguments and errors as :func:`~blspkd_fairseq.evaluation.metrics.error_rate`."""
-    whole = error_rate(hypotheses, references, unit, language, normalize, spelling)
+    """Takes an error rate apart.
+
+    Args:
+        whole: of :func:`~blspkd_fairseq.evaluation.metrics.error_rate`, which has counted the errors of each row.
+        hypotheses, references, unit, language, normalize, spelling: what it was given.
+    """
     tokens = tokens_of(unit, language, normalize, spelling)
-    counts = np.array([edit_counts(tokens(h), tokens(r)) for h, r in zip(hypotheses, references, strict=True)])
     errors, words = whole.statistics.T
+    rows = zip(errors, hypotheses, references, strict=True)
+    counts = np.array([edit_counts(tokens(h), tokens(r)) if wrong else (0, 0, 0) for wrong, h, r in rows])
     total = words.sum()
     kinds = (100 * counts.sum(axis=0) / total if total else np.full(3, np.nan)).tolist()
     rates = 100 * errors[words > 0] / words[words > 0]

@@ -178,7 +178,8 @@ def score_task(
             report.robustness[system] = {c: interval(main_metric(m)) for c, m in measured.items()}
             report.by_speaker[system] = _by_block(main_metric(measured[CLEAN]), blocks)
         if kind == "asr":
-            report.errors[system] = _errors(conditions[CLEAN][0], options, interval)
+            whole = main_metric(measured[CLEAN])
+            report.errors[system] = _errors(whole, conditions[CLEAN][0], options, interval)
         elif conditions[CLEAN][0][0].heard is not None:  # of asr, the transcript is the answer
             heard = {c: mean_of([heard_errors(rows, options) for rows in drawn]) for c, drawn in conditions.items()}
             report.heard[system] = {c: interval(one) for c, one in heard.items()}
@@ -227,10 +228,12 @@ def _mean_over_draws(
     return [mean_of(same) for same in zip(*(measure(kind, rows, answers, options) for rows in drawn), strict=True)]
 
 
-def _errors(rows: Answers, options: ScoringOptions, interval: Callable[[Measurement], Interval]) -> ErrorRow:
+def _errors(
+    whole: Measurement, rows: Answers, options: ScoringOptions, interval: Callable[[Measurement], Interval]
+) -> ErrorRow:
     said, transcripts = [row.hypothesis for row in rows], [row.transcript for row in rows]
-    unit = main_metric(transcription_metrics(said[:1], transcripts[:1], options.language)).name[:3]
-    found = error_detail(said, transcripts, unit, options.language, True, options.spelling)
+    unit = whole.name.partition(" ")[0]
+    found = error_detail(whole, said, transcripts, unit, options.language, True, options.spelling)
     return ErrorRow(
         found.signature,
         found.substitutions,
