@@ -137,3 +137,39 @@ def test_what_pytest_says_is_found() -> None:
 def test_the_table_has_a_line_for_each_step() -> None:
     lines = gpu_check.table([Outcome("one", "ok", 1.5, "fine"), Outcome("two", "skipped")]).splitlines()
     assert len(lines) == 3 and lines[1].split() == ["one", "ok", "1.5", "fine"]
+
+
+@pytest.mark.slow
+def test_the_steps_that_no_other_test_runs_are_green_on_a_cpu(tmp_path: Path) -> None:
+    steps = "versions,models,launches,training-0.5b-16,generation"
+    command = [sys.executable, gpu_check.__file__, "--device", "cpu", "--quick", "--steps", steps, "--out", tmp_path]
+    gate = subprocess.run(list(map(str, command)), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert gate.returncode == 0, gate.stdout
+    found = summary(tmp_path)
+    assert list(found) == steps.split(",") and {status for status, _ in found.values()} == {"ok"}
+    # Only the variants of this run, in its order, and every one of them.
+    assert [part.partition(":")[0] for part in found["training-0.5b-16"][1].split(", ")] == [
+        "default options", "published", "padded rows", "float32 products",
+    ]  # fmt: skip
+    assert "tokens/s" in found["generation"][1]
+
+
+def test_a_command_that_cannot_be_killed_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one is that hangs inside a driver."""
+    monkeypatch.setattr(gpu_check, "_KILL_SECONDS", 0.2)
+    monkeypatch.setattr(gpu_check.os, "killpg", lambda *_: None)
+    process = subprocess.Popen(python("import time; time.sleep(60)"))
+    begin = time.monotonic()
+    gpu_check.kill_group(process)
+    assert time.monotonic() - begin < 5 and process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def test_the_result_of_a_benchmark_is_that_of_its_own_variants(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(
+        "models,batch,variant,utterances_per_second\n0.5b,2,published,7\n0.5b,2,default options,26\n7b,2,published,1\n"
+    )
+    told = gpu_check.told_training(path, "0.5b", 2, "default options,padded rows")
+    assert told("") == "default options: 26/s"

@@ -44,10 +44,10 @@ def find_checkpoints(inputs: list[Path], epochs: int | None = None, updates: int
         if len(inputs) != 1 or not inputs[0].is_dir():
             raise ValueError("--num-*-checkpoints takes one folder as --inputs")
         pattern = re.compile(r"checkpoint(\d+)\.pt" if epochs else r"checkpoint_\d+_(\d+)\.pt")
-        found = [(int(m[1]), path) for path in inputs[0].iterdir() if (m := pattern.fullmatch(path.name))]
-        if len(found) < count:
-            raise ValueError(f"{inputs[0]} holds {len(found)} checkpoints like {pattern.pattern}, not {count}")
-        return [path for _, path in sorted(found)[-count:]]
+        numbered = [(int(m[1]), path) for path in inputs[0].iterdir() if (m := pattern.fullmatch(path.name))]
+        if len(numbered) < count:
+            raise ValueError(f"{inputs[0]} holds {len(numbered)} checkpoints like {pattern.pattern}, not {count}")
+        return [path for _, path in sorted(numbered)[-count:]]
     missing = [str(path) for path in inputs if not path.is_file()]
     if missing:
         raise ValueError(f"no checkpoint at {', '.join(missing)} (for a folder, give --num-epoch-checkpoints N)")

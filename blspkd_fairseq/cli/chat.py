@@ -1,6 +1,6 @@
 """Talks to a model in the terminal, turn by turn: by audio files, the microphone, or the keyboard.
 
-A line that names an audio file is heard, any other is read; an empty line with --mic records until Enter is pressed.
+A line that names an audio file is speech, any other is text; an empty line with --mic records until Enter is pressed.
 /new begins anew, /quit (or end of input) ends.
 """
 

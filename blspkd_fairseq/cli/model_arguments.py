@@ -1,4 +1,4 @@
-"""Options by which commands choose a model."""
+"""Options with which commands choose a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, and what replaces its own options."""
+    """Adds the options of the model, and those that replace its own."""
     parser.add_argument(
         "--model",
         help="checkpoint, or folder of save_pretrained (default: the small model that the package carries, which knows "
@@ -33,7 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_vad_argument(parser: argparse.ArgumentParser) -> None:
-    """Whether silence is left out."""
+    """Adds the option to leave out silence."""
     parser.add_argument(
         "--vad",
         choices=("energy", "silero", "none"),
@@ -61,8 +61,8 @@ def load_model(args: argparse.Namespace) -> BlspKd:
 
     logging.captureWarnings(True)  # a library's advice to its own authors is no part of a command's output
     transformers_logging.set_verbosity_error()
-    given = {"llm": args.llm, "speech_encoder": args.speech_encoder, "llm_quantization": args.llm_quantization}
-    overrides = {name: value for name, value in given.items() if value}
+    names = ("llm", "speech_encoder", "llm_quantization")
+    overrides = {name: getattr(args, name) for name in names if getattr(args, name)}
     if args.model is None:
         return load_published(args.device, **overrides)
     return BlspKd.from_pretrained(args.model, args.device, args.trust_remote_code, **overrides)

@@ -1,4 +1,4 @@
-"""How fairseq writes and reads checkpoints."""
+"""Makes fairseq write whole checkpoints, and read no others."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def allow_safe_checkpoint_globals() -> None:
 
 
 def write_checkpoints_whole() -> None:
-    """A training that is killed, or whose disk is full, leaves whole files, and says what is wrong with the disk.
+    """Lets a training that is killed, or whose disk is full, leave whole files, and name what is wrong with the disk.
 
     fairseq writes a checkpoint safely but for a loss of power, tries three times to append it to what it wrote before,
     and copies it to ``checkpoint_last.pt`` byte by byte over the one before. A folder that vanishes it makes anew.
@@ -104,7 +104,7 @@ def _into_the_folder_that_was_there(save: Callable[..., Any]) -> Callable[..., A
 
 
 def read_whole_checkpoints() -> None:
-    """No command takes a damaged checkpoint for a whole one, and no training begins anew beside its own checkpoints.
+    """Keeps commands from damaged checkpoints, and a training from beginning anew beside its own checkpoints.
 
     fairseq begins at the first update when the checkpoint that it was told to go on from is missing, and takes a folder
     for --finetune-from-model, finds no file in it, and trains from scratch without a word. What keeps a model from
@@ -204,7 +204,7 @@ def _with_choice(cfg: Any, chosen: str) -> Any:
 
 
 def _on_first_rank(trainer: Any, choose: Callable[[], str]) -> str:
-    """What ``choose`` returns or raises on the first process, on all of them."""
+    """Returns or raises on all processes what ``choose`` does on the first."""
     outcome: tuple[bool, str] = (True, "")
     if trainer.data_parallel_rank == 0:
         try:

@@ -112,7 +112,14 @@ def _end_reading_with_commands() -> None:
     """
     from fairseq.data import iterators
 
-    class Reader(iterators.BackgroundConsumer):
+    replace(iterators, "BackgroundConsumer", _that_can_be_ended)
+    replace(iterators.EpochBatchIterator, "__init__", _read_by_a_thread)
+
+
+def _that_can_be_ended(consumer: Any) -> Any:
+    """Makes the class of fairseq's thread that reads ahead into one that ends on request."""
+
+    class Reader(consumer):
         def __init__(self, ahead: Any, loader: Any, most: int | None, cuda_device: int | None) -> None:
             self.is_ended = threading.Event()
             super().__init__(ahead, self._batches(loader, most), None, cuda_device)
@@ -139,17 +146,17 @@ def _end_reading_with_commands() -> None:
                 with contextlib.suppress(queue.Empty):  # room for the batch that it wants to hand over
                     self._queue.get(timeout=0.01)
 
-    def read_by_a_thread(begin: Any) -> Any:
-        @functools.wraps(begin)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            begin(self, *args, **kwargs)
-            self.persistent_workers = False
-            self.buffer_size = max(self.buffer_size, int(self.num_workers > 0))
+    return Reader
 
-        return __init__
 
-    replace(iterators, "BackgroundConsumer", lambda _: Reader)
-    replace(iterators.EpochBatchIterator, "__init__", read_by_a_thread)
+def _read_by_a_thread(begin: Any) -> Any:
+    @functools.wraps(begin)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.persistent_workers = False
+        self.buffer_size = max(self.buffer_size, int(self.num_workers > 0))
+
+    return __init__
 
 
 def refuse_precision_of_command(cfg: Any, from_checkpoint: bool) -> None:

@@ -115,16 +115,16 @@ def is_launched() -> bool:
 
 
 def _launched_processes() -> int:
-    """How many processes it has started."""
+    """Counts the processes that a launcher has started."""
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """What ends a command on one of several processes ends it on all of them, with the same words.
+    """Ends a command on all processes, with the same words, when it ends on one of them.
 
     Raises:
-        TrainingError: in place of what a loader or a lost process says.
+        TrainingError: in place of the error of a loader or of a lost process.
     """
     from blspkd_fairseq.faults import ranks, workers
     from blspkd_fairseq.faults.errors import TrainingError
@@ -133,7 +133,7 @@ def ending_together() -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if other := ranks.heard():
+            if other := ranks.message_of_another():
                 raise TrainingError(f"another process has ended, and this one with it: {other}") from error
             explained = workers.explain(error)
             ranks.tell(str(explained or error))

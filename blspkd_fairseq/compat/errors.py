@@ -26,12 +26,12 @@ def end_in_one_sentence() -> None:
 
         def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
             command = _command(trace)
-            said = sentence(error) if command and os.environ.get("BLSPKD_DEBUG", "") in ("", "0") else None
-            if said is None:
+            line = sentence(error) if command and os.environ.get("BLSPKD_DEBUG", "") in ("", "0") else None
+            if line is None:
                 before(kind, error, trace)
             else:
                 sys.stdout.flush()
-                print(f"{command}: {said}", file=sys.stderr)
+                print(f"{command}: {line}", file=sys.stderr)
 
         hook._is_ours = True  # type: ignore[attr-defined]
         sys.excepthook = hook
@@ -53,7 +53,7 @@ def _command(trace: TracebackType | None) -> str:
 
 
 def sentence(error: BaseException) -> str | None:
-    """What to say of an error in one line; None if it is not for the user to mend."""
+    """Puts an error into one line; None if it is not for the user to mend."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     text = str(error).strip()

@@ -1,4 +1,4 @@
-"""Which build of fairseq is installed, whether it can be used, and what it says of itself."""
+"""Finds the installed build of fairseq, checks that it can be used, and silences what it says of itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FairseqError(ImportError):
 
 
 class Problem(NamedTuple):
-    """What is wrong, and what the user can do about it."""
+    """A fault, and what the user can do about it."""
 
     what: str
     remedy: str
@@ -59,9 +59,9 @@ def _describe(distribution: importlib.metadata.Distribution) -> FairseqDistribut
 
 
 def fairseq_problem() -> Problem | None:
-    """What keeps fairseq from being used here, or None. Imports fairseq."""
-    found = fairseq_distributions()
-    problem = _overwritten(found)
+    """Finds what keeps fairseq from being used here, or None. Imports fairseq."""
+    installed = fairseq_distributions()
+    problem = _overwritten(installed)
     if problem is not None or "fairseq" in sys.modules:
         return problem
     if importlib.util.find_spec("fairseq") is None:
@@ -71,7 +71,7 @@ def fairseq_problem() -> Problem | None:
     try:
         importlib.import_module("fairseq")
     except Exception as error:
-        return _unimportable(found, error)
+        return _unimportable(installed, error)
     finally:
         # Importing fairseq makes every library print its debugging messages, unless the program set up logging before.
         for handler in set(root.handlers) - set(handlers):
@@ -80,9 +80,9 @@ def fairseq_problem() -> Problem | None:
     return None
 
 
-def _overwritten(found: list[FairseqDistribution]) -> Problem | None:
-    folders = [one.folder for one in found if one.folder is not None]
-    shared = [one for one in found if one.folder is not None and folders.count(one.folder) > 1]
+def _overwritten(installed: list[FairseqDistribution]) -> Problem | None:
+    folders = [one.folder for one in installed if one.folder is not None]
+    shared = [one for one in installed if one.folder is not None and folders.count(one.folder) > 1]
     if not shared:
         return None
     return Problem(
@@ -93,13 +93,13 @@ def _overwritten(found: list[FairseqDistribution]) -> Problem | None:
     )
 
 
-def _unimportable(found: list[FairseqDistribution], error: Exception) -> Problem:
+def _unimportable(installed: list[FairseqDistribution], error: Exception) -> Problem:
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "fairseq":
         missing = error.name.split(".")[0]
         return Problem(f"fairseq needs the Python package {missing}, which is missing", f"install {missing}")
-    who = " and ".join(map(str, found)) or "the fairseq on your Python path"
+    who = " and ".join(map(str, installed)) or "the fairseq on your Python path"
     reason = (str(error).strip() or "no message").splitlines()[0]
-    uninstall = "".join(f"`pip uninstall -y {one.name}` and then " for one in found)
+    uninstall = "".join(f"`pip uninstall -y {one.name}` and then " for one in installed)
     return Problem(
         f"{who} cannot be imported by Python {sys.version_info.major}.{sys.version_info.minor} "
         f"({type(error).__name__}: {reason})",
@@ -108,11 +108,11 @@ def _unimportable(found: list[FairseqDistribution], error: Exception) -> Problem
 
 
 def fairseq_warning() -> Problem | None:
-    """What to say when another build than the tested one provides fairseq, or several do; else None."""
-    found = fairseq_distributions()
-    if len(found) == 1 and found[0].is_pinned:
+    """Warns if another build than the tested one provides fairseq, or several do; else None."""
+    installed = fairseq_distributions()
+    if len(installed) == 1 and installed[0].is_pinned:
         return None
-    who = " and ".join(map(str, found)) or "a source folder on your Python path"
+    who = " and ".join(map(str, installed)) or "a source folder on your Python path"
     return Problem(
         f"fairseq comes from {who}, and only {FAIRSEQ_NAME} {FAIRSEQ_VERSION} is tested",
         f"if something fails, `{INSTALL_FAIRSEQ}` in a virtual environment of its own (scripts/venv.sh)",

@@ -1,4 +1,4 @@
-"""What fairseq-generate and fairseq-interactive have no hook for: the end of the input, and the results of a shard."""
+"""Hooks that fairseq-generate and fairseq-interactive lack: the end of the input, and the results of a shard."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def attend_generation() -> None:
 
 
 def _of_any_length(add: Callable[..., None]) -> Callable[..., None]:
-    """fairseq's BLEU reads memory of others, mostly to its end, when a text has no token."""
+    """Counts a text without tokens, for which fairseq's BLEU reads memory that is not its own, and mostly crashes."""
 
     @functools.wraps(add)
     def add_any(self: Any, ref: Any, pred: Any) -> None:
@@ -48,7 +48,7 @@ def _of_any_length(add: Callable[..., None]) -> Callable[..., None]:
 
 
 def _of_no_words(brevity: Callable[..., float]) -> Callable[..., float]:
-    """fairseq's BLEU divides by the length of all hypotheses."""
+    """Gives 0 where no hypothesis has a token; fairseq's BLEU divides by their length."""
 
     @functools.wraps(brevity)
     def penalty(self: Any) -> float:
@@ -88,7 +88,7 @@ def _then_call_back(buffered_read: Any) -> Any:
 
 
 def shard_folder(shard: int, shards: int) -> str:
-    """Where the results of a shard are, beside those of the others; "" if there is one shard."""
+    """Names the folder of a shard's results, beside those of the others; "" if there is one shard."""
     return f"shard-{shard}-of-{shards}" if shards > 1 else ""
 
 

@@ -53,7 +53,7 @@ def without_progress_bars() -> Iterator[None]:
 
 @functools.cache
 def _cache_name() -> str:
-    """What the installed transformers calls keys and values: ``past_key_values`` before 5.24, then ``cache``."""
+    """Finds the name of the cache in the installed transformers: ``past_key_values`` before 5.24, then ``cache``."""
     import dataclasses
 
     from transformers.modeling_outputs import BaseModelOutputWithPast

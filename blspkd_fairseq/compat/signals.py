@@ -31,7 +31,7 @@ class StopValidation(Exception):
 
 
 def exit_code(number: int) -> int:
-    """Of a training that this signal has stopped."""
+    """Returns the exit code of a training that this signal has stopped."""
     return 128 + number
 
 
@@ -48,7 +48,7 @@ def watch_signals(forward: bool = False) -> None:
 
 
 def leave_signals() -> None:
-    """What signals did before :func:`watch_signals`."""
+    """Restores what signals did before :func:`watch_signals`."""
     global _received, _agreed
     for number, handler in _former.items():
         signal.signal(number, handler)
@@ -66,7 +66,7 @@ def _note(number: int, _: FrameType | None) -> None:
 
 
 def _tell(number: int, frame: FrameType | None) -> None:
-    """By SIGTERM, since Ctrl-C in a terminal has reached them already, and a second one would end them."""
+    """Tells spawned processes, too: by SIGTERM, since Ctrl-C has reached them already, and a second would end them."""
     _note(number, frame)
     for child in multiprocessing.active_children():
         if child.pid is not None:
@@ -86,7 +86,7 @@ def stop_signal() -> signal.Signals | None:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Processes that this thread begins see no signal that is sent to the whole group: their parent decides."""
+    """Hides signals to the whole group from processes that this thread begins: their parent decides."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield

@@ -1,4 +1,4 @@
-"""fairseq's trainer: what it does not see, or takes for nothing."""
+"""Shows fairseq's trainer faults that it passes over: no memory, NaN, batches without weight."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def _explained(valid_step: Any) -> Any:
 
 
 def _refusing_non_finite(clip_grad_norm: Any) -> Any:
-    """The norm, read here, which is the one time that the update waits for it: what fairseq asks of it then is free.
+    """Reads the norm of the gradient of all processes, which so agree on it.
 
-    It is that of the gradient of all processes, so that they agree.
+    It is the one time that an update waits for the device: what fairseq asks of the norm after that is free.
     """
 
     @functools.wraps(clip_grad_norm)
@@ -109,7 +109,7 @@ def _refusing_non_finite(clip_grad_norm: Any) -> Any:
 
 
 def _refusing_nothing(aggregate: Any) -> Any:
-    """The weight of an update, which fairseq sums over processes and then reads."""
+    """Refuses an update without weight; fairseq sums the weight over processes and then reads it."""
 
     @functools.wraps(aggregate)
     def summed(self: Any, logging_outputs: Any, *sums: Any, ignore: bool = False) -> Any:

@@ -65,7 +65,7 @@ def _loops() -> list[Any]:
 
 
 def training_state() -> dict[str, Any]:
-    """How long there was no improvement (--patience), and the update that is still to be validated and saved."""
+    """Returns the validations without improvement (--patience), and the update still to be validated and saved."""
     patience: dict[str, Any] = {}
     for loop in _loops():
         patience |= {name: getattr(loop.should_stop_early, name, None) for name in ("best", "num_runs")}
@@ -81,8 +81,11 @@ def restore_training_state(state: dict[str, Any]) -> None:
 
 
 def _with_what_came_after_saving(load: Callable[..., Any]) -> Callable[..., Any]:
-    """The checkpoint of an epoch's end is written before the schedule hears of the validation's loss, and before the
-    epoch's means are reset; fairseq leaves out the one, and resets the means of the last --log-interval, too."""
+    """Makes up for what happened after a checkpoint of an epoch's end was written.
+
+    The schedule then got the loss of the validation, and the means of the epoch were reset. When it resumes, fairseq
+    leaves out the former, and resets the means of the last --log-interval, too.
+    """
 
     @functools.wraps(load)
     def load_checkpoint(
@@ -105,7 +108,7 @@ def _with_what_came_after_saving(load: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _with_bad_epochs(state_dict: Callable[..., Any]) -> Callable[..., Any]:
-    """reduce_lr_on_plateau forgets how many epochs of its --lr-patience have passed."""
+    """Keeps how many epochs of --lr-patience have passed, which reduce_lr_on_plateau forgets."""
 
     @functools.wraps(state_dict)
     def with_bad_epochs(self: Any) -> Any:
@@ -137,7 +140,7 @@ def _restore_means(state: dict[str, Any]) -> None:
 
 
 def _unless_stopped(validate_and_save: Callable[..., Any]) -> Callable[..., Any]:
-    """After a signal an update is saved at once, and left open: validating may take longer than is granted."""
+    """Saves an update at once after a signal, and leaves it open: validating may take longer than is granted."""
 
     @functools.wraps(validate_and_save)
     def judge(cfg: Any, trainer: Any, task: Any, epoch_itr: Any, valid_subsets: list[str], end_of_epoch: bool) -> Any:
@@ -176,7 +179,7 @@ def _stop(cfg: Any, trainer: Any, epoch_itr: Any, end_of_epoch: bool) -> None:
 
 
 def _wait_for_all(trainer: Any) -> None:
-    """Until the first process has saved: the end of one may be the end of all."""
+    """Waits until the first process has saved: the end of one may be the end of all."""
     if trainer.data_parallel_world_size > 1:
         import torch
         from fairseq.distributed import utils
@@ -217,7 +220,7 @@ def _and_closes_the_update(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unless_over(train: Callable[..., Any]) -> Callable[..., Any]:
-    """fairseq makes one update more whenever a training that has ended is called again."""
+    """Ends a training that has ended before, of which fairseq makes one update more at each call."""
 
     @functools.wraps(train)
     def train_epoch(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints of others in fairseq's commands: what they hold is data, and never switches on code.
+"""Lets fairseq's commands take checkpoints of others as data, which never switches on code.
 
 fairseq builds whatever task, model and criterion a checkpoint names (some of them evaluate texts among their options as
 Python, or load further files), and takes the options in it for the user's.

@@ -1,1 +1,1 @@
-"""A page where one speaks, sees what is heard, and reads the answers. Served beside the API; asks no other machine."""
+"""A page to speak to a model, see what it hears, and read its answers. Served beside the API; asks no other machine."""

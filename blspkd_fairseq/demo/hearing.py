@@ -1,4 +1,4 @@
-"""What the page draws of a piece of speech: what the encoder sees, CIF's weights, and the tokens with their times."""
+"""The page's picture of a piece of speech: the encoder's spectrogram, CIF's weights, and tokens with their times."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from blspkd_fairseq.modules.whisper_encoder import FRAMES_PER_SECOND
 MEL_FRAMES_PER_SECOND = 100
 
 
-class Heard(NamedTuple):
-    """What is heard in a window.
+class Hearing(NamedTuple):
+    """How the model hears one window.
 
     Attributes:
         start: seconds at which it begins.
@@ -34,8 +34,8 @@ class Heard(NamedTuple):
 
 
 @torch.no_grad()
-def hear_window(model: BlspKd, window: Window) -> Heard:
-    """Hears one window."""
+def hear_window(model: BlspKd, window: Window) -> Hearing:
+    """Runs encoder and adapter on one window."""
     speech = (window.samples, SAMPLE_RATE)
     adapted = model.adapt(speech)
     tokens: list[AlignedToken] = []
@@ -45,29 +45,30 @@ def hear_window(model: BlspKd, window: Window) -> Heard:
     weights = None
     if adapted.alpha is not None:
         weights = adapted.alpha[0, : _frames(window, FRAMES_PER_SECOND)].float().cpu().numpy()
-    return Heard(window.start, _spectrogram(model, window), weights, tokens)
+    return Hearing(window.start, _spectrogram(model, window), weights, tokens)
 
 
-def draw(heard: Sequence[Heard], seconds: float) -> dict[str, Any]:
-    """Windows on one axis of time, as the page takes them; where nothing was heard, it stays dark."""
-    bins = max((one.mel.shape[1] for one in heard), default=1)
+def draw(hearings: Sequence[Hearing], seconds: float) -> dict[str, Any]:
+    """Windows on one axis of time, as the page takes them; where there was no speech, it stays dark."""
+    bins = max((one.mel.shape[1] for one in hearings), default=1)
     mel = np.zeros((max(1, round(seconds * MEL_FRAMES_PER_SECOND)), bins), np.uint8)
     weights = np.zeros(max(1, round(seconds * FRAMES_PER_SECOND)), np.float32)
-    for one in heard:
+    for one in hearings:
         _put(mel, one.mel, one.start * MEL_FRAMES_PER_SECOND)
         if one.weights is not None:
             _put(weights, one.weights, one.start * FRAMES_PER_SECOND)
     tokens = [
         {"start": round(token.start, 3), "end": round(min(token.end, seconds), 3), "text": token.token}
-        for one in heard
+        for one in hearings
         for token in one.tokens
     ]
+    has_weights = any(one.weights is not None for one in hearings)
     return {
         "seconds": round(seconds, 3),
         "mel": base64.b64encode(mel.tobytes()).decode(),
         "frames": len(mel),
         "bins": bins,
-        "weights": [round(float(one), 3) for one in weights] if any(one.weights is not None for one in heard) else None,
+        "weights": [round(float(one), 3) for one in weights] if has_weights else None,
         "tokens": tokens,
     }
 

@@ -39,7 +39,7 @@ router = APIRouter()
 
 
 class Cascade:
-    """Whisper, which writes down what the LLM then reads.
+    """Whisper, whose transcript the LLM then reads.
 
     Args:
         whisper: folder or name of the model.
@@ -51,7 +51,7 @@ class Cascade:
         self._one_at_a_time = threading.Lock()
 
     def transcribe(self, samples: np.ndarray) -> str:
-        """What is said in ``[samples]`` at 16 kHz, in pieces of 30 s."""
+        """Transcribes ``[samples]`` at 16 kHz, in pieces of 30 s."""
         step = int(_WHISPER_SECONDS * SAMPLE_RATE)
         pieces = [samples[i : i + step] for i in range(0, len(samples), step)]
         with self._one_at_a_time:
@@ -80,7 +80,7 @@ async def show_page() -> Response:
 
 @router.get("/demo/info")
 async def describe(request: Request) -> dict[str, Any]:
-    """What the page needs to know."""
+    """Returns what the page shows of the server."""
     service = service_of(request)
     cascade: Cascade | None = request.app.state.cascade
     return {
@@ -92,20 +92,20 @@ async def describe(request: Request) -> dict[str, Any]:
 
 @router.post("/demo/hear", response_model=None)
 async def hear(request: Request) -> Response:
-    """The picture of a sound file, which is the body."""
+    """Returns the picture of a sound file, which is the body."""
     service = service_of(request)
     samples = await _read_samples(request)
     start = time.perf_counter()
-    heard = []
+    hearings = []
     for window in await run_in_threadpool(service.windows, samples):
-        heard.append(await service.engine.call(partial(hear_window, service.model, window)))
+        hearings.append(await service.engine.call(partial(hear_window, service.model, window)))
     milliseconds = round(1000 * (time.perf_counter() - start))
-    return JSONResponse({**draw(heard, len(samples) / SAMPLE_RATE), "milliseconds": milliseconds})
+    return JSONResponse({**draw(hearings, len(samples) / SAMPLE_RATE), "milliseconds": milliseconds})
 
 
 @router.post("/demo/transcript", response_model=None)
 async def transcribe(request: Request) -> Response:
-    """What the cascade's Whisper writes down of a sound file, which is the body."""
+    """Transcribes a sound file, which is the body, by the cascade's Whisper."""
     cascade: Cascade | None = request.app.state.cascade
     if cascade is None:
         raise ApiError(404, "there is no Whisper to compare with: give one with --cascade", "not_found")

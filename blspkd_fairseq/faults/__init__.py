@@ -1,1 +1,1 @@
-"""What training does when a batch does not fit, holds NaN, cannot be read, or never comes; free of fairseq."""
+"""Faults of training: batches that do not fit, hold NaN, cannot be read, or never come. Free of fairseq."""

@@ -1,4 +1,4 @@
-"""What ends an update, and what ends a training."""
+"""Errors that end an update, and errors that end a training."""
 
 from collections.abc import Sequence
 from typing import Any

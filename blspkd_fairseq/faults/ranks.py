@@ -26,7 +26,7 @@ def _store() -> Any:
 
 
 def tell(message: str) -> None:
-    """Lets the other processes end, with this message; the first one to tell is heard."""
+    """Lets the other processes end, with this message; only that of the first one counts."""
     store = _store()
     if store is None:
         return
@@ -37,8 +37,8 @@ def tell(message: str) -> None:
     time.sleep(4 * _LOOK_EVERY)  # as long as others need to hear it, in case this process holds the store
 
 
-def heard() -> str:
-    """What another process has ended with; "" if it is not known."""
+def message_of_another() -> str:
+    """Returns the message with which another process has ended; "" if it is not known."""
     store = _store()
     try:
         if store is None or not store.check([_KEY]):
@@ -73,10 +73,10 @@ def _listen(store: Any, stop: threading.Event) -> None:
     own = f"rank {distributed.get_rank()}:"
     while not stop.wait(_LOOK_EVERY):
         try:
-            told = store.get(_KEY).decode() if store.check([_KEY]) else own
+            message = store.get(_KEY).decode() if store.check([_KEY]) else own
         except RuntimeError:  # the process that held the store has ended
             return
-        if not told.startswith(own):
-            print(f"another process has ended, and this one with it: {told}", file=sys.stderr, flush=True)
+        if not message.startswith(own):
+            print(f"another process has ended, and this one with it: {message}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(1)

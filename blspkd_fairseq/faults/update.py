@@ -1,4 +1,4 @@
-"""An update is made of batches that fit and of finite numbers, or not at all; how often not is counted."""
+"""Makes updates of batches that fit and of finite numbers, and counts those that cannot be made."""
 
 import logging
 import math
@@ -117,8 +117,8 @@ class UpdateGuard:
 
     def _smaller(self, samples: list[Sample], names: list[str], why: str, alone: bool, first: bool) -> list[Sample]:
         """The batches of an update, that of ``names`` (or the largest) in halves; one utterance alone is left out."""
-        found = (i for i, sample in enumerate(samples) if names_of(sample) == names)
-        place = next(found, max(range(len(samples)), key=lambda i: samples[i]["nsentences"]))
+        named = (i for i, sample in enumerate(samples) if names_of(sample) == names)
+        place = next(named, max(range(len(samples)), key=lambda i: samples[i]["nsentences"]))
         sample = samples[place]
         names = names_of(sample)
         if not alone:
@@ -169,7 +169,7 @@ class UpdateGuard:
         logger.warning(f"{message}: no update ({self._non_finite} so far, {self._non_finite_in_a_row} in a row)")
 
     def _say_whose(self, samples: list[Sample], is_finite: Callable[[Sample], bool], alone: bool) -> str:
-        """Of the batches of the update, those whose loss is no number, or else whose gradient is none by itself."""
+        """Names the batches whose loss is not finite, or else those whose gradient by itself is not."""
         by_loss = [(names, loss) for names, loss in self._losses if not math.isfinite(loss)]
         if by_loss:
             names = [name for batch, _ in by_loss for name in batch]

@@ -57,7 +57,7 @@ class ReadingRecord:
             self._cells[worker.id] = torch.tensor([os.getpid(), row, time.monotonic()], dtype=torch.float64)
 
     def now(self) -> list[Reading]:
-        """What is being read, that which takes longest first."""
+        """Returns the rows that are being read, that which takes longest first."""
         lines = [(int(pid), int(row) - 1, since) for pid, row, since in self._cells.tolist() if row]
         return [Reading(*line) for line in sorted(lines, key=lambda line: line[2])]
 
@@ -88,8 +88,8 @@ def _comes_from_processes(error: BaseException) -> bool:
 
 def _explain_death(text: str, dead: list[int] | None) -> TrainingError:
     """Names what was being read by the processes ``dead``, or by any."""
-    found = [(record, one) for record in list(_records) for one in record.now()]
-    rows = [record.describe(one.row) for record, one in found if dead is None or one.pid in dead]
+    reading = [(record, one) for record in list(_records) for one in record.now()]
+    rows = [record.describe(one.row) for record, one in reading if dead is None or one.pid in dead]
     return TrainingError(
         f"a loader process has died while it read {' or '.join(rows) or 'no row'} "
         f"({text.strip().splitlines()[0].strip()}): if the machine has no memory left, give fewer --num-workers; "
@@ -98,12 +98,12 @@ def _explain_death(text: str, dead: list[int] | None) -> TrainingError:
 
 
 def _explain_hang(seconds: float) -> TrainingError:
-    found = [(record, one) for record in list(_records) for one in record.now()]
-    found = [(record, one) for record, one in found if time.monotonic() - one.since > seconds / 2] or found
-    for _, one in found:  # which would keep this process from ending
+    reading = [(record, one) for record in list(_records) for one in record.now()]
+    hanging = [(record, one) for record, one in reading if time.monotonic() - one.since > seconds / 2] or reading
+    for _, one in hanging:  # which would keep this process from ending
         with contextlib.suppress(ProcessLookupError):
             os.kill(one.pid, signal.SIGKILL)
-    rows = " and ".join(record.describe(one.row) for record, one in found) or "no row"
+    rows = " and ".join(record.describe(one.row) for record, one in hanging) or "no row"
     return TrainingError(
         f"the loader processes have brought no batch for {seconds:g} s, the limit of --loader-timeout: one of them "
         f"hangs while it reads {rows}; look whether that file can be read, and whether the disk or network is slow"

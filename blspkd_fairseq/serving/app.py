@@ -58,24 +58,24 @@ def create_app(service: Service, key: str | None = None, hosts: Sequence[str] = 
 
 
 async def list_models(request: Request) -> dict[str, Any]:
-    """The model that there is."""
+    """Lists the one model of this server."""
     return {"object": "list", "data": [_describe(service_of(request))]}
 
 
 async def get_model(name: str, request: Request) -> dict[str, Any]:
-    """It, by its name."""
+    """Describes the model, asked for by its name."""
     service_of(request).check_model(name)
     return _describe(service_of(request))
 
 
 async def health(request: Request) -> Response:
-    """Whether the server works."""
+    """Says whether the server works."""
     alive = service_of(request).engine.alive
     return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
 
 async def show_metrics(request: Request) -> Response:
-    """Its figures."""
+    """Shows the server's figures to Prometheus."""
     return Response(service_of(request).metrics.text(), media_type=metrics.CONTENT_TYPE)
 
 

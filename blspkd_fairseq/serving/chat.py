@@ -110,13 +110,13 @@ class _Reply:
 
 
 def _sampling(body: ChatRequest, service: Service, index: int) -> Sampling:
-    """How the answer of this index is drawn."""
+    """Returns the decoding options of the answer of this index."""
     if len(body.stops) > _MOST_STOPS:
         raise invalid(f"stop must be at most {_MOST_STOPS} texts", "stop")
-    wanted = body.max_completion_tokens or body.max_tokens or service.limits.new_tokens
+    tokens = body.max_completion_tokens or body.max_tokens or service.limits.new_tokens
     try:
         return Sampling(
-            max_new_tokens=min(wanted, service.limits.new_tokens),
+            max_new_tokens=min(tokens, service.limits.new_tokens),
             temperature=body.temperature or 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
             seed=None if body.seed is None else (body.seed + index) % 2**63,

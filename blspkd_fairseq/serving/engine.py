@@ -25,14 +25,14 @@ T = TypeVar("T")
 
 
 class Decoder(Protocol):
-    """What the engine drives: :class:`blspkd_fairseq.generation.streaming.StreamingDecoder`."""
+    """The decoder that the engine drives: :class:`blspkd_fairseq.generation.streaming.StreamingDecoder`."""
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its row."""
         ...
 
     def step(self) -> list[Delta]:
-        """What is new of all rows."""
+        """Decodes a token of every row; returns what is new."""
         ...
 
     def cancel(self, row: int) -> None:
@@ -45,7 +45,7 @@ class ClientLeft(Exception):
 
 
 class Answers:
-    """Answers of one client on their way, to be iterated over once. Close them to give their places free.
+    """Answers to one client while they are decoded, to be iterated over once. Closing them frees their places.
 
     Args:
         make: makes their requests, in the engine's thread.
@@ -204,7 +204,7 @@ class Engine:
         self._end()
 
     def _wait(self) -> bool:
-        """Until there is something to do; False: the end."""
+        """Waits until there is something to do; False: the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._new or self._closed or self._work or self._rows)
             return not self._stopping
@@ -293,7 +293,7 @@ class Engine:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told: all of its own mistakes, which are ValueErrors, and little of the server's."""
+    """Tells a client all about its own mistakes, which are ValueErrors, and little about the server's."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ValueError):

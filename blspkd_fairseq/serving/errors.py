@@ -14,7 +14,7 @@ class ApiError(Exception):
     Attributes:
         status: HTTP status code.
         message: one sentence that says what is wrong, and what to do.
-        code: a word for programs, such as ``invalid_audio``.
+        code: an identifier for programs, such as ``invalid_audio``.
         param: the parameter that is to blame, if one is.
         headers: of the reply, besides the usual ones.
     """
@@ -54,7 +54,7 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
 
 
 def as_invalid(errors: Sequence[Any]) -> ApiError:
-    """What pydantic found wrong with a request."""
+    """Turns errors that pydantic found in a request into one of the API."""
     worst = max(errors, key=lambda error: len(error["loc"]))
     names = [str(name) for name in worst["loc"] if name != "body"]
     # The kind of a part stands before its fields, and may have the name of one.

@@ -1,4 +1,4 @@
-"""What a server gives one request, and all of them together."""
+"""Limits of a server: for one request, and for all of them together."""
 
 from __future__ import annotations
 

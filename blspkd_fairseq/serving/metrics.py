@@ -40,20 +40,20 @@ class Metrics:
         waiting.set_function(lambda: max(0, active() - rows))
 
     def note_request(self, path: str, status: int, seconds: float) -> None:
-        """A request has ended."""
+        """Counts a request that has ended."""
         self._requests.labels(path, status).inc()
         self._seconds.labels(path).observe(seconds)
 
     def note_first_text(self, seconds: float) -> None:
-        """An answer has begun."""
+        """Notes the seconds to the first text of an answer."""
         self._first.observe(seconds)
 
     def note_audio(self, seconds: float) -> None:
-        """Audio has been received."""
+        """Adds audio that was received."""
         self._audio.inc(seconds)
 
     def note_step(self, deltas: Sequence[Delta]) -> None:
-        """A step of the decoder, whose rows that ended say what they used."""
+        """Adds the tokens of the rows that ended with this step of the decoder."""
         for delta in deltas:
             if delta.usage is not None:
                 self._prompt.inc(delta.usage.prompt)
@@ -61,5 +61,5 @@ class Metrics:
                 self._answer.inc(delta.usage.answer)
 
     def text(self) -> bytes:
-        """All of it."""
+        """The figures in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""What every request passes before it is read: who asks, how much is sent, how long that takes, and what is counted."""
+"""Checks every request before it is read: who sends it, how large it is and how long that takes. Counts requests."""
 
 from __future__ import annotations
 

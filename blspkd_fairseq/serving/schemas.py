@@ -1,4 +1,4 @@
-"""The requests that are understood, and the parameters that are not."""
+"""The API's requests: parameters that are supported, and those that are refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Message(_Request):
 
 
 class StreamOptions(_Request):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = None

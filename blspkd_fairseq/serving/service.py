@@ -36,7 +36,7 @@ class Service:
         name: by which clients ask for it.
         limits: of requests.
         vad: hear only where somebody speaks: "energy" or "silero".
-        prompt: asks for the words of a transcription, which are heard at its ``{speech}``.
+        prompt: instruction of a transcription; the speech comes in place of its ``{speech}``.
 
     Attributes:
         engine: answers. metrics: counts. created: seconds since 1970.
@@ -78,18 +78,18 @@ class Service:
 
     @property
     def most_characters(self) -> int:
-        """Of the text of a request: far more than fits into the LLM's context, and little to tokenize."""
+        """The longest text of a request: far more than fits into the LLM's context, and little to tokenize."""
         return _CHARACTERS_PER_TOKEN * (context_of(self.model.model) or 1 << 15)
 
     def windows(self, samples: np.ndarray) -> list[Window]:
         """Speech ``[samples]`` at 16 kHz in windows that are written down one by one; none in silence, with a VAD."""
-        found: list[Window] = []
+        windows: list[Window] = []
         start = 0
         for window in self.model.windows((samples, SAMPLE_RATE)):
             inside = speech_windows(window, self.vad) if self.vad else [(0, window)]
-            found += [Window((start + begin) / SAMPLE_RATE, part) for begin, part in inside]
+            windows += [Window((start + begin) / SAMPLE_RATE, part) for begin, part in inside]
             start += len(window)
-        return found
+        return windows
 
     def ask(self, questions: Sequence[tuple[Sequence[Any], Sampling]]) -> Answers:
         """An answer to each conversation, of messages in this package's shape.

@@ -30,13 +30,13 @@ _MOST_FIELDS = 32
 
 @router.post("/v1/audio/transcriptions", response_model=None)
 async def transcribe(request: Request) -> Response:
-    """Writes down what is said."""
+    """Transcribes speech."""
     return await _answer(request, "transcribe", service_of(request).prompt)
 
 
 @router.post("/v1/audio/translations", response_model=None)
 async def translate(request: Request) -> Response:
-    """Says it in English."""
+    """Translates speech into English."""
     return await _answer(request, "translate", resolve_prompt("translate", tgt_lang="English"))
 
 
@@ -53,27 +53,27 @@ async def _answer(request: Request, task: str, prompt: str) -> Response:
     samples = await run_in_threadpool(decode_audio, content, service.limits.audio_seconds, "file")
     seconds = len(samples) / SAMPLE_RATE
     service.metrics.note_audio(seconds)
-    said = _Said(await run_in_threadpool(service.windows, samples))
-    answers = _ask(service, said.windows, prompt, body.temperature)
+    transcription = _Transcription(await run_in_threadpool(service.windows, samples))
+    answers = _ask(service, transcription.windows, prompt, body.temperature)
     if body.stream:
-        return service.stream(_events(said, answers), request, answers)
+        return service.stream(_events(transcription, answers), request, answers)
     with service.leaving(request, answers):
-        async for _ in said.follow(answers):
+        async for _ in transcription.follow(answers):
             pass
     if body.response_format == "text":
-        return PlainTextResponse(f"{said.text}\n")
+        return PlainTextResponse(f"{transcription.text}\n")
     if body.response_format == "json":
-        return JSONResponse({"text": said.text, "usage": said.usage})
-    transcript = await service.engine.call(lambda: _with_words(service, said, seconds))
+        return JSONResponse({"text": transcription.text, "usage": transcription.usage})
+    transcript = await service.engine.call(lambda: _with_words(service, transcription, seconds))
     if body.response_format == "srt":
         return PlainTextResponse(as_srt(transcript))
     if body.response_format == "vtt":
         return PlainTextResponse(as_vtt(transcript), media_type="text/vtt")
-    return JSONResponse(_verbose(task, body, transcript, said.usage))
+    return JSONResponse(_verbose(task, body, transcript, transcription.usage))
 
 
-class _Said:
-    """What is said in the windows of a recording.
+class _Transcription:
+    """Texts of the windows of a recording, while they are decoded.
 
     Attributes:
         windows: in order. texts: of each. usages: of those that are finished.
@@ -86,7 +86,7 @@ class _Said:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
         return join_texts(self.texts)
 
     @property
@@ -137,7 +137,7 @@ async def _read_form(request: Request) -> tuple[SpeechRequest, bytes]:
 
 
 def _ask(service: Service, windows: Sequence[Window], prompt: str, temperature: float) -> Answers:
-    """An answer to each window."""
+    """Asks for the text of each window."""
     sampling = Sampling(max_new_tokens=service.limits.new_tokens, temperature=temperature)
     before, _, after = prompt.partition(SPEECH_SLOT)
     texts = [{"type": "text", "text": text} for text in (before, after)]
@@ -145,22 +145,24 @@ def _ask(service: Service, windows: Sequence[Window], prompt: str, temperature: 
     return service.ask([([{"role": "user", "content": [texts[0], speech, texts[1]]}], sampling) for speech in speeches])
 
 
-async def _events(said: _Said, answers: Answers) -> AsyncIterator[dict[str, Any]]:
-    async for text in said.follow(answers):
+async def _events(transcription: _Transcription, answers: Answers) -> AsyncIterator[dict[str, Any]]:
+    async for text in transcription.follow(answers):
         if text:
             yield {"type": "transcript.text.delta", "delta": text}
-    yield {"type": "transcript.text.done", "text": said.text, "usage": said.usage}
+    yield {"type": "transcript.text.done", "text": transcription.text, "usage": transcription.usage}
 
 
-def _with_words(service: Service, said: _Said, seconds: float) -> Transcript:
-    """With the times at which CIF cuts the words."""
-    spoken = [(window, text.strip()) for window, text in zip(said.windows, said.texts, strict=True) if text.strip()]
+def _with_words(service: Service, transcription: _Transcription, seconds: float) -> Transcript:
+    """Adds the times at which CIF cuts the words."""
+    pairs = zip(transcription.windows, transcription.texts, strict=True)
+    spoken = [(window, text.strip()) for window, text in pairs if text.strip()]
     return Transcript(seconds, tuple(service.model.segment(window, text) for window, text in spoken))
 
 
 def _verbose(task: str, body: SpeechRequest, transcript: Transcript, usage: dict[str, Any]) -> dict[str, Any]:
     parts = as_dict(transcript)
-    wanted = {f"{granularity}s" for granularity in body.timestamp_granularities}
+    granularities = {f"{granularity}s" for granularity in body.timestamp_granularities}
     times = {name: parts.pop(name) for name in ("segments", "words")}
+    shown = {name: times[name] for name in times if name in granularities}
     language = "english" if task == "translate" else body.language or "und"
-    return {"task": task, "language": language, **parts, **{n: times[n] for n in times if n in wanted}, "usage": usage}
+    return {"task": task, "language": language, **parts, **shown, "usage": usage}

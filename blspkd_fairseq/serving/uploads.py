@@ -57,7 +57,7 @@ def decode_base64(data: str, max_seconds: float, param: str) -> np.ndarray:
 
 
 def _check_samples(content: bytes, max_seconds: float, param: str) -> None:
-    """Of what its header says; that it is audio at all, others find out."""
+    """Refuses a file whose header announces too many samples; what is no audio is refused by the decoder."""
     try:
         info = soundfile.info(io.BytesIO(content))
     except (soundfile.SoundFileError, OSError, ValueError):

@@ -71,7 +71,7 @@ def find_texts(root: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def split_of(name: str, valid: float) -> str:
-    """Where a row belongs, for ever."""
+    """Returns the split of a row, the same for ever."""
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     return "valid" if place < valid else "train"
 
