@@ -30,6 +30,7 @@ __all__ = ["BlspKd", "__version__", "register"]
 FOLDER = Path(__file__).resolve().parent
 
 compat.guard_transformers()
+compat.silence_bitsandbytes()
 
 
 def register() -> None:

@@ -36,7 +36,7 @@ from blspkd_fairseq.compat.llm import (
     use_fast_cpu_attention,
     without_progress_bars,
 )
-from blspkd_fairseq.compat.quantizer import import_bitsandbytes
+from blspkd_fairseq.compat.quantizer import import_bitsandbytes, silence_bitsandbytes
 from blspkd_fairseq.compat.torchaudio import block_broken_torchaudio, guard_transformers
 from blspkd_fairseq.compat.trainer import guard_updates
 from blspkd_fairseq.compat.training import go_on_exactly, restore_training_state, training_state
@@ -72,6 +72,7 @@ __all__ = [
     "restore_training_state",
     "share_checkpoints",
     "show_all_options",
+    "silence_bitsandbytes",
     "silence_fairseq",
     "sum_gradients_as_they_are",
     "training_state",

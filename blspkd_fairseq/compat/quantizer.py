@@ -7,6 +7,11 @@ import sys
 from types import ModuleType
 
 
+def silence_bitsandbytes() -> None:
+    """Hides its line about code that it has not found, in all commands: peft imports it wherever it is installed."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def import_bitsandbytes(option: str) -> ModuleType:
     """The package.
 
@@ -21,10 +26,7 @@ def import_bitsandbytes(option: str) -> ModuleType:
     """
     missing = object()
     kernels = sys.modules.get("kernels", missing)
-    log = logging.getLogger("bitsandbytes")
-    level = log.level
     sys.modules["kernels"] = None  # type: ignore[assignment]  # Python's way to say that there is none
-    log.setLevel(logging.ERROR)  # on there being none
     try:
         import bitsandbytes
     except (ImportError, OSError) as error:
@@ -33,7 +35,6 @@ def import_bitsandbytes(option: str) -> ModuleType:
             "'blspkd-fairseq[quantized]', or leave the option out, which changes no checkpoint"
         ) from error
     finally:
-        log.setLevel(level)
         if kernels is missing:
             del sys.modules["kernels"]
         else:
