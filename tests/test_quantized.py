@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -357,6 +358,13 @@ def test_a_device_that_cannot_is_named_when_the_model_moves_there() -> None:
     layer.functional = NoKernel
     with pytest.raises(ValueError, match=r"^bitsandbytes has no nf4 for this meta \(no kernel image\): [^\n]*$"):
         nn.Sequential(layer).to("meta")
+
+
+@needs_package
+def test_it_says_nothing_in_commands_that_do_not_use_it() -> None:
+    program = "import blspkd_fairseq, logging; logging.basicConfig(level=logging.DEBUG); import bitsandbytes"
+    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
+    assert done.returncode == 0 and "bitsandbytes" not in done.stderr, done.stderr
 
 
 def test_what_the_package_would_fetch_from_a_hub_is_not_there_while_it_is_imported(

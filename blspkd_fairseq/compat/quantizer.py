@@ -8,8 +8,9 @@ from types import ModuleType
 
 
 def silence_bitsandbytes() -> None:
-    """Hides its line about code that it has not found, in all commands: peft imports it wherever it is installed."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    """Hides what it says of itself, in all commands: peft imports it wherever it is installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.WARNING)  # fairseq lets libraries print all they have to say
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # on code that it has not found
 
 
 def import_bitsandbytes(option: str) -> ModuleType:
