@@ -74,6 +74,7 @@ EXTRAS = {
         "openai==3.57.0",
         "playwright==1.65.2",
         "av>=14,<19",
+        "bitsandbytes==0.50.2",
         "hypothesis==6.170.17",
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",

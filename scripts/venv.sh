@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates or updates the project's own virtual environment, without root and without git.
 #
-#   bash scripts/venv.sh [EXTRAS]      EXTRAS: comma-separated, from quickstart,serve,recordings,ray,bench,dev; default none
+#   bash scripts/venv.sh [EXTRAS]      EXTRAS: comma-separated, from quickstart,serve,recordings,quantized,ray,bench,dev; default none
 #   bash scripts/venv.sh --latest ...  renews scripts/constraints.txt: the newest versions that the package allows, in an
 #                                      environment of their own in $BLSPKD_VENV/latest; the tests there (...: arguments
 #                                      of scripts/test.sh); and if they pass, the list. Once for each Python.
@@ -22,7 +22,7 @@ extras=${1:-}
 if [[ $extras == --latest ]]; then
     latest=yes
     shift
-    extras=quickstart,serve,recordings,ray,bench,dev
+    extras=quickstart,serve,recordings,quantized,ray,bench,dev
     venv=$venv/latest
     rm -rf "$venv"
 fi
