@@ -19,6 +19,7 @@ from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
 from blspkd_fairseq.data.windows import cut_windows
+from blspkd_fairseq.generation.kv_cache import give_room
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, SpeechPlaces, speech_positions
 from blspkd_fairseq.modules.speech_llm import ChatLLM, SpeechLLM
@@ -357,7 +358,7 @@ def _decode(
             inputs_embeds=embeds,
             attention_mask=valid,
             logits_processor=processors,
-            **compat.cache_argument(cache),
+            **compat.cache_argument(give_room(cache)),
             **arguments,
         )
     return generated
