@@ -28,10 +28,13 @@ def use_fast_cpu_attention(llm: Any) -> None:
         if query.device.type != "cpu" or not dtype.is_floating_point or dtype.itemsize > 2:
             return sdpa_attention_forward(module, query, key, value, mask, **options)
         heads, key_heads, queries = query.shape[1], key.shape[1], query.shape[2]
-        if queries == 1 and heads > key_heads and not query.requires_grad and (mask is None or mask.shape[1] == 1):
+        is_plain = all(options.get(name) is None for name in ("softcap", "position_bias"))
+        has_one_mask = mask is None or mask.shape[1] == 1
+        if queries == 1 and heads > key_heads and is_plain and has_one_mask and not query.requires_grad:
             # The heads that share keys ask together.
-            grouped = query.view(len(query), key_heads, -1, query.shape[3])
-            out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=options.get("scaling"))
+            grouped = query.reshape(len(query), key_heads, -1, query.shape[3])
+            scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
+            out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
             return out.reshape(len(query), 1, heads, -1), None
         if mask is not None and mask.is_floating_point():
             mask = mask.float()

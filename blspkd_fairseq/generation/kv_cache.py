@@ -62,7 +62,8 @@ def give_room(cache: Any) -> Any:
     """The same cache, whose layers of full attention grow in place."""
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            cache.layers[index] = _of_layer(layer, [(layer.keys, layer.values, 0)])
+            cache.layers[index] = GrowingLayer()
+            cache.layers[index].update(layer.keys, layer.values)
     return cache
 
 

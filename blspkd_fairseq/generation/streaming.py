@@ -292,7 +292,7 @@ class StreamingDecoder:
             row.cache = self._read_columns([row], portion)
             row.length += portion
         if row.cache is not None:
-            self._keep(tuple(row.signature[: row.length]), row.cache)
+            self._keep(tuple(row.signature[: row.length]), take_row(row.cache, 0, row.length))
 
     def _row_of(self, request: Request) -> _Row:
         pieces = sum(isinstance(one, Speech) for one in request.segments)
