@@ -229,7 +229,8 @@ class WhisperTranscriber:
         parts = [(part, code) for cut, code in zip(windows, languages, strict=True) for part in cut]
         texts: list[str] = []
         for begin in range(0, len(parts), len(waveforms)):
-            texts += self._transcribe(*zip(*parts[begin : begin + len(waveforms)], strict=True), beam)
+            batch = parts[begin : begin + len(waveforms)]
+            texts += self._transcribe([part for part, _ in batch], [code for _, code in batch], beam)
         remaining = iter(texts)
         return [join_texts(list(islice(remaining, len(cut)))) for cut in windows]
 
