@@ -42,8 +42,8 @@ def main() -> None:
         prompts = make_prompts(model, size, args.own_texts)
         rows += [row for beam in args.beams for row in measure(model, prompts, beam, args)]
     for row in rows:
-        who = f"batch {row['batch']:3} beam {row['beam']} {row['who']:14}"
-        print(f"{who} {row['tokens_per_second']:>10} tokens/s {row['ratio']:>6}")
+        rate = f"{row['tokens_per_second']:>10} tokens/s {row['ratio']:>6}"
+        print(f"beam {row['beam']} {row['who']:14} {rate}  batch {row['batch']}")
     if args.out:
         with open(args.out, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
