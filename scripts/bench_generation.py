@@ -4,7 +4,9 @@
     python scripts/bench_generation.py --llm DIR --speech-encoder DIR
 
 "ours" is what fairseq-generate does with a batch: embeddings in, answers and the log-probability of every token out.
-"transformers" is `llm.generate` on these embeddings, which gives ids alone. Both make as many tokens. Turns alternate.
+"transformers" is `llm.generate` on these embeddings, which gives ids alone. Both make as many tokens. Turns alternate;
+medians. Prompts have different lengths, and their texts are the same or all different. Rates are by the clock on a GPU,
+and by the CPU's on a CPU, which other programs make less longer.
 """
 
 import argparse
@@ -35,10 +37,13 @@ def main() -> None:
     model = made.to(device).eval()
     # No token ends an answer, so that both write as many.
     model.llm.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
-    prompts = make_prompts(model, args.batch_size)
-    rows = [row for beam in args.beams for row in measure(model, prompts, beam, args)]
+    rows = []
+    for size in args.batch_size:
+        prompts = make_prompts(model, size, args.own_texts)
+        rows += [row for beam in args.beams for row in measure(model, prompts, beam, args)]
     for row in rows:
-        print(f"beam {row['beam']} {row['who']:14} {row['tokens_per_second']:>10} tokens/s {row['ratio']:>6}")
+        rate = f"{row['tokens_per_second']:>10} tokens/s {row['ratio']:>6}"
+        print(f"beam {row['beam']} {row['who']:14} {rate}  batch {row['batch']}")
     if args.out:
         with open(args.out, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -53,7 +58,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--speech-encoder")
     parser.add_argument("--llm-dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[32])
+    parser.add_argument("--own-texts", action="store_true", help="every prompt has another text around its speech")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=3)
@@ -65,18 +71,19 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def make_prompts(model: SpeechLLM, size: int) -> Prompts:
+def make_prompts(model: SpeechLLM, size: int, own_texts: bool) -> Prompts:
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(10, 1000, (PREFIX + AFTER,), generator=generator).tolist()
+    texts = torch.randint(10, 1000, (size, PREFIX + AFTER), generator=generator).tolist()
     counts = [SPEECH * 2 // 3 + i % (SPEECH * 2 // 3) for i in range(size)]
     width = model.llm.get_input_embeddings().embedding_dim
     speech = torch.randn(size, max(counts), width, generator=generator).to(model.device, model.llm.dtype) * 0.02
-    conversations = [[words[:PREFIX], Speech(0), words[PREFIX:]]] * size
-    return build_prompts(model, conversations, speech, counts)
+    chosen = texts if own_texts else texts[:1] * size
+    return build_prompts(model, [[one[:PREFIX], Speech(0), one[PREFIX:]] for one in chosen], speech, counts)
 
 
 @torch.no_grad()
 def measure(model: SpeechLLM, prompts: Prompts, beam: int, args: argparse.Namespace) -> list[dict[str, str]]:
+    size = len(prompts.embeds)
     options = DecodingOptions(beam=beam, max_new_tokens=args.tokens)
     chat: Any = SimpleNamespace(eos_ids=[], end_of_turn_id=0, decode_answer=lambda ids: "")
 
@@ -88,27 +95,29 @@ def measure(model: SpeechLLM, prompts: Prompts, beam: int, args: argparse.Namesp
             inputs_embeds=prompts.embeds, attention_mask=prompts.valid, **options.as_generate_arguments()
         ).tolist()
 
+    is_cuda = model.device.type == "cuda"
+    now = time.perf_counter if is_cuda else time.process_time
     seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
     for round_ in range(args.rounds + 1):
         for who, run in (("ours", ours), ("transformers", theirs)):
             synchronize(model.device)
-            begin = time.perf_counter()
+            begin = now()
             run()
             synchronize(model.device)
             if round_:
-                seconds[who].append(time.perf_counter() - begin)
-    is_cuda = model.device.type == "cuda"
+                seconds[who].append(now() - begin)
     name = torch.cuda.get_device_name() if is_cuda else f"{cpu_name()} ({torch.get_num_threads()} threads)"
     base = statistics.median(seconds["transformers"])
     return [
         {
             "models": args.preset or "quickstart",
             "device": name,
-            "batch": str(args.batch_size),
+            "batch": str(size),
             "beam": str(beam),
+            "texts": "different" if args.own_texts else "the same",
             "tokens": str(args.tokens),
             "who": who,
-            "tokens_per_second": f"{args.batch_size * args.tokens / statistics.median(times):.1f}",
+            "tokens_per_second": f"{size * args.tokens / statistics.median(times):.1f}",
             "ratio": f"{base / statistics.median(times):.2f}",
         }
         for who, times in seconds.items()

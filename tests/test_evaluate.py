@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,9 @@ from blspkd_fairseq.data.record_store import StoreError
 from blspkd_fairseq.evaluation import report as report_module
 from blspkd_fairseq.evaluation.metrics import error_rate
 from blspkd_fairseq.evaluation.scoring import Answered, ScoringOptions, score_task
+from blspkd_fairseq.generation import decoding
 from blspkd_fairseq.systems import systems
+from blspkd_fairseq.systems.boundaries import _timed_rows
 
 ROWS = 22  # with fewer than 20 there are no intervals
 SPEAKERS = 11  # and with fewer than 10 no tests
@@ -408,3 +411,53 @@ def test_rows_are_not_chosen_and_compared_by_the_same_errors(
     evaluate.main(setting.arguments(tmp_path, *cascade, "--text"))
     text = (tmp_path / "report.md").read_text()
     assert "its column shows how its errors travel, and is not to be compared" in text
+
+
+def test_recordings_of_any_length_are_measured(
+    setting: Setting,
+    cascade: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = tmp_path / "data"
+    tiny.write_split(data, "test", 2, src_lang="en", tgt_lang="de", speaker="s")
+    long = {**Manifest.load(data / "test.tsv")[0], "id": "long", "audio": "long.wav"}
+    long["n_frames"] = str(tiny.write_speech(data / "long.wav", 31.0, 7))
+    write_manifest(data / "test.tsv", [long, *Manifest.load(data / "test.tsv")])
+    manifest = Manifest.load(data / "test.tsv")
+    lengths = {int(manifest.n_frames[i]): manifest[i]["src_text"] for i in range(3)}
+    monkeypatch.setattr(Mishearing, "texts", defaultdict(lambda: "lights on", lengths))
+    checkpoint = setting.root / "a" / "checkpoint_last.pt"
+    arguments = setting.arguments(tmp_path / "out", "--checkpoint", f"a={checkpoint}", *cascade, "--align")
+    arguments[:6] = ["--asr", str(data / "test.tsv")]
+    evaluate.main([*arguments, "--conditions", "speed:0.95"])
+    assert "1 rows of" in caplog.text and "longer than the 30 s that Whisper times: they are left out" in caplog.text
+    model = BlspKd.from_pretrained(checkpoint, llm=str(setting.llm), llm_dtype="float32")
+    said = {row["id"]: row["hypothesis"] for row in read(tmp_path / "out", "asr", "a.jsonl")}
+    assert said == {row["id"]: model.generate(data / row["audio"], "repeat", max_new_tokens=6) for row in manifest}
+    assert len(read(tmp_path / "out", "asr", "a.speed-0.95.jsonl")) == 3
+
+    monkeypatch.setattr(decoding, "context_of", lambda _: 20)
+    with pytest.raises(ValueError, match=r"test\.tsv.* line 2.*the LLM reads 20 together with its answer"):
+        evaluate.main([*arguments[:-1], "--out", str(tmp_path / "other")])
+    only = tmp_path / "only.tsv"
+    write_manifest(only, [{**long, "audio": str(data / "long.wav")}])
+    with pytest.raises(ValueError, match="give --align a test set of shorter rows"):
+        _timed_rows(Manifest.load(only))
+
+
+def test_whisper_hears_long_recordings_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[tuple[int, str]]] = []
+
+    def hear(self: Any, windows: Sequence[np.ndarray], languages: Sequence[str], beam: int) -> list[str]:
+        batches.append([(len(one), code) for one, code in zip(windows, languages, strict=True)])
+        return [f" {code}{len(batches)} " for code in languages]
+
+    monkeypatch.setattr(systems.WhisperTranscriber, "_transcribe", hear)
+    whisper = object.__new__(systems.WhisperTranscriber)
+    long, short = np.random.default_rng(0).normal(size=100 * 16_000).astype(np.float32), np.zeros(1600, np.float32)
+    assert whisper.transcribe([long, short], ["en", "de"]) == ["en1 en1 en2 en2 en3", "de3"]
+    assert [len(batch) for batch in batches] == [2, 2, 2]
+    assert sum(n for batch in batches for n, code in batch if code == "en") == len(long)
+    assert max(n for batch in batches for n, _ in batch) <= 30 * 16_000

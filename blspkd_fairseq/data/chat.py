@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blspkd_fairseq.data.conversation import Conversation, Segment, Speech, Turn, one_turn
 from blspkd_fairseq.data.prompts import SPEECH_SLOT
+from blspkd_fairseq.data.reasoning import BEGINS, ENDS, without_reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,18 +28,29 @@ _NOTHING = "(?!)"
 TEMPLATE_DATE = date(2024, 7, 26)
 """What templates that ask for today's date are told, on whatever day: Llama 3.1's own default."""
 
-# Reasoning that a user does not see: <think>, [THINK], <|begin_of_thought|>, <|START_THINKING|>, <seed:think>, ...
-_REASONING = r"(?:\w+:)?(?:think(?:ing)?|thought|reason(?:ing)?)"
-_BEGINS = re.compile(rf"[<\[◁]\|?(?:start_|begin_(?:of_)?)?{_REASONING}\|?[>\]▷]|<\|channel>", re.IGNORECASE)
-_ENDS = re.compile(rf"[<\[◁]\|?(?:/|end_(?:of_)?){_REASONING}\|?[>\]▷]|<channel\|>", re.IGNORECASE)
-_MAY_BECOME_A_MARK = re.compile(r"\s*([<\[◁][^>\]▷]{0,30})?")
 _TAG = re.compile(r"<([A-Za-z][\w:]*)>")
 # Harmony's channels: <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...
-_CHANNEL, _MESSAGE, _FINAL = "<|channel|>", "<|message|>", "final"
+_CHANNEL, _MESSAGE = "<|channel|>", "<|message|>"
+FINAL_CHANNEL = "final"
 
 
 class ChatError(ValueError):
     """A tokenizer or a chat template that cannot be used; the message says what to do."""
+
+
+class Marks(NamedTuple):
+    """Control tokens that say what of an answer a user sees.
+
+    Attributes:
+        begins, ends: of a block of reasoning.
+        channel: of Harmony: the name of a channel follows.
+        message: of Harmony: the text of the channel follows.
+    """
+
+    begins: frozenset[int]
+    ends: frozenset[int]
+    channel: int | None
+    message: int | None
 
 
 class ChatFormat:
@@ -65,6 +77,7 @@ class ChatFormat:
     Attributes:
         tokenizer: as given.
         control_ids: ids that :meth:`encode_text` never gives and :meth:`decode` skips.
+        marks: those of them that say what of an answer a user sees.
         end_of_turn_id: the token by which the template closes an answer.
         eos_ids: tokens at which generation stops: ``end_of_turn_id`` first.
 
@@ -87,10 +100,7 @@ class ChatFormat:
         self._dated_template = _with_fixed_date(str(tokenizer.get_chat_template(chat_template)))
         control = _control_tokens(tokenizer)
         self.control_ids = frozenset(control)
-        self._begins = frozenset(token for token, name in control.items() if _BEGINS.fullmatch(name))
-        self._ends = frozenset(token for token, name in control.items() if _ENDS.fullmatch(name))
-        channel = {name: token for token, name in control.items() if name in (_CHANNEL, _MESSAGE)}
-        self._channel, self._message = channel.get(_CHANNEL), channel.get(_MESSAGE)
+        self.marks = _marks(control)
         # Longer names first, so that one name inside of another does not hide it.
         names = sorted(map(re.escape, control.values()), key=len, reverse=True)
         self._control_names = re.compile("|".join([*names, _MARKER_CHARACTER]))
@@ -146,25 +156,20 @@ class ChatFormat:
     def decode_answer(self, ids: Iterable[int]) -> str:
         """What a user sees of what the LLM generated: no reasoning, and of several channels the final one."""
         tokens = list(map(int, ids))
-        if self._channel in tokens:
+        if self.marks.channel in tokens:
             tokens = self._final_channel(tokens)
-        if self._begins.union(self._ends).isdisjoint(tokens):
-            return _without_reasoning(self.decode(tokens))
+        if self.marks.begins.union(self.marks.ends).isdisjoint(tokens):
+            return without_reasoning(self.decode(tokens))
         return self.decode(self._without_reasoning(tokens)).lstrip()
-
-    def answer_so_far(self, ids: Iterable[int]) -> str:
-        """:meth:`decode_answer` of an answer that goes on: nothing yet of what may become a mark of reasoning."""
-        answer = self.decode_answer(ids)
-        return "" if _MAY_BECOME_A_MARK.fullmatch(answer) else answer
 
     def _without_reasoning(self, ids: Iterable[int]) -> list[int]:
         """The ids outside of blocks of reasoning; what is before the end of a block was in it."""
         kept: list[int] = []
         is_inside = False
         for token in ids:
-            if token in self._begins:
+            if token in self.marks.begins:
                 is_inside = True
-            elif token in self._ends:
+            elif token in self.marks.ends:
                 kept = kept if is_inside else []
                 is_inside = False
             elif not is_inside:
@@ -173,18 +178,18 @@ class ChatFormat:
 
     def _final_channel(self, ids: Sequence[int]) -> list[int]:
         """What is said in the final channel, in which the prompt ends if the template says so."""
-        places = [place for place, token in enumerate(ids) if token == self._channel]
+        places = [place for place, token in enumerate(ids) if token == self.marks.channel]
         kept = self._until_control(ids[: places[0]])
         for start, end in zip(places, [*places[1:], len(ids)], strict=True):
             part = list(ids[start + 1 : end])
-            place = part.index(self._message) if self._message in part else len(part)
-            if self.decode(part[:place]).strip() == _FINAL:
+            place = part.index(self.marks.message) if self.marks.message in part else len(part)
+            if self.decode(part[:place]).strip() == FINAL_CHANNEL:
                 kept += self._until_control(part[place + 1 :])
         return kept
 
     def _until_control(self, ids: Sequence[int]) -> list[int]:
         """The ids before the first control token but for blocks."""
-        ends = self.control_ids - self._begins - self._ends
+        ends = self.control_ids - self.marks.begins - self.marks.ends
         end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
         return list(ids[:end])
 
@@ -360,7 +365,7 @@ class ChatFormat:
         answered = self._render([*asked, {"role": "assistant", "content": answer}], add_generation_prompt=False)
         header = answered.partition(answer)[0].rpartition(question)[2]
         opening = header.removeprefix(prompt) if header.startswith(prompt) else ""
-        if not (self._control_names.search(opening) or _BEGINS.search(opening) or _ENDS.search(opening)):
+        if not (self._control_names.search(opening) or BEGINS.search(opening) or ENDS.search(opening)):
             opening = ""  # spaces, which the answer brings itself
         open_block = _open_block((prompt + opening).removeprefix(header))
         if open_block:
@@ -431,19 +436,11 @@ def _with_fixed_date(template: str) -> str:
 
 def _open_block(prompt: str) -> str:
     """The mark of a block that a prompt leaves open, or ""."""
-    begin = max(_BEGINS.finditer(prompt), key=lambda match: match.start(), default=None)
-    if begin and not _ENDS.search(prompt, begin.end()):
+    begin = max(BEGINS.finditer(prompt), key=lambda match: match.start(), default=None)
+    if begin and not ENDS.search(prompt, begin.end()):
         return begin[0]
     tags = [match for match in _TAG.finditer(prompt) if f"</{match[1]}>" not in prompt[match.end() :]]
     return tags[-1][0] if tags else ""
-
-
-def _without_reasoning(text: str) -> str:
-    """A text without the block of reasoning that it begins with, spelled by ordinary tokens."""
-    if not _BEGINS.match(text.lstrip()):
-        return text
-    end = _ENDS.search(text)
-    return text[end.end() :].lstrip() if end else ""
 
 
 def _without_text(part: str | Speech) -> str | Speech:
@@ -455,6 +452,12 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     added = tokenizer.added_tokens_decoder
     control = {token: str(one.content) for token, one in added.items() if one.special or _is_markup(str(one.content))}
     return control | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def _marks(control: Mapping[int, str]) -> Marks:
+    ids = {name: token for token, name in control.items()}
+    begins, ends = (frozenset(t for t, name in control.items() if one.fullmatch(name)) for one in (BEGINS, ENDS))
+    return Marks(begins, ends, ids.get(_CHANNEL), ids.get(_MESSAGE))
 
 
 def _is_markup(content: str) -> bool:

@@ -19,6 +19,7 @@ from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
 from blspkd_fairseq.data.windows import cut_windows
+from blspkd_fairseq.generation.kv_cache import give_room
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, SpeechPlaces, speech_positions
 from blspkd_fairseq.modules.speech_llm import ChatLLM, SpeechLLM
@@ -176,7 +177,7 @@ def answer_heard(
     """As :func:`answer_speech`, of speech that was heard already (:func:`hear`, :func:`hear_windows`).
 
     Raises:
-        ValueError: the LLM's context has no room for a conversation and an answer.
+        ContextError: the LLM's context has no room for a conversation and an answer.
     """
     asked = build_prompts(model, [render_prompt(chat, prompt) for prompt in prompts], *heard)
     check_context(model, asked.longest)
@@ -221,7 +222,7 @@ def hear(model: SpeechLLM, waveforms: Tensor | None, lengths: Tensor, **options:
     """Speech embeddings ``[P, U, D]`` of pieces of speech, and how many each has; longer ones are heard in windows."""
     if not len(lengths):
         return model.embed(torch.zeros(0, 0, dtype=torch.long, device=model.device)), []
-    if waveforms is not None and waveforms.shape[1] > model.speech_encoder.max_samples:
+    if waveforms is not None and waveforms.shape[1] > model.window_seconds * SAMPLE_RATE:
         samples = options.get("samples") or lengths.tolist()
         cut = (one[:count] for one, count in zip(waveforms.cpu().numpy(), samples, strict=True))
         return hear_windows(model, [cut_windows(one, model.window_seconds) for one in cut])
@@ -267,15 +268,19 @@ def context_of(model: ChatLLM) -> int | None:
     return context
 
 
+class ContextError(ValueError):
+    """A prompt that leaves no room for an answer."""
+
+
 def check_context(model: ChatLLM, tokens: int) -> None:
     """Refuses a prompt that leaves no room for an answer.
 
     Raises:
-        ValueError: it has as many tokens as the LLM can read, or more.
+        ContextError: it has as many tokens as the LLM can read, or more.
     """
     context = context_of(model)
     if context is not None and tokens >= context:
-        raise ValueError(
+        raise ContextError(
             f"the conversation has {tokens} tokens, speech included, and the LLM reads {context} together with its "
             "answer: shorten the audio or leave out earlier turns"
         )
@@ -357,7 +362,7 @@ def _decode(
             inputs_embeds=embeds,
             attention_mask=valid,
             logits_processor=processors,
-            **compat.cache_argument(cache),
+            **compat.cache_argument(give_room(cache)),
             **arguments,
         )
     return generated

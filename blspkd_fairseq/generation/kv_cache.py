@@ -2,6 +2,7 @@
 
 Rows end in the same column: shorter ones are padded on the left, where nobody looks. Layers of full and of sliding
 attention can be taken apart by rows; recurrent states cannot be cut, and caches that hold them stay as they are.
+A step of decoding writes its column behind the others (:class:`GrowingLayer`).
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,63 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+_ROOM = 64  # columns: of so many steps one copies all keys and values, as every step of a DynamicLayer does
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of all positions, with room behind them.
+
+    ``keys`` and ``values`` show what is filled. Who puts others in their place, as beam search does, is right, and gets
+    new room at the next step; no gradient goes through them.
+    """
+
+    keys: Any
+    values: Any
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._rooms = (_Room(), _Room())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._rooms[0].append(self.keys, key_states)
+        self.values = self._rooms[1].append(self.values, value_states)
+        return self.keys, self.values
+
+
+class _Room:
+    """A tensor ``[B, H, T, D]`` of which the first columns are filled."""
+
+    def __init__(self) -> None:
+        self._whole: Tensor | None = None
+        self._filled: Tensor | None = None
+
+    def append(self, held: Tensor, new: Tensor) -> Tensor:
+        """``held`` and behind it ``new``; where ``held`` is what this gave before, only ``new`` is written."""
+        begin = held.shape[2] if held.numel() else 0
+        end = begin + new.shape[2]
+        if self._whole is None or held is not self._filled or end > self._whole.shape[2]:
+            self._whole = new.new_empty(*new.shape[:2], end + _ROOM, new.shape[3])
+            if begin:
+                self._whole[:, :, :begin] = held
+        self._whole[:, :, begin:end] = new
+        self._filled = self._whole[:, :, :end]
+        return self._filled
+
+
+def give_room(cache: Any) -> Any:
+    """The same cache, whose layers of full attention grow in place."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[index] = GrowingLayer()
+            cache.layers[index].update(layer.keys, layer.values)
+    return cache
+
 
 def has_plain_layers(cache: Any) -> bool:
     """Whether all layers hold keys and values alone, of all positions or of the last ones."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    return all(type(layer) in (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def can_cut(cache: Any, length: int, width: int) -> bool:
@@ -83,7 +137,7 @@ def _first_columns(layer: Any, length: int) -> Any:
 
 def _of_layer(layer: Any, rows: Sequence[_Columns]) -> Any:
     """A layer of the same kind with these rows."""
-    new = DynamicSlidingWindowLayer(layer.sliding_window) if layer.is_sliding else DynamicLayer()
+    new = DynamicSlidingWindowLayer(layer.sliding_window) if layer.is_sliding else GrowingLayer()
     held = [one for one in rows if one is not None]
     if held:
         new.lazy_initialization(held[0][0], held[0][1])

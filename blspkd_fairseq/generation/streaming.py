@@ -51,6 +51,7 @@ from blspkd_fairseq.generation.kv_cache import (
     cache_bytes,
     can_cut,
     cut_to,
+    give_room,
     has_plain_layers,
     join,
     keep_rows,
@@ -291,7 +292,7 @@ class StreamingDecoder:
             row.cache = self._read_columns([row], portion)
             row.length += portion
         if row.cache is not None:
-            self._keep(tuple(row.signature[: row.length]), row.cache)
+            self._keep(tuple(row.signature[: row.length]), take_row(row.cache, 0, row.length))
 
     def _row_of(self, request: Request) -> _Row:
         pieces = sum(isinstance(one, Speech) for one in request.segments)
@@ -451,6 +452,7 @@ class StreamingDecoder:
             row.length = row.prompt - 1
             row.embeds = None
             self._waiting.remove(row)
+        give_room(group.cache)
         self._groups.append(group)
 
     def _read_columns(self, rows: list[_Row], width: int) -> Any:

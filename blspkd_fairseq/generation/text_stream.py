@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from blspkd_fairseq.data.chat import ChatFormat
+from blspkd_fairseq.data.chat import FINAL_CHANNEL, ChatFormat
+from blspkd_fairseq.data.reasoning import ReasoningFilter
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer shows of bytes that are no whole character yet
 
@@ -28,22 +29,24 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that this token makes certain."""
+        return self._pass_on(self._text_of(token))
+
+    def finish(self) -> str:
+        """What was held back, when no token follows."""
+        return self._finish_with(self._decode_new())
+
+    def _finish_with(self, rest: str) -> str:
+        text = self._pass_on(rest)
+        return text if self.stopped else text + self._take_held()
+
+    def _text_of(self, token: int) -> str:
+        """The whole characters that this token ends; only tokens since the last but one of such are decoded."""
         self._ids.append(token)
         text = self._decode_new()
         if not text or text.endswith(_INCOMPLETE):
             return ""
         self._begin, self._read = self._read, len(self._ids)
-        return self._pass_on(text)
-
-    def finish(self) -> str:
-        """What was held back, when no token follows."""
-        text, self._held = self._held, ""
-        if self.stopped:
-            return ""
-        rest = self._decode_new()
-        self._begin = self._read = len(self._ids)
-        self._held = text
-        return self._pass_on(rest) + self._take_held()
+        return text
 
     def _decode_new(self) -> str:
         known = self.chat.decode(self._ids[self._begin : self._read])
@@ -69,23 +72,61 @@ class TextStream:
 
 
 class AnswerStream(TextStream):
-    """As :class:`TextStream`, of what a user sees of an answer: no reasoning, neither while it is made nor after."""
+    """As :class:`TextStream`, of what a user sees of an answer: no reasoning, neither while it is made nor after.
 
-    _shown = 0
+    Together the pieces are :meth:`ChatFormat.decode_answer` of all tokens, unless a mark comes later that would take
+    back what was shown.
+    """
 
-    def _decode_new(self) -> str:
-        # The whole each time, since a mark may change what is seen: a tenth of a millisecond beside a step of the LLM.
-        return self.chat.answer_so_far(self._ids)[self._shown :]
+    def __init__(self, chat: ChatFormat, stop: Sequence[str] = ()) -> None:
+        super().__init__(chat, stop)
+        self._tokens: list[int] = []
+        self._shown: list[str] = []
+        self._filter = ReasoningFilter()
+        self._is_reasoning = False
+        self._is_closed = False  # of Harmony: until the final channel begins
+        self._channel_name: list[int] | None = None  # while it is spelled
+
+    def push(self, token: int) -> str:
+        self._tokens.append(token)
+        return self._show(self._filter.push(self._text_of(token))) if self._is_seen(token) else ""
 
     def finish(self) -> str:
         """What was held back; a mark that was never ended is text."""
-        rest = self.chat.decode_answer(self._ids)[self._shown :]
-        shown = self._pass_on(rest)
-        return shown + ("" if self.stopped else self._take_held())
+        shown, whole = "".join(self._shown), self.chat.decode_answer(self._tokens)
+        rest = whole[len(shown) :] if whole.startswith(shown) else self._decode_new()
+        return self._finish_with(rest)
 
-    def _pass_on(self, text: str) -> str:
-        self._shown += len(text)
-        return super()._pass_on(text)
+    def _show(self, text: str) -> str:
+        self._shown.append(text)
+        return self._pass_on(text)
+
+    def _is_seen(self, token: int) -> bool:
+        """Whether a token is text for the user, as :meth:`ChatFormat.decode_answer` has it; marks change the state."""
+        marks = self.chat.marks
+        if token == marks.channel:
+            self._channel_name, self._is_closed = [], True
+        elif self._channel_name is not None:
+            if token == marks.message:
+                self._is_closed = self.chat.decode(self._channel_name).strip() != FINAL_CHANNEL
+                self._channel_name = None
+            else:
+                self._channel_name.append(token)
+        elif self._is_closed:
+            pass
+        elif token in marks.begins:
+            self._is_reasoning = True
+            self._filter.trim()
+        elif token in marks.ends:
+            if not self._is_reasoning:
+                self._ids, self._begin, self._read = [], 0, 0
+            self._filter.trim(forget=not self._is_reasoning)
+            self._is_reasoning = False
+        elif token in self.chat.control_ids:
+            self._is_closed = marks.channel is not None
+        else:
+            return not self._is_reasoning
+        return False
 
 
 def _overlap(text: str, stop: str) -> int:

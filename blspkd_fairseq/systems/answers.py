@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, load_audio, warn_of_flaw
+from blspkd_fairseq.data.audio import AudioError, load_audio, warn_of_flaw
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.record_store import Record, RecordStore, StoreError
 from blspkd_fairseq.evaluation.robustness import Condition, Voices, degrade
-from blspkd_fairseq.generation.decoding import DecodingOptions
+from blspkd_fairseq.generation.decoding import ContextError, DecodingOptions
 from blspkd_fairseq.systems.systems import Answer, System, Utterance
 
 _WINDOW_BATCHES = 64
@@ -95,6 +95,7 @@ def answer_all(system: System, questions: Questions, path: Path, name: str, batc
     Raises:
         StoreError: the answers there are of other settings or rows, or another process is writing them.
         AudioError: audio that cannot be used; it names the row.
+        ContextError: the LLM cannot read a prompt with so long a recording; it names the row.
     """
     manifest = questions.manifest
     with RecordStore(path, questions.settings(system)) as store:
@@ -147,7 +148,11 @@ def _plan(manifest: Manifest, batch_size: int) -> Iterator[list[_Row]]:
 
 def _answer_batch(system: System, questions: Questions, batch: Sequence[_Row], store: RecordStore) -> int:
     utterances = [utterance_of(system, questions, row.place) for row in batch]
-    answers = system.answer(utterances, questions.options, questions.kind == "asr")
+    try:
+        answers = system.answer(utterances, questions.options, questions.kind == "asr")
+    except ContextError as error:
+        longest = max(batch, key=lambda row: int(questions.manifest.n_frames[row.place]))
+        raise ContextError(f"{questions.manifest.location(longest.place)}: {error}") from error
     records = [_record(*group) for group in zip(batch, utterances, answers, strict=True)]
     new = [record for record in records if record["id"] not in store]
     store.add(new)
@@ -180,10 +185,7 @@ def read_waveform(questions: Questions, index: int) -> np.ndarray:
         return samples
     manifest = questions.manifest
     voices = _voices(questions) if questions.condition.kind == "babble" else None
-    degraded = degrade(samples, questions.condition, manifest[index]["id"], questions.seed, voices)
-    if len(degraded) > MAX_SECONDS * SAMPLE_RATE:
-        raise AudioError(f"{manifest.location(index)} is longer than 30 s under {questions.condition}: leave one out")
-    return degraded
+    return degrade(samples, questions.condition, manifest[index]["id"], questions.seed, voices)
 
 
 def _voices(questions: Questions) -> Voices:
@@ -206,7 +208,7 @@ def _load(questions: Questions, index: int) -> np.ndarray:
     if root is None and not Path(audio).is_absolute():
         root = manifest.path.parent
     try:
-        waveform = load_audio(audio, root, int(manifest.n_frames[index]))
+        waveform = load_audio(audio, root, int(manifest.n_frames[index]), max_seconds=None)
     except AudioError as error:
         raise AudioError(f"{manifest.location(index)}: {error}", error.reason) from error
     warn_of_flaw(waveform, manifest.location(index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from blspkd_fairseq.data.audio import SAMPLE_RATE
+from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE
+from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.evaluation.alignment import (
     Boundaries,
     BoundarySummary,
@@ -24,6 +26,8 @@ from blspkd_fairseq.evaluation.significance import Interval, bootstrap_interval
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.systems.answers import Questions, read_waveform
 from blspkd_fairseq.systems.systems import WhisperTranscriber
+
+logger = logging.getLogger(__name__)
 
 _PAUSE = 0.3  # seconds between two joined recordings
 _LONGEST = 13.0  # seconds of a recording that is joined with another: Whisper hears 30
@@ -50,15 +54,21 @@ def compare_boundaries(
 ) -> BoundaryComparison | None:
     """Every utterance of a manifest: CIF cuts as many tokens as its transcript has, Whisper is forced onto that.
 
+    Recordings of more than 30 s, of which Whisper tells no times, are left out, and that is said.
+
     Returns:
         None if the adapter has no boundaries.
+
+    Raises:
+        ValueError: all recordings are longer.
     """
     found: list[Boundaries] = []
     example: tuple[list[tuple[str, float]], list[tuple[str, float]]] = ([], [])
     manifest = questions.manifest
-    for index in tqdm(range(len(manifest)), desc="alignment", unit="row"):
+    rows = _timed_rows(manifest)
+    for index in tqdm(rows, desc="alignment", unit="row"):
         samples_of_row, text = read_waveform(questions, index), manifest[index]["src_text"]
-        if not index and model.adapt((samples_of_row, SAMPLE_RATE)).boundaries is None:
+        if index == rows[0] and model.adapt((samples_of_row, SAMPLE_RATE)).boundaries is None:
             return None
         aligned = model.align((samples_of_row, SAMPLE_RATE), transcript=text)
         tokens = [(token.token, token.end) for token in aligned]
@@ -72,6 +82,18 @@ def compare_boundaries(
     plot_boundaries(differences, *example, picture)
     interval = bootstrap_interval(measured.statistics, measured.score_of, samples, seed)
     return BoundaryComparison(summarize(found), interval, whisper_itself)
+
+
+def _timed_rows(manifest: Manifest) -> list[int]:
+    """Rows that Whisper hears at once."""
+    rows: list[int] = np.flatnonzero(manifest.n_frames <= MAX_SECONDS * SAMPLE_RATE).tolist()
+    long = len(manifest) - len(rows)
+    said = f"{long} rows of {manifest.path} are longer than the {MAX_SECONDS:g} s that Whisper times"
+    if not rows:
+        raise ValueError(f"{said}, and no other is left: give --align a test set of shorter rows, or leave it out")
+    if long:
+        logger.warning(f"{said}: they are left out of the alignment")
+    return rows
 
 
 def calibrate(whisper: WhisperTranscriber, questions: Questions) -> Calibration:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +28,8 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPE
 from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.languages import code_of
+from blspkd_fairseq.data.transcript import join_texts
+from blspkd_fairseq.data.windows import cut_windows
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_text
 from blspkd_fairseq.generation.identity import llm_identity, model_identity
 from blspkd_fairseq.hub import BlspKd, read_options
@@ -218,18 +221,31 @@ class WhisperTranscriber:
 
     @torch.no_grad()
     def transcribe(self, waveforms: Sequence[np.ndarray], languages: Sequence[str], beam: int = 1) -> list[str]:
-        """Transcripts of utterances of up to 30 s; a language code makes a multilingual Whisper listen for it."""
+        """Transcripts of utterances; a language code makes a multilingual Whisper listen for it.
+
+        One longer than Whisper's 30 s is cut in pauses, and no more windows than utterances are heard at a time.
+        """
+        windows = [cut_windows(waveform) for waveform in waveforms]
+        parts = [(part, code) for cut, code in zip(windows, languages, strict=True) for part in cut]
+        texts: list[str] = []
+        for begin in range(0, len(parts), len(waveforms)):
+            batch = parts[begin : begin + len(waveforms)]
+            texts += self._transcribe([part for part, _ in batch], [code for _, code in batch], beam)
+        remaining = iter(texts)
+        return [join_texts(list(islice(remaining, len(cut)))) for cut in windows]
+
+    def _transcribe(self, windows: Sequence[np.ndarray], languages: Sequence[str], beam: int) -> list[str]:
         options: dict[str, Any] = {"num_beams": beam}
         if self.model.generation_config.is_multilingual:
             options |= {"task": "transcribe", "language": [_whisper_language(code) for code in languages]}
             if not all(options["language"]):
                 options["language"] = None
-        ids = self.model.generate(**self._features(waveforms), **options)
-        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+        ids = self.model.generate(**self._features(windows), **options)
+        return list(self.processor.batch_decode(ids, skip_special_tokens=True))
 
     @torch.no_grad()
     def word_ends(self, waveform: np.ndarray, transcript: str = "") -> list[tuple[str, float]]:
-        """Words and the seconds at which they end, from cross-attention (Whisper's token timestamps).
+        """Words of 30 s at most and the seconds at which they end, from cross-attention (Whisper's token timestamps).
 
         With a transcript, Whisper is forced to say that: all words are then timed, also those that it would mishear.
         transformers gives each token the time at which it ends, but 0 to the first one: a first word of one token is
