@@ -133,6 +133,7 @@ def test_warm_up_then_distillation(world: World, tmp_path: Path) -> None:
     )  # fmt: skip
     assert "token_ce=" in log and "response_kl=" not in log
     warm = tmp_path / "warm" / "checkpoint_last.pt"
+    assert "token_ce" in fairseq("validate", world.data, "--path", warm, "--valid-subset", "valid", "--batch-size", 3)
     for option in (
         ["--restore-file", warm, "--reset-optimizer", "--reset-dataloader", "--reset-meters"],
         ["--finetune-from-model", warm],

@@ -271,8 +271,9 @@ class BlspKdTask(AnsweringTask):
     def training_tokens(self) -> Tensor:
         """Sorted ids of all tokens that occur in the training transcripts, in all folders of the data."""
         tokens: set[int] = set()
+        split = self._train_split or "train"  # fairseq-validate loads none to train on
         for folder in utils.split_paths(self.cfg.data):
-            for row in Manifest.load(Path(folder) / f"{self._train_split}.tsv"):
+            for row in Manifest.load(Path(folder) / f"{split}.tsv"):
                 for transcript in transcripts_of(row):
                     tokens.update(self.chat.encode_text(transcript))
         return torch.tensor(sorted(tokens), dtype=torch.long)
