@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blspkd_fairseq.modules.distillation_loss import (
+    distance_cross_entropy,
     linear_cross_entropy,
     linear_jensen_shannon,
     linear_kl_div,
@@ -115,6 +116,27 @@ def test_cross_entropy_equals_the_plain_formula(chunk_size: int, with_bias: bool
     (loss**2).sum().backward()
     (expected**2).sum().backward()
     torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_cross_entropy_by_distances_is_least_at_the_row_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(40, 8, generator=generator) * torch.linspace(0.3, 2, 40).unsqueeze(1)
+    targets = torch.tensor([0, 3, 39, 11])
+    vectors = (table[targets] + torch.randn(4, 8, generator=generator) / 4).requires_grad_()
+    loss = distance_cross_entropy(vectors, targets, table, scale=40.0, chunk_size=3)
+    loss.sum().backward()
+
+    exact = vectors.detach().double().requires_grad_()
+    rows = table.double()
+    distances = (exact.unsqueeze(1) - rows).square().sum(2) / rows.square().sum(1).mean()
+    expected = F.cross_entropy(-20 * distances, targets, reduction="none")
+    expected.sum().backward()
+    assert torch.allclose(loss.double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(vectors.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
+
+    small = torch.tensor([0])  # where dot products take another row for this one
+    assert (table @ table[0]).argmax() != 0
+    assert distance_cross_entropy(table[:1], small, table, 400.0).item() < 1e-3
 
 
 def test_the_teacher_gets_no_gradient() -> None:

@@ -12,6 +12,7 @@ from tiny import save_llm, save_whisper, write_split
 import blspkd_fairseq
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
+from blspkd_fairseq.modules.distillation_loss import distance_cross_entropy
 
 blspkd_fairseq.register()
 
@@ -85,6 +86,19 @@ def test_hidden_states_are_drawn_to_the_teachers(world: tuple[BlspKdModel, dict[
     torch.testing.assert_close(loss, 0.5 * sum(distance[compared.rows == row].mean() for row in range(3)))
     assert log["response_l2_sum"] == pytest.approx(float(distance.detach().sum()), rel=1e-5)
     assert log["response_kl_tokens"] == 0  # no head, no KL
+
+
+def test_tokens_are_told_apart_by_distances_if_asked(world: tuple[BlspKdModel, dict[str, Any]]) -> None:
+    model, sample = world
+    output = model(**sample["net_input"], positions=("response",))
+    vectors = output.adapter.embeddings.flatten(0, 1).index_select(0, output.batch.student.source)
+    table = model.speech_llm.llm.get_input_embeddings().weight.float()
+    expected = distance_cross_entropy(vectors, output.batch.transcript.targets, table, 40.0)
+    _, log = loss_of(model, sample, token_ce_weight=1.0, token_ce_scale=40.0)
+    assert log["token_ce_sum"] == pytest.approx(float(expected.detach().sum()), rel=1e-5)
+    assert log["token_ce_sum"] != pytest.approx(loss_of(model, sample, token_ce_weight=1.0)[1]["token_ce_sum"], rel=0.1)
+    with pytest.raises(ValueError, match="--token-ce-scale must not be negative"):
+        loss_of(model, sample, token_ce_weight=1.0, token_ce_scale=-1.0)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

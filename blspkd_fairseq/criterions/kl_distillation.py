@@ -17,7 +17,11 @@ from torch import Tensor
 
 from blspkd_fairseq.criterions.sums import DistillationConfig, Sums, anchor, chunk_size_on, log_ratio, pieces_of, total
 from blspkd_fairseq.data.batch import Labels
-from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_kl_div_with_agreement
+from blspkd_fairseq.modules.distillation_loss import (
+    distance_cross_entropy,
+    linear_cross_entropy,
+    linear_kl_div_with_agreement,
+)
 from blspkd_fairseq.modules.speech_llm import Distillation, SpeechLLM, SpeechLlmOutput
 
 
@@ -92,6 +96,13 @@ class KlDistillationConfig(DistillationConfig):
         metadata={
             "help": "warm-up: squared distance of each speech embedding to its token's embedding, over the variance of "
             "the token embeddings (Wav2Prompt, arXiv 2406.00522); needs no run of the LLM"
+        },
+    )
+    token_ce_scale: float = field(
+        default=0.0,
+        metadata={
+            "help": "--token-ce-weight goes by distances in place of dot products, sharpened by this (40 tells "
+            "SmolLM2's tokens apart); 0: dot products, whose minimum is not the token's own embedding"
         },
     )
     token_vocabulary: str = field(
@@ -239,8 +250,11 @@ class KlDistillationCriterion(FairseqCriterion):
         losses = {}
         if "token_ce" in wanted:
             table, targets = self._token_table(model, labels.targets)
-            chunk = chunk_size_on(self.cfg, hidden.device)
-            ce = linear_cross_entropy(hidden, targets, table.to(hidden.dtype), chunk_size=chunk)
+            chunk, scale = chunk_size_on(self.cfg, hidden.device), self.cfg.token_ce_scale
+            if scale:
+                ce = distance_cross_entropy(hidden, targets, table, scale, chunk)
+            else:
+                ce = linear_cross_entropy(hidden, targets, table.to(hidden.dtype), chunk_size=chunk)
             losses["token_ce"] = sums.mean("token_ce", ce, labels)
         if "token_mse" in wanted:
             tokens = model.speech_llm.embed(labels.targets).float()
@@ -293,5 +307,7 @@ def _check(cfg: KlDistillationConfig, weights: dict[str, float]) -> None:
         raise ValueError(f"the weights of kl_distillation must not be negative, got {weights}")
     if cfg.kd_temperature <= 0:
         raise ValueError(f"--kd-temperature must be positive, got {cfg.kd_temperature}")
+    if cfg.token_ce_scale < 0:
+        raise ValueError(f"--token-ce-scale must not be negative, got {cfg.token_ce_scale}")
     if cfg.token_vocabulary not in ("all", "train"):
         raise ValueError(f"unknown --token-vocabulary {cfg.token_vocabulary!r}: choose from all, train")

@@ -197,6 +197,20 @@ def linear_cross_entropy(
     return _chunked_head_loss(hidden, head_weight, head_bias, chunk_size, chunk_loss, transform)
 
 
+def distance_cross_entropy(
+    vectors: Tensor, targets: Tensor, table: Tensor, scale: float, chunk_size: int = DEFAULT_CHUNK_SIZE
+) -> Tensor:
+    """Cross-entropy of rows ``targets`` [N] of a table ``[V, D]`` where vectors ``[N, D]`` should lie: ``[N]`` nats.
+
+    The softmax is over ``-scale / 2`` times the squared distance to each row, in units of the rows' mean squared norm
+    (as prototypical networks, arXiv 1703.05175). Of dot products alone the minimum lies elsewhere: a row of small norm
+    is not even the likeliest where the vector is that row.
+    """
+    squares = table.float().square().sum(1)
+    factor = scale / squares.mean()
+    return linear_cross_entropy(vectors.float() * factor, targets, table.float(), -factor / 2 * squares, chunk_size)
+
+
 class _Words(NamedTuple):
     """``logits`` and ``probability`` [C, V]; of the likeliest word [C]: its index, logit and log probability."""
 
