@@ -82,8 +82,13 @@ def _declared() -> Iterator[tuple[str, tuple[type, Any]]]:
 def _options_of(config: type) -> Iterator[tuple[str, tuple[type, Any]]]:
     for option in dataclasses.fields(config):
         if "help" in option.metadata:  # else it is one of fairseq's own
-            owners = [one for one in config.__mro__ if option.name in vars(one).get("__annotations__", ())]
+            owners = [one for one in config.__mro__ if _explains(one, option.name)]
             yield option.name, (owners[-1], option)
+
+
+def _explains(config: type, name: str) -> bool:
+    """Whether a dataclass declares an option itself, with its help."""
+    return name in vars(config).get("__annotations__", ()) and "help" in config.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
 
 
 def _with_default(option: Any) -> str:

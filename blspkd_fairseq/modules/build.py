@@ -28,6 +28,14 @@ def _option(default: Any, text: str) -> Any:
 
 
 @dataclass
+class _BaseModels:
+    """The two that come first where options are given by position."""
+
+    speech_encoder: str = ""
+    llm: str = ""
+
+
+@dataclass
 class LlmOptions:
     """LLM."""
 
@@ -97,7 +105,7 @@ class SpeechEncoderOptions:
 
 
 @dataclass
-class SpeechLlmConfig(LlmOptions, LoraOptions, AdapterOptions, SpeechEncoderOptions):
+class SpeechLlmConfig(LlmOptions, LoraOptions, AdapterOptions, SpeechEncoderOptions, _BaseModels):
     """Options of the model. Defaults are those of BLSP-KD's published code where it has them."""
 
 
