@@ -24,7 +24,16 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents
 
 import generate_responses  # noqa: E402
 from systems import DIVISORS, MAIN, TABLE, Row  # noqa: E402
-from trainings import ROOT, TimeOver, Trainings, add_arguments, twin, use_cores, with_starts, write_json  # noqa: E402
+from trainings import (  # noqa: E402
+    ROOT,
+    Trainings,
+    add_arguments,
+    run_in_pieces,
+    twin,
+    use_cores,
+    with_starts,
+    write_json,
+)
 
 from blspkd_fairseq.cache import default_cache  # noqa: E402
 from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
@@ -185,8 +194,4 @@ class Comparison(Trainings):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TimeOver:
-        print("the time is over: the same command goes on")
-        sys.exit(124)
+    run_in_pieces(main)

@@ -60,14 +60,12 @@ class Table(NamedTuple):
     widest: int = 0
 
 
-_CNN = "--adapter cnn --input-kl-weight 0"
-_CE = "--response-ce-weight 1 --response-kl-weight 0 --input-kl-weight 0"
+CNN = "--adapter cnn --input-kl-weight 0"
+CE = "--response-ce-weight 1 --response-kl-weight 0 --input-kl-weight 0"
 _RESPONSE = "--input-kl-weight 0"
-_FROZEN = "--lora-scope none"
+FROZEN = "--lora-scope none"
 _UNFROZEN = "--lora-scope speech --unfreeze-speech-encoder"
-_WARM_UP = (
-    "--token-ce-weight 1 --token-mse-weight 1 --response-kl-weight 0 --input-kl-weight 0 --token-vocabulary train"
-)
+WARM_UP = "--token-ce-weight 1 --token-mse-weight 1 --response-kl-weight 0 --input-kl-weight 0 --token-vocabulary train"
 _DEEP = "--adapter-pre-layers 2 --adapter-post-layers 2"
 _SMALL = "--lora-rank 4"
 _ON_POLICY = (
@@ -76,25 +74,25 @@ _ON_POLICY = (
 )
 
 ROWS: dict[str, Row] = {
-    "blsp": Row("BLSP: CNN, cross-entropy", f"{_CNN} {_CE} {_FROZEN}", rate_of="blsp"),
-    "cnn_kl": Row("CNN, response KL", f"{_CNN} {_FROZEN}", rate_of="cnn_kl"),
-    "cnn_kl_ce": Row("CNN, response KL + cross-entropy", f"{_CNN} --response-ce-weight 1 {_FROZEN}", rate_of="blsp"),
-    "cnn_kl_lora": Row("CNN, response KL, Partial LoRA", f"{_CNN} --lora-scope speech", rate_of="cnn_kl"),
-    "ce": Row("CFormer, cross-entropy", f"{_CE} {_FROZEN}"),
-    "kl": Row("CFormer, response KL", f"{_RESPONSE} {_FROZEN}"),
-    "kl_input": Row("CFormer, response + input KL", _FROZEN),
+    "blsp": Row("BLSP: CNN, cross-entropy", f"{CNN} {CE} {FROZEN}", rate_of="blsp"),
+    "cnn_kl": Row("CNN, response KL", f"{CNN} {FROZEN}", rate_of="cnn_kl"),
+    "cnn_kl_ce": Row("CNN, response KL + cross-entropy", f"{CNN} --response-ce-weight 1 {FROZEN}", rate_of="blsp"),
+    "cnn_kl_lora": Row("CNN, response KL, Partial LoRA", f"{CNN} --lora-scope speech", rate_of="cnn_kl"),
+    "ce": Row("CFormer, cross-entropy", f"{CE} {FROZEN}"),
+    "kl": Row("CFormer, response KL", f"{_RESPONSE} {FROZEN}"),
+    "kl_input": Row("CFormer, response + input KL", FROZEN),
     "blsp_kd": Row("BLSP-KD: + Partial LoRA", "--lora-scope speech"),
     "unfrozen": Row("BLSP-KD + encoder trained", _UNFROZEN, trains_encoder=True),
     "lora_all": Row("CFormer, both KL, LoRA everywhere", "--lora-scope all"),
-    "warm_up": Row("token cross-entropy alone", f"{_WARM_UP} {_FROZEN}", transcripts=True),
-    "warm_half": Row("(half of it, where the next begin)", f"{_WARM_UP} {_FROZEN}", share=0.5, transcripts=True),
-    "warm_ce": Row("warm-up, then cross-entropy", f"{_CE} {_FROZEN}", "warm_half", 0.5),
-    "warm_kl": Row("warm-up, then response KL", f"{_RESPONSE} {_FROZEN}", "warm_half", 0.5),
-    "warm_kl_input": Row("warm-up, then response + input KL", _FROZEN, "warm_half", 0.5),
+    "warm_up": Row("token cross-entropy alone", f"{WARM_UP} {FROZEN}", transcripts=True),
+    "warm_half": Row("(half of it, where the next begin)", f"{WARM_UP} {FROZEN}", share=0.5, transcripts=True),
+    "warm_ce": Row("warm-up, then cross-entropy", f"{CE} {FROZEN}", "warm_half", 0.5),
+    "warm_kl": Row("warm-up, then response KL", f"{_RESPONSE} {FROZEN}", "warm_half", 0.5),
+    "warm_kl_input": Row("warm-up, then response + input KL", FROZEN, "warm_half", 0.5),
     "warm_blsp_kd": Row("warm-up, then BLSP-KD", "--lora-scope speech", "warm_half", 0.5),
     "warm_unfrozen": Row("warm-up, then BLSP-KD + encoder trained", _UNFROZEN, "warm_half", 0.5, trains_encoder=True),
     "warm_lora_all": Row("warm-up, then both KL, LoRA everywhere", "--lora-scope all", "warm_half", 0.5),
-    "deep_half": Row("(half of it, two layers)", f"{_WARM_UP} {_FROZEN} {_DEEP}", share=0.5, transcripts=True),
+    "deep_half": Row("(half of it, two layers)", f"{WARM_UP} {FROZEN} {_DEEP}", share=0.5, transcripts=True),
     "deep": Row(
         "warm-up, then BLSP-KD, two layers before and after CIF", f"--lora-scope speech {_DEEP}", "deep_half", 0.5
     ),
@@ -106,7 +104,7 @@ ROWS: dict[str, Row] = {
 }
 # The model that the package carries: less LoRA, trained for twice the time, compared with nothing.
 PUBLISHED: dict[str, Row] = {
-    "small_warm_up": Row("(where the published model begins)", f"{_WARM_UP} {_FROZEN} {_SMALL}", transcripts=True),
+    "small_warm_up": Row("(where the published model begins)", f"{WARM_UP} {FROZEN} {_SMALL}", transcripts=True),
     "small": Row("BLSP-KD as published here: longer, rank 4", f"--lora-scope speech {_SMALL}", "small_warm_up"),
 }
 ROWS |= PUBLISHED

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +35,15 @@ PATIENCE = 120  # seconds in which a training that is told to end has written it
 
 class TimeOver(Exception):
     """The time that was given is over; the same command goes on."""
+
+
+def run_in_pieces(main: Callable[[], None]) -> None:
+    """Runs a command; exit code 124 says that its time is over."""
+    try:
+        main()
+    except TimeOver:
+        print("the time is over: the same command goes on")
+        sys.exit(124)
 
 
 def add_arguments(parser: argparse.ArgumentParser, table: Table, cache: Path) -> None:

@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "comparison")]
 import mix_prompts  # noqa: E402
 from rows import LONG, TABLE  # noqa: E402
 from systems import Row  # noqa: E402
-from trainings import ROOT, TimeOver, Trainings, add_arguments, use_cores  # noqa: E402
+from trainings import ROOT, Trainings, add_arguments, run_in_pieces, use_cores  # noqa: E402
 
 from blspkd_fairseq.cache import default_cache  # noqa: E402
 from blspkd_fairseq.data.audio import SAMPLE_RATE  # noqa: E402
@@ -249,9 +249,6 @@ def write_part(folder: Path, divisor: int) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
-    except TimeOver:
-        print("the time is over: the same command goes on")
-        sys.exit(124)
+        run_in_pieces(main)
     except (ValueError, OSError) as error:
         sys.exit(f"compare_rows: {error}")

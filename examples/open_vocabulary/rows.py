@@ -9,16 +9,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "comparison"))
 
-from systems import Row, Table, on_less  # noqa: E402
+from systems import CE, CNN, FROZEN, WARM_UP, Row, Table, on_less  # noqa: E402
 
-_CNN = "--adapter cnn --input-kl-weight 0"
-_CE = "--response-ce-weight 1 --response-kl-weight 0 --input-kl-weight 0"
-_FROZEN = "--lora-scope none"
 _LORA = "--lora-scope speech"
-_WARM_UP = (
-    "--token-ce-weight 1 --token-mse-weight 1 --response-kl-weight 0 --input-kl-weight 0 --token-vocabulary train"
-    f" {_FROZEN}"
-)
+_WARM_UP = f"{WARM_UP} {FROZEN}"
 _ON_POLICY = (
     f"--criterion on_policy_distillation {_LORA} --estimator exact --rollouts 2 --rollout-max-tokens 48"
     " --adapter-dropout 0 --lora-dropout 0"  # as in the roll-outs
@@ -28,14 +22,14 @@ _ON_POLICY = (
 BY_UTTERANCES: dict[str, Row] = {
     "warm_up": Row("warm-up alone: token cross-entropy", _WARM_UP, transcripts=True, rate_of="warm_up"),
     "warm_half": Row("(half of it, where the next begin)", _WARM_UP, share=0.5, transcripts=True, rate_of="warm_up"),
-    "blsp": Row("BLSP: CNN, cross-entropy", f"{_CNN} {_CE} {_FROZEN}", rate_of="blsp"),
-    "cnn_kl": Row("CNN, response KL", f"{_CNN} {_FROZEN}", rate_of="cnn_kl"),
+    "blsp": Row("BLSP: CNN, cross-entropy", f"{CNN} {CE} {FROZEN}", rate_of="blsp"),
+    "cnn_kl": Row("CNN, response KL", f"{CNN} {FROZEN}", rate_of="cnn_kl"),
     "scratch": Row("BLSP-KD from scratch", _LORA, rate_of="scratch"),
     "continue": Row("warm-up, BLSP-KD on continue", _LORA, "warm_half", 0.5, rate_of="mix", responses="continue"),
     "chat": Row("warm-up, BLSP-KD on chat", _LORA, "warm_half", 0.5, rate_of="mix", responses="chat"),
     "mix": Row("warm-up, BLSP-KD on the mix", _LORA, "warm_half", 0.5, rate_of="mix"),
     "no_input_kl": Row("... without input KL", f"{_LORA} --input-kl-weight 0", "warm_half", 0.5, rate_of="mix"),
-    "no_lora": Row("... without Partial LoRA", _FROZEN, "warm_half", 0.5, rate_of="mix"),
+    "no_lora": Row("... without Partial LoRA", FROZEN, "warm_half", 0.5, rate_of="mix"),
     "encoder": Row(
         "... encoder trained, too", f"{_LORA} --unfreeze-speech-encoder", "warm_half", 0.5, rate_of="encoder",
         trains_encoder=True,

@@ -224,10 +224,7 @@ class Report:
                 lines.append(f"| {ROWS[name].title} | {share} | " + " | ".join(cells) + " |")
             for column in SCALING:
                 if line := fitted(*self.points(name, column)):
-                    lines.append(
-                        f"| {ROWS[name].title} | | | {column.title}: falls by "
-                        f"{100 * (1 - 2 ** line[0]):.0f} % with each doubling |" + " |" * len(SCALING)
-                    )
+                    lines.append(f"| {ROWS[name].title} | | | {column.title}: {doubling(line)} |" + " |" * len(SCALING))
         return "\n".join(lines)
 
     def points(self, name: str, column: Column) -> tuple[list[float], list[Interval]]:
@@ -255,7 +252,7 @@ class Report:
                 axis.errorbar(hours, scores, yerr=ends, label=ROWS[name].title, **style)
                 if line := fitted(hours, found):
                     axis.plot(hours, np.exp(line[1]) * np.array(hours) ** line[0], "--", color=f"C{number}",
-                              label=f"falls by {100 * (1 - 2 ** line[0]):.0f} % with each doubling")  # fmt: skip
+                              label=doubling(line))  # fmt: skip
             axis.set(xscale="log", yscale="log", xlabel="hours of speech in training", ylabel=column.title)
             axis.grid(alpha=0.3, which="both")
             if axis.get_legend_handles_labels()[0]:
@@ -350,6 +347,11 @@ def fitted(hours: Sequence[float], found: Sequence[Interval]) -> tuple[float, fl
         return None
     slope, offset = np.polyfit(*np.log(np.array(pairs).T), 1)
     return float(slope), float(offset)
+
+
+def doubling(line: tuple[float, float]) -> str:
+    """A fitted line in words."""
+    return f"falls by {100 * (1 - 2 ** line[0]):.0f} % with each doubling"
 
 
 _HEAD = """# The comparison on everyday English

@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from no_speech import ANSWER
+sys.path.append(str(Path(__file__).resolve().parents[1] / "comparison"))
 
-from blspkd_fairseq.evaluation.metrics import answer_metrics, error_rate
-from blspkd_fairseq.evaluation.significance import Interval, bootstrap_interval
-from blspkd_fairseq.evaluation.tables import score_table
-from blspkd_fairseq.files import write_whole
+from figures import ratio  # noqa: E402
+from no_speech import ANSWER  # noqa: E402
+
+from blspkd_fairseq.evaluation.metrics import answer_metrics, error_rate  # noqa: E402
+from blspkd_fairseq.evaluation.significance import Interval, bootstrap_interval  # noqa: E402
+from blspkd_fairseq.evaluation.tables import score_table  # noqa: E402
+from blspkd_fairseq.files import write_whole  # noqa: E402
 
 TEXT = "text"
 # What an answer says that admits that nothing was understood; the training's own sentence among them.
@@ -40,20 +42,13 @@ def scores_of(found: Found, text: Found | None) -> dict[str, Interval]:
     if "chat" in found and text is not None and text["id"] == found["id"]:
         for one in answer_metrics(found["chat"], text["chat"], language="en"):
             measured[f"{one.name} of answers"] = one
-    scores = {name: bootstrap_interval(one.statistics, one.score_of) for name, one in measured.items()}
     for name in ("response", "input"):
         if f"{name}_kl" in found:
-            scores[f"{name} KL"] = ratio(found[f"{name}_kl"], found[f"{name}_tokens"])
+            measured[f"{name} KL"] = ratio(f"{name} KL", found[f"{name}_kl"], found[f"{name}_tokens"])
     if "counted" in found:
         wrong = [abs(a - b) for a, b in zip(found["counted"], found["tokens"], strict=True)]
-        scores["token-count error, %"] = ratio(wrong, found["tokens"], 100)
-    return scores
-
-
-def ratio(numerators: Sequence[float], denominators: Sequence[float], factor: float = 1) -> Interval:
-    """A sum over a sum, rows resampled."""
-    rows = np.array([numerators, denominators], dtype=np.float64).T
-    return bootstrap_interval(rows, lambda sums: factor * sums[..., 0] / sums[..., 1])
+        measured["token-count error, %"] = ratio("token-count error", wrong, found["tokens"], 100)
+    return {name: bootstrap_interval(one.statistics, one.score_of) for name, one in measured.items()}
 
 
 def false_answers(found: Found) -> str:
