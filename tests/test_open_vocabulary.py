@@ -26,6 +26,7 @@ sys.path[:0] = [str(OPEN), str(ROOT / "examples" / "quickstart")]
 import gather_sentences as gather  # noqa: E402
 import mix_prompts  # noqa: E402
 import no_speech  # noqa: E402
+import publish  # noqa: E402
 import recordings  # noqa: E402
 import speak  # noqa: E402
 import voices  # noqa: E402
@@ -319,6 +320,14 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "curve.png").exists()
     text_of_report = (tmp_path / "report" / "report.md").read_text()
     assert "## phone (2 utterances)" in text_of_report
+    results = {
+        name: json.loads((tmp_path / "results" / f"{name}.json").read_text())["sets"] for name in ("text", "model")
+    }
+    card = publish.table({**results, "cascade": {"phone": {**text, "heard": ["a dog runs home", said[1]]}}})
+    assert "heard voices, other sentences | telephone prompts (a person) | clips in which nobody speaks" in card
+    assert "| WER heard | this model | 12.5 [0.0, 25.0] | 12.5 [0.0, 25.0] | – |" in card
+    assert "| WER heard | Whisper tiny.en, then the LLM | – | 12.5 [0.0, 25.0] | – |" in card
+    assert "| answered as if somebody spoke | this model | – | – | 1 of 1 |" in card
     assert (
         text_of_report.count("| the dog runs home | the dog runs hope | Fine, thank you all. |") == 1
     )  # not of "phone"
@@ -342,6 +351,9 @@ def command(name: str, *options: object, environment: dict[str, str] | None = No
         ("run.sh", ["--train", "many"], "--train must be a whole number"),
         ("run.sh", ["--speech", "/nowhere"], "--speech /nowhere holds no train.tsv"),
         ("run.sh", ["--pretrained", "/nowhere"], "--pretrained /nowhere holds no config.json"),
+        ("evaluate.sh", ["--model", "/nowhere"], "--model /nowhere does not exist"),
+        ("evaluate.sh", ["--rows", "all"], "--rows must be a whole number"),
+        ("evaluate.sh", ["--speech", "/nowhere"], "--speech /nowhere holds no test.tsv"),
         ("gpu.sh", ["fly"], "unknown command fly"),
         ("gpu.sh", ["pack"], "pack needs --to DIR"),
         ("gpu.sh", ["pack", "--train", "5"], "unknown option --train"),
@@ -354,7 +366,7 @@ def command(name: str, *options: object, environment: dict[str, str] | None = No
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(name: str, options: list[str], message: str, tmp_path: Path) -> None:
-    more = ["--out", tmp_path / "out"] if name == "run.sh" else []
+    more = [] if name == "gpu.sh" else ["--out", tmp_path / "out"]
     done = command(name, *options, *more)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
@@ -402,6 +414,23 @@ def test_all_stages_run_on_a_few_rows_and_a_second_run_skips_them(tmp_path: Path
     assert again.returncode == 0 and again.stdout.count("done before") == 8
     refused = command("run.sh", "--out", tmp_path / "out")
     assert refused.returncode == 2 and "other options" in refused.stderr
+
+    model = tmp_path / "out" / "model" / "distillation" / "checkpoint_last.pt"
+    options = ["--rows", 2, "--model", model, "--out", tmp_path / "real"]
+    measured = command("evaluate.sh", *options)
+    assert measured.returncode == 0, (measured.stdout + measured.stderr)[-4000:]
+    report = json.loads((tmp_path / "real" / "report" / "report.json").read_text())
+    assert set(report["sets"]) == {"phone", "game"} and set(report["sets"]["phone"]) == {"cascade", "model", "text"}
+    assert report["false_answers"]["model"].endswith(" of 2")
+    (tmp_path / "training.md").write_text("Four updates.")
+    example = next((tmp_path / "real" / "sets" / "audio").glob("*.flac"))
+    arguments = ["--checkpoint", model, "--results", tmp_path / "real" / "results", "--example", example]
+    arguments += ["--said", "...", "--training", tmp_path / "training.md", "--out", tmp_path / "published"]
+    publish.main(list(map(str, arguments)))
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "Four updates." in card and "| WER repeat | this model |" in card and "{" not in card.replace("{folder}", "")
+    config = json.loads((tmp_path / "published" / "config.json").read_text())
+    assert config["llm"] == "~/.cache/blspkd_fairseq/smollm2-135m-instruct" and config["window_seconds"] == 12
 
 
 @pytest.mark.slow

@@ -1,10 +1,16 @@
 """Sounds in which nobody says anything: silence, hum, coloured noise, and many voices at once.
 
+    python examples/open_vocabulary/no_speech.py --out DIR --count 100 --voices MANIFEST
+
+writes DIR/nothing.tsv and its clips, to test on; babble is made of the voices.
+
 The teacher cannot hear that there is nothing to hear: it reads an instruction that makes it say so (``teacher_text``),
 which depends on the prompt. ``src_text`` is one token that stands for nothing.
 """
 
+import argparse
 import random
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +19,7 @@ import soundfile
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE, load_audio
 from blspkd_fairseq.data.augment import coloured_noise
-from blspkd_fairseq.data.manifest import Manifest
+from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.data.prompts import PROMPTS, SPEECH_SLOT
 from blspkd_fairseq.data.sound import equally_loud
 from blspkd_fairseq.files import whole_file
@@ -29,6 +35,8 @@ TEACHER_TEXTS = {
     "repeat": ANSWER,
     "continue": f"Reply with: {ANSWER}",
 }
+
+COLUMNS = ("id", "audio", "n_frames", "src_text", "speaker", "src_lang")
 
 Load = Callable[[int], np.ndarray]
 
@@ -97,5 +105,24 @@ def write_clips(out: Path, split: str, count: int, voices: Manifest) -> list[dic
                 )
         frames = soundfile.info(out / name).frames
         cells: Sequence[object] = (f"nothing-{split}-{i:05d}", name, frames, NOTHING, kind, "en")
-        rows.append(dict(zip(("id", "audio", "n_frames", "src_text", "speaker", "src_lang"), cells, strict=True)))
+        rows.append(dict(zip(COLUMNS, cells, strict=True)))
     return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--voices", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    if args.count < 1:
+        parser.error(f"--count must be at least 1, got {args.count}")
+    rows = write_clips(args.out, "test", args.count, Manifest.load(args.voices))
+    write_manifest(args.out / "nothing.tsv", rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"no_speech: {error}")

@@ -4,8 +4,7 @@
 #   bash examples/open_vocabulary/run.sh [--speech DIR] [--train N] [--rows N] [--warm-up-updates N] [--updates N]
 #       [--mix "chat:0.5 continue:0.3 repeat:0.2"] [--augment KINDS] [--augment-variants N] [--pretrained DIR]
 #       [--speech-encoder NAME] [--llm NAME] [--voices "slt rms awb kal16 joe"] [--batch N]
-#       [--row NAME --row-options OPTIONS] [--test-rows N] [--processes N] [--quick] [--stage N] [--stop-stage N]
-#       [--out DIR] [--cache DIR]
+#       [--test-rows N] [--processes N] [--quick] [--stage N] [--stop-stage N] [--out DIR] [--cache DIR]
 #
 #   1 models         Whisper tiny.en and SmolLM2-135M-Instruct, as in the quickstart
 #   2 sentences      chats and WordNet's examples, filtered; what was left out is counted
@@ -20,19 +19,19 @@
 # --speech adds speech made before (speak.py says what the folder holds). With more --warm-up-updates or --updates,
 # training goes on from where it was; everything else belongs to OUT, which refuses other options. --augment makes the
 # sound anew in every epoch, or, with --augment-variants, so many versions of each clip, whose features are stored.
-# --batch is that of distillation, the warm-up's is three times as large. --row distils a variant beside the model, with
-# more options of fairseq-train. --quick runs every stage on a few rows. Killed, a run goes on with the same command.
+# --batch is that of distillation, the warm-up's is three times as large. --quick runs every stage on a few rows. Killed, a
+# run goes on with the same command.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/examples/common.sh"
 
 stage=0 stop_stage=9 speech="" train=36000 rows=12000 warm_up_updates=8000 updates=4000 test_rows=200 quick=""
-mix="chat:0.5 continue:0.3 repeat:0.2" augment="" augment_variants=0 batch=16 row="" row_options="" voices="slt rms awb kal16 joe" speech_encoder="" llm="" processes=$(nproc)
+mix="chat:0.5 continue:0.3 repeat:0.2" augment="" augment_variants=0 batch=16 voices="slt rms awb kal16 joe" speech_encoder="" llm="" processes=$(nproc)
 pretrained="$root/blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m"
 out="$root/out/open_vocabulary" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
-usage() { sed -n '2,26s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,25s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 parse_options stage stop-stage speech train rows warm-up-updates updates test-rows quick mix augment augment-variants speech-encoder llm \
-    processes pretrained out cache batch row row-options voices -- "$@"
+    processes pretrained out cache batch voices -- "$@"
 whole_numbers stage stop_stage train rows warm_up_updates updates test_rows processes batch augment_variants
 out=$(realpath -m "$out") cache=$(realpath -m "$cache")
 from_here speech speech_encoder llm pretrained
@@ -98,14 +97,13 @@ warm_up() {
 }
 
 distil() {
-    local start="warm-up-updates=$warm_up_updates" folder=$model/${row:-distillation} more
-    read -r -a more <<<"$row_options"
+    local start="warm-up-updates=$warm_up_updates" folder=$model/distillation
     # On top of another warm-up it begins anew.
     [ "$(cat "$folder.start" 2>/dev/null)" = "$start" ] || rm -rf "$folder" "$folder.log"
     printf '%s' "$start" >"$folder.start"
     train_part "$folder" "$asked/responses" --finetune-from-model "$model/warm-up/checkpoint_last.pt" \
         --batch-size "$batch" --lr 4e-4 --warmup-updates $((updates / 20)) --total-num-update "$updates" \
-        --max-update "$updates" "${more[@]}"
+        --max-update "$updates"
 }
 
 fetch_recordings() {
