@@ -257,34 +257,41 @@ def test_three_minutes_of_known_utterances_come_back_in_order() -> None:
     from blspkd_fairseq.base_models import load_published
 
     speak, texts = voices.load_joe(), sentences.sentences(60, 7, "test")
+    model = load_published()
     parts: list[np.ndarray] = []
     spans: list[tuple[float, float]] = []
+    alone: list[tuple[str, int]] = []  # the words heard of each utterance by itself: the model errs, too
     time = 0
     for number, text in enumerate(texts):
         clip = np.asarray(speak(text, 1.0), np.float32)
         (sound,) = np.nonzero(np.abs(clip) > 0.02)  # the voice's own silence is no part of the utterance
         spans.append(((time + sound[0]) / SAMPLE_RATE, (time + sound[-1]) / SAMPLE_RATE))
+        alone += [(piece, number) for token in model.align((clip, SAMPLE_RATE)) for piece in words_of(token.token)]
         parts += [clip, np.zeros(int((0.3, 0.5, 0.8)[number % 3] * SAMPLE_RATE), np.float32)]
         time += len(parts[-2]) + len(parts[-1])
-    model = load_published()
     heard = model.align((np.concatenate(parts), SAMPLE_RATE), vad="energy")
     assert 170 < time / SAMPLE_RATE < 200 and all(
         a.end <= b.start + 1e-6 for a, b in zip(heard, heard[1:], strict=False)
     )
-    said = [(piece, number) for number, text in enumerate(texts) for piece in re.findall(r"\w+|[^\w\s]", text)]
-    words = [(piece, token) for token in heard for piece in re.findall(r"\w+|[^\w\s]", token.token)]
-    matcher = difflib.SequenceMatcher(a=[one for one, _ in said], b=[one for one, _ in words], autojunk=False)
+    words = [(piece, token) for token in heard for piece in words_of(token.token)]
+    matcher = difflib.SequenceMatcher(a=[one for one, _ in alone], b=[one for one, _ in words], autojunk=False)
     pairs = [(a + i, b + i) for a, b, count in matcher.get_matching_blocks() for i in range(count)]
-    assert len(said) - len(pairs) <= 0.03 * len(said)  # of all; a model of 172 words errs by itself, too
+    print(f"{len(alone) - len(pairs)} of {len(alone)} words are not heard as they are alone")
+    assert len(alone) - len(pairs) <= 0.03 * len(alone)
     differences = []
     for mine, its in pairs:
-        number = said[mine][1]
-        if mine == 0 or said[mine - 1][1] != number:
+        number = alone[mine][1]
+        if mine == 0 or alone[mine - 1][1] != number:
             differences.append(abs(words[its][1].start - spans[number][0]))
-        elif mine + 1 == len(said) or said[mine + 1][1] != number:
+        elif mine + 1 == len(alone) or alone[mine + 1][1] != number:
             differences.append(abs(words[its][1].end - spans[number][1]))
     assert len(differences) > 100
     assert np.mean(np.array(differences) < 0.2) >= 0.95 and max(differences) < 1
+
+
+def words_of(text: str) -> list[str]:
+    """Words and signs."""
+    return re.findall(r"\w+|[^\w\s]", text)
 
 
 def test_generation_from_a_manifest_hears_any_length(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.robustness import Voices, degrade, parse_condition
 from blspkd_fairseq.files import write_whole
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, hear
 from blspkd_fairseq.generation.teacher_forced import collate, teacher_forced
 from blspkd_fairseq.modules.build import SpeechLlmConfig
 from blspkd_fairseq.systems.systems import CascadeSystem, TextSystem, Utterance
@@ -104,9 +104,8 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
             speech = pad_waveforms(waveforms).to(model.device), samples
         _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells])
         if model.model.adapter.one_to_one:
-            adapted = model.model.adapt(*speech)
-            counts = adapted.lengths.tolist()
-            heard = [model.nearest_tokens(one[:count]) for one, count in zip(adapted.embeddings, counts, strict=True)]
+            pieces = zip(*hear(model.model, *speech), strict=True)
+            heard = [model.nearest_tokens(embeddings[:count]) for embeddings, count in pieces]
             _add(found, heard=[model.chat_format.decode(ids) for ids in heard])
         for answer, (prompt, tokens) in answers.items():
             options = DecodingOptions(max_new_tokens=tokens)
@@ -158,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     answers = {name: (ANSWERS[name][0], min(ANSWERS[name][1], args.most_tokens)) for name in args.answers}
     results: dict[str, Any] = {"sets": {}}
     if args.checkpoint:
-        model = BlspKd.from_pretrained(args.checkpoint)
+        window = {"window_seconds": args.window_seconds} if args.window_seconds else {}
+        model = BlspKd.from_pretrained(args.checkpoint, **window)
         for rows in (*sets, *silent):
             asked = answers if rows.condition == "clean" else {}
             results["sets"][rows.title] = measure_checkpoint(model, rows, args.batch_size, asked)
@@ -177,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of training or a folder of save_pretrained")
+    parser.add_argument("--window-seconds", type=float, help="of the checkpoint; longer speech is cut in pauses")
     parser.add_argument("--cascade", default="", help="Whisper before the LLM")
     parser.add_argument("--llm", default="", help="of the cascade, or that reads the transcripts")
     parser.add_argument("--set", action="append", required=True, metavar="NAME=MANIFEST", type=_named)
