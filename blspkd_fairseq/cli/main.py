@@ -12,6 +12,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -95,6 +96,8 @@ def _run(words: list[str], program: str, commands: Mapping[str, Command]) -> int
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
+        if os.environ.get("BLSPKD_DEBUG", "") not in ("", "0"):
+            traceback.print_exc()
         print(f"{program}: {_sentence(error)}", file=sys.stderr)
         return 1
     return int(status or 0)
