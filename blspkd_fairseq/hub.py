@@ -222,11 +222,13 @@ class BlspKd:
             with_words: find the time of each word, by CIF.
             batch_size: windows at a time.
             progress: called with the seconds of audio that were done since the last call.
-            generation: fields of :class:`DecodingOptions`; ``max_new_tokens`` is for one window.
+            generation: fields of :class:`DecodingOptions`; ``max_new_tokens`` is for one window. Where CIF counts what
+                is said, what is written ends at twice that and 16 tokens, even if the LLM would not: it invents then.
 
         Raises:
             AudioError: audio that cannot be used.
         """
+        options = DecodingOptions(**generation)
         found: list[list[Segment]] = [[] for _ in audio]
         lengths = [0.0] * len(audio)
         parts = ((index, window) for index, one in enumerate(audio) for window in self._stream(one))
@@ -236,14 +238,29 @@ class BlspKd:
                 lengths[index] = window.start + len(window.samples) / SAMPLE_RATE
                 inside = speech_windows(window.samples, vad) if vad else [(0, window.samples)]
                 spoken += [(index, Window(window.start + b / SAMPLE_RATE, samples)) for b, samples in inside]
-            speech = [(window.samples, SAMPLE_RATE) for _, window in spoken]
-            texts = self.generate(speech, prompt, batch_size, **generation) if speech else []
+            texts: list[str] = []
+            for together in _batches([window.samples for _, window in spoken], batch_size):
+                texts += self._write_down(together, prompt, options)
             for (index, window), text in zip(spoken, texts, strict=True):
                 if text.strip():
                     found[index].append(self.segment(window, text.strip(), with_words))
             if progress is not None:
                 progress(sum(len(window.samples) for _, window in batch) / SAMPLE_RATE)
         return [Transcript(seconds, tuple(one)) for seconds, one in zip(lengths, found, strict=True)]
+
+    def _write_down(self, windows: Sequence[np.ndarray], prompt: str, options: DecodingOptions) -> list[str]:
+        """The texts of ``[samples]``, which do not depend on what is heard together."""
+        heard = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
+        limits = [options.max_new_tokens] * len(windows)
+        is_counted = prompt in _WRITES and getattr(self.model.adapter, "one_to_one", False)
+        if is_counted and options.takes_the_likeliest and not self.chat_format.may_reason:
+            limits = [min(limit, 2 * count + 16) for limit, count in zip(limits, heard[1], strict=True)]
+            options = dataclasses.replace(options, max_new_tokens=max(limits))
+        asked = [resolve_prompt(prompt)] * len(windows)
+        groups = answer_heard(self.model, self.chat_format, heard, asked, options)
+        return [
+            self.chat_format.decode_answer(group[0].ids[:limit]) for group, limit in zip(groups, limits, strict=True)
+        ]
 
     def _stream(self, audio: Audio) -> Iterator[Window]:
         """Windows of a recording, decoded while they are needed if it is a file."""
@@ -378,7 +395,7 @@ class BlspKd:
         return aligned[0] if single else aligned
 
     def _align(self, audio: Audio, transcript: str | None, vad: str | None) -> list[AlignedToken]:
-        windows = self._timed_windows(audio, vad)
+        windows = self.timed_windows(audio, vad)
         ids = None if transcript is None else self.chat_format.encode_text(transcript)
         counts: Sequence[int | None] = [None] * len(windows)
         if ids is not None:
@@ -397,7 +414,8 @@ class BlspKd:
         texts = [self.chat_format.tokenizer.decode([token]) for token in tokens or ()]
         return [AlignedToken(*span, text) for span, text in zip(times, texts, strict=True)]
 
-    def _timed_windows(self, audio: Audio, vad: str | None) -> list[Window]:
+    def timed_windows(self, audio: Audio, vad: str | None = None) -> list[Window]:
+        """:meth:`windows`, and where each begins."""
         windows = self.windows(audio)
         timed = [Window(*one) for one in zip(starts(windows), windows, strict=True)]
         if vad is None:
@@ -487,6 +505,9 @@ def _as_list(audio: Any) -> list[Any]:
         raise ValueError(f"there is no audio: {_ACCEPTED}")
     return [audio] if _is_single(audio) else list(audio)
 
+
+_WRITES = ("repeat", "transcribe")
+"""Prompts whose answer is what was said."""
 
 _ACCEPTED = 'give a path, samples with their rate, (array, 16000), or {"array": ..., "sampling_rate": 16000}'
 
