@@ -97,9 +97,10 @@ class BlspKd:
             overrides: options in place of the checkpoint's, such as ``llm="/models/qwen"`` or ``llm_dtype="float32"``.
 
         Raises:
-            ValueError: nothing to load there, an unknown option, other base models than in training, or one that needs
-                code of its own.
+            ValueError: nothing to load there, an unknown option, other base models than in training, one that needs
+                code of its own, or no such device.
         """
+        chosen_device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         options, state = read_trained(Path(checkpoint_or_dir))
         names = {field.name for field in dataclasses.fields(SpeechLlmConfig)}
         unknown = sorted(set(overrides) - names)
@@ -110,7 +111,7 @@ class BlspKd:
         show_base_models(str(checkpoint_or_dir), LLM=config.llm, speech_encoder=config.speech_encoder)
         model, chat = build_speech_llm(config)
         load_trained_state_dict(model, state)
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), chat, config)
+        return cls(model.to(chosen_device), chat, config)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: str = "float32") -> None:
         """Writes ``config.json`` and ``model.safetensors`` (what was trained: a few MB) for :meth:`from_pretrained`.
@@ -492,6 +493,15 @@ def push_folder(folder: Path, repo: str, private: bool = False) -> str:
     except (HfHubHTTPError, OSError) as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{repo} cannot be written on the hub ({what}): log in with `hf auth login`") from error
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device of this name; raises ValueError where there is none."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"there is no device {device} here: give cpu, or leave the device out ({reason})") from error
 
 
 def _is_single(audio: Any) -> bool:

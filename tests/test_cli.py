@@ -105,6 +105,8 @@ def test_every_command_has_help_with_an_example(words: list[str], capsys: pytest
         (["transcribe", "a.wav", "b.wav", "--format", "srt"], 1, "say where with --output FOLDER"),
         (["chat", "/none.wav"], 1, "blspkd chat: /none.wav does not exist"),
         (["align", __file__, "--model", "/none"], 1, "blspkd align: no checkpoint at /none"),
+        (["align", __file__, "--device", "nonsense"], 1, "blspkd align: there is no device nonsense here: give cpu"),
+        (["align", __file__, "--device", "cuda:99"], 1, "blspkd align: there is no device cuda:99 here: give cpu"),
         (["align", "/none.wav"], 1, "blspkd align: /none.wav does not exist"),
         (["align", __file__, "--plot", "tokens.doc"], 1, "tokens.doc is no name of a picture: end it in .png"),
         (["align", __file__, "--plot", "/none/a.png"], 1, "there is no folder /none: make it first"),
@@ -115,8 +117,9 @@ def test_every_command_has_help_with_an_example(words: list[str], capsys: pytest
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(
-    words: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(base_models, "fetch", lambda cache, sources: [Path("/none")] * len(sources))
     try:
         assert call(*words) == status
     except SystemExit as end:
@@ -230,6 +233,11 @@ def test_the_picture_of_long_speech_shows_the_tokens_that_are_printed(folder: Pa
     assert call("align", tmp_path / "longer.wav", *words) == 1
 
 
+def test_a_closed_input_is_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run(["chat", "--model", str(folder / "model")]) == 0
+
+
 def test_what_is_typed_is_a_file_or_a_text(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("HOME", str(folder))
     options = ["--model", folder / "model", "--max-new-tokens", 6, "--vad", "none"]
@@ -293,6 +301,8 @@ def test_what_is_spoken_is_heard(
     options = ["--model", folder / "model", "--max-new-tokens", 6, "--vad", "none"]
     assert call("chat", "--mic", *options, stdin="\n\n") == 0
     spoken = capsys.readouterr().out.replace("speak; Enter ends ", "")
+    assert call("chat", "--mic", *options, stdin="\n") == 0  # the input ends while it records
+    assert capsys.readouterr().out.replace("speak; Enter ends ", "") == spoken
     model = BlspKd.from_pretrained(folder / "model")
     assert (
         spoken

@@ -7,6 +7,7 @@ A line that names an audio file is speech, any other is text; an empty line with
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,7 +140,8 @@ def record(session: ChatSession, sounddevice: Any) -> None:
     ended = threading.Event()
 
     def wait() -> None:
-        input("speak; Enter ends ")
+        with contextlib.suppress(EOFError):
+            input("speak; Enter ends ")
         ended.set()
 
     threading.Thread(target=wait, daemon=True).start()

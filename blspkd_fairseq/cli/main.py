@@ -64,6 +64,8 @@ example: blspkd transcribe talk.flac --format srt     (blspkd COMMAND --help has
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdin is None:  # whoever has started this has closed it
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     try:
         return _run(words, "blspkd", COMMANDS)
     except BrokenPipeError:  # `| head` has seen enough
