@@ -238,12 +238,16 @@ def _download(source: Source, folder: Path) -> Path:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as pip,
     ):
         assert pip.stdout is not None
-        for line in pip.stdout:  # "Progress 123 of 456", the latter 0 if unknown
-            words = line.split()
-            if words[:1] == ["Progress"]:
-                bar.total = int(words[3]) or bar.total
-                bar.update(int(words[1]) - bar.n)
-        pip.wait()
+        try:
+            for line in pip.stdout:  # "Progress 123 of 456", the latter 0 if unknown
+                words = line.split()
+                if words[:1] == ["Progress"]:
+                    bar.total = int(words[3]) or bar.total
+                    bar.update(int(words[1]) - bar.n)
+            pip.wait()
+        except BaseException:  # an interrupt may have reached this process alone
+            pip.kill()
+            raise
         errors.seek(0)
         reasons = [line for line in errors.read().splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
     wheels = list(folder.glob("*.whl")) if folder.is_dir() else []

@@ -1,4 +1,4 @@
-"""`python -m blspkd_fairseq.check`: the versions found, the problems, and a remedy for each.
+"""``blspkd check``: the versions found, the problems, and a remedy for each.
 
 Exit status 0 when everything needed is there, 1 otherwise. Works, and says what to do, where anything is
 missing or broken; hence every look at another package is guarded.
@@ -6,6 +6,7 @@ missing or broken; hence every look at another package is guarded.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import importlib.metadata
@@ -16,7 +17,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,8 +42,14 @@ class Row(NamedTuple):
     warning: Problem | None = None
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report; returns the exit status."""
+    argparse.ArgumentParser(
+        prog="blspkd check",
+        description="Shows the versions found, the problems, and a remedy for each; status 1 if there is a problem.",
+        epilog="example:\n  blspkd check",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     rows = collect()
     warned = [row.warning for row in rows if row.warning is not None]
     problems = [row.problem for row in rows if row.problem is not None]
@@ -64,7 +71,7 @@ def collect() -> list[Row]:
     others = [one for one in REQUIRED if split(one)[0] not in ("torch", FAIRSEQ_NAME)]
     rows += [_guarded(split(one)[0], partial(check_package, one)) for one in others]
     rows.append(_guarded("torchaudio", check_torchaudio))
-    optional = [one for extra in ("quickstart", "serve", "bench") for one in EXTRAS[extra]]
+    optional = [one for extra, needed in EXTRAS.items() if extra != "dev" for one in needed]
     return rows + [_guarded(split(one)[0], partial(check_optional, one)) for one in optional]
 
 
@@ -155,9 +162,9 @@ def check_package(requirement: str) -> Row:
 
 
 def check_optional(requirement: str) -> Row:
-    """One distribution that only the examples or the benchmarks need: its version, nothing imported."""
+    """One distribution of an extra: its version, nothing imported."""
     name, needed = split(requirement)
-    found = version_of(name)
+    found = version_of(name.partition("[")[0])
     if found is None:
         return Row(name, "-", needed, "optional")
     return Row(name, found, needed, "ok" if satisfies(found, needed) else "optional, another version is tested")

@@ -97,9 +97,10 @@ class BlspKd:
             overrides: options in place of the checkpoint's, such as ``llm="/models/qwen"`` or ``llm_dtype="float32"``.
 
         Raises:
-            ValueError: nothing to load there, an unknown option, other base models than in training, or one that needs
-                code of its own.
+            ValueError: nothing to load there, an unknown option, other base models than in training, one that needs
+                code of its own, or no such device.
         """
+        chosen_device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         options, state = read_trained(Path(checkpoint_or_dir))
         names = {field.name for field in dataclasses.fields(SpeechLlmConfig)}
         unknown = sorted(set(overrides) - names)
@@ -110,7 +111,7 @@ class BlspKd:
         show_base_models(str(checkpoint_or_dir), LLM=config.llm, speech_encoder=config.speech_encoder)
         model, chat = build_speech_llm(config)
         load_trained_state_dict(model, state)
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), chat, config)
+        return cls(model.to(chosen_device), chat, config)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: str = "float32") -> None:
         """Writes ``config.json`` and ``model.safetensors`` (what was trained: a few MB) for :meth:`from_pretrained`.
@@ -222,11 +223,13 @@ class BlspKd:
             with_words: find the time of each word, by CIF.
             batch_size: windows at a time.
             progress: called with the seconds of audio that were done since the last call.
-            generation: fields of :class:`DecodingOptions`; ``max_new_tokens`` is for one window.
+            generation: fields of :class:`DecodingOptions`; ``max_new_tokens`` is for one window. Where CIF counts what
+                is said, what is written ends at twice that and 16 tokens, even if the LLM would not: it invents then.
 
         Raises:
             AudioError: audio that cannot be used.
         """
+        options = DecodingOptions(**generation)
         found: list[list[Segment]] = [[] for _ in audio]
         lengths = [0.0] * len(audio)
         parts = ((index, window) for index, one in enumerate(audio) for window in self._stream(one))
@@ -236,14 +239,29 @@ class BlspKd:
                 lengths[index] = window.start + len(window.samples) / SAMPLE_RATE
                 inside = speech_windows(window.samples, vad) if vad else [(0, window.samples)]
                 spoken += [(index, Window(window.start + b / SAMPLE_RATE, samples)) for b, samples in inside]
-            speech = [(window.samples, SAMPLE_RATE) for _, window in spoken]
-            texts = self.generate(speech, prompt, batch_size, **generation) if speech else []
+            texts: list[str] = []
+            for together in _batches([window.samples for _, window in spoken], batch_size):
+                texts += self._write_down(together, prompt, options)
             for (index, window), text in zip(spoken, texts, strict=True):
                 if text.strip():
                     found[index].append(self.segment(window, text.strip(), with_words))
             if progress is not None:
                 progress(sum(len(window.samples) for _, window in batch) / SAMPLE_RATE)
         return [Transcript(seconds, tuple(one)) for seconds, one in zip(lengths, found, strict=True)]
+
+    def _write_down(self, windows: Sequence[np.ndarray], prompt: str, options: DecodingOptions) -> list[str]:
+        """The texts of ``[samples]``, which do not depend on what is heard together."""
+        heard = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
+        limits = [options.max_new_tokens] * len(windows)
+        is_counted = prompt in _WRITES and getattr(self.model.adapter, "one_to_one", False)
+        if is_counted and options.takes_the_likeliest and not self.chat_format.may_reason:
+            limits = [min(limit, 2 * count + 16) for limit, count in zip(limits, heard[1], strict=True)]
+            options = dataclasses.replace(options, max_new_tokens=max(limits))
+        asked = [resolve_prompt(prompt)] * len(windows)
+        groups = answer_heard(self.model, self.chat_format, heard, asked, options)
+        return [
+            self.chat_format.decode_answer(group[0].ids[:limit]) for group, limit in zip(groups, limits, strict=True)
+        ]
 
     def _stream(self, audio: Audio) -> Iterator[Window]:
         """Windows of a recording, decoded while they are needed if it is a file."""
@@ -378,7 +396,7 @@ class BlspKd:
         return aligned[0] if single else aligned
 
     def _align(self, audio: Audio, transcript: str | None, vad: str | None) -> list[AlignedToken]:
-        windows = self._timed_windows(audio, vad)
+        windows = self.timed_windows(audio, vad)
         ids = None if transcript is None else self.chat_format.encode_text(transcript)
         counts: Sequence[int | None] = [None] * len(windows)
         if ids is not None:
@@ -397,7 +415,8 @@ class BlspKd:
         texts = [self.chat_format.tokenizer.decode([token]) for token in tokens or ()]
         return [AlignedToken(*span, text) for span, text in zip(times, texts, strict=True)]
 
-    def _timed_windows(self, audio: Audio, vad: str | None) -> list[Window]:
+    def timed_windows(self, audio: Audio, vad: str | None = None) -> list[Window]:
+        """:meth:`windows`, and where each begins."""
         windows = self.windows(audio)
         timed = [Window(*one) for one in zip(starts(windows), windows, strict=True)]
         if vad is None:
@@ -476,6 +495,15 @@ def push_folder(folder: Path, repo: str, private: bool = False) -> str:
         raise ValueError(f"{repo} cannot be written on the hub ({what}): log in with `hf auth login`") from error
 
 
+def _usable(device: str | torch.device) -> torch.device:
+    """The device of this name; raises ValueError where there is none."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"there is no device {device} here: give cpu, or leave the device out ({reason})") from error
+
+
 def _is_single(audio: Any) -> bool:
     if isinstance(audio, (str, os.PathLike, bytes, Mapping)) or hasattr(audio, "get_all_samples"):
         return True
@@ -487,6 +515,9 @@ def _as_list(audio: Any) -> list[Any]:
         raise ValueError(f"there is no audio: {_ACCEPTED}")
     return [audio] if _is_single(audio) else list(audio)
 
+
+_WRITES = ("repeat", "transcribe")
+"""Prompts whose answer is what was said."""
 
 _ACCEPTED = 'give a path, samples with their rate, (array, 16000), or {"array": ..., "sampling_rate": 16000}'
 

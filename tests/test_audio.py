@@ -86,7 +86,12 @@ def test_a_file_may_be_called_anything(tmp_path: Path, name: str) -> None:
     assert_is_tone(load_audio(name, tmp_path))
 
 
-@pytest.mark.parametrize("spec", ["no.wav", "no.zip:30:10", "", ".", "a\0b", "x" * 300])
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match=r"is a folder: name the audio files in it"):
+        load_audio(tmp_path)
+
+
+@pytest.mark.parametrize("spec", ["no.wav", "no.zip:30:10", "", "a\0b", "x" * 300])
 def test_missing_files(tmp_path: Path, spec: str) -> None:
     with pytest.raises(AudioError, match=rf"^{re.escape(spec)} (does not exist|cannot be read)"):
         load_audio(spec, tmp_path)

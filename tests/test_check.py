@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -199,7 +200,7 @@ print(torch.load(sys.argv[1], weights_only=True) == state)
 
 
 def run_check(world: Path) -> subprocess.CompletedProcess[str]:
-    done = run_bare("-m", "blspkd_fairseq.check", world=world)
+    done = run_bare("-m", "blspkd_fairseq", "check", world=world)
     assert "Traceback" not in done.stdout + done.stderr
     return done
 
@@ -230,6 +231,8 @@ def test_check_with_nothing_installed_names_every_package(tmp_path: Path) -> Non
         name = split(requirement)[0].removeprefix("ve-")
         assert f"problem: {name} is not installed\n remedy: run `" in done.stdout
     assert f"{len(REQUIRED)} problem(s) found" in done.stdout
+    for optional in ("av", "sounddevice", "silero-vad", "bitsandbytes", "ray[data]", "fastapi"):
+        assert re.search(rf"^{re.escape(optional)} +- .* optional$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("body", ["raise OSError('libsndfile not found')", "raise SystemExit('libsndfile not found')"])

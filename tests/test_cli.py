@@ -1,6 +1,7 @@
 """The command blspkd: what each of its commands does, says and returns."""
 
 import json
+import re
 import resource
 import runpy
 import subprocess
@@ -84,15 +85,13 @@ def test_every_command_has_help_with_an_example(words: list[str], capsys: pytest
         assert call(*words) == 1
         assert "install blspkd-fairseq anew" in capsys.readouterr().err
         return
-    if words == ["check"]:
-        return  # takes no option
     with pytest.raises(SystemExit) as end:
         call(*words, "--help")
     shown = capsys.readouterr().out
     assert end.value.code == 0
     assert f"usage: blspkd {' '.join(words)} " in shown
     assert "python scripts/" not in shown
-    assert shown.count(f"blspkd {' '.join(words)} ") > 1  # the usage, and an example
+    assert len(re.findall(rf"blspkd {' '.join(words)}\s", shown)) > 1  # the usage, and an example
 
 
 @pytest.mark.parametrize(
@@ -106,17 +105,37 @@ def test_every_command_has_help_with_an_example(words: list[str], capsys: pytest
         (["transcribe", "a.wav", "b.wav", "--format", "srt"], 1, "say where with --output FOLDER"),
         (["chat", "/none.wav"], 1, "blspkd chat: /none.wav does not exist"),
         (["align", __file__, "--model", "/none"], 1, "blspkd align: no checkpoint at /none"),
+        (["align", __file__, "--device", "nonsense"], 1, "blspkd align: there is no device nonsense here: give cpu"),
+        (["align", __file__, "--device", "cuda:99"], 1, "blspkd align: there is no device cuda:99 here: give cpu"),
+        (["align", "/none.wav"], 1, "blspkd align: /none.wav does not exist"),
+        (["align", __file__, "--plot", "tokens.doc"], 1, "tokens.doc is no name of a picture: end it in .png"),
+        (["align", __file__, "--plot", "/none/a.png"], 1, "there is no folder /none: make it first"),
+        (["transcribe", str(ROOT)], 1, f"blspkd transcribe: {ROOT} is a folder: name the audio files in it"),
+        (["chat", str(ROOT)], 1, f"blspkd chat: {ROOT} is a folder: name the audio files in it"),
+        (["transcribe", "/dev/null", "/none.wav"], 1, "blspkd transcribe: /dev/null does not exist"),
+        (["check", "--nonesuch"], 2, "blspkd check: error: unrecognized arguments: --nonesuch"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(
-    words: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(base_models, "fetch", lambda cache, sources: [Path("/none")] * len(sources))
     try:
         assert call(*words) == status
     except SystemExit as end:
         assert end.code == status
     shown = capsys.readouterr().err
-    assert message in shown and "Traceback" not in shown and len(shown.strip().splitlines()) == 1
+    assert message in shown and "Traceback" not in shown
+    assert len([line for line in shown.splitlines() if not line.startswith("usage: ")]) == 1
+
+
+def test_where_an_error_arose_is_shown_where_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BLSPKD_DEBUG", "1")
+    assert call("transcribe", "/none.wav") == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and shown.splitlines()[-1].startswith("blspkd transcribe: /none.wav does not exist")
 
 
 def test_a_wrong_option_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +221,32 @@ def test_align_prints_and_draws(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert {"start", "end", "token"} == set(json.loads(capsys.readouterr().out)[0])
 
 
+def test_the_picture_of_long_speech_shows_the_tokens_that_are_printed(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_speech(tmp_path / "long.wav", 33.0, seed=3)
+    for vad in ("energy", "none"):
+        words = ["--model", folder / "model", "--plot", tmp_path / f"{vad}.svg", "--vad", vad, "--transcript", "Play. "]
+        assert call("align", tmp_path / "long.wav", *words) == 0
+        drawn = (tmp_path / f"{vad}.svg").read_text()
+        assert all(f"<!-- {text} -->" in drawn for text in ("Play", "30")) and not list(tmp_path.glob(".*"))
+    write_speech(tmp_path / "longer.wav", 301.0, seed=3)
+    assert call("align", tmp_path / "longer.wav", *words) == 1
+
+
+def test_a_closed_input_is_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run(["chat", "--model", str(folder / "model")]) == 0
+
+
+def test_what_is_typed_is_a_file_or_a_text(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    options = ["--model", folder / "model", "--max-new-tokens", 6, "--vad", "none"]
+    assert call("chat", *options, stdin=f"~/a.wav\n/new\n{folder / 'a.wav'}\n") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert call("chat", *options, stdin=f"~nobody\n{folder}\n{'x' * 300}\n") == 0
+
+
 def test_chat_answers_turn_by_turn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", folder / "model", "--max-new-tokens", 6, "--vad", "none"]
     assert (
@@ -256,6 +301,8 @@ def test_what_is_spoken_is_heard(
     options = ["--model", folder / "model", "--max-new-tokens", 6, "--vad", "none"]
     assert call("chat", "--mic", *options, stdin="\n\n") == 0
     spoken = capsys.readouterr().out.replace("speak; Enter ends ", "")
+    assert call("chat", "--mic", *options, stdin="\n") == 0  # the input ends while it records
+    assert capsys.readouterr().out.replace("speak; Enter ends ", "") == spoken
     model = BlspKd.from_pretrained(folder / "model")
     assert (
         spoken

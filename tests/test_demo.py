@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ import soundfile
 from serving_util import Served, as_file, noise, served, tiny_model
 
 from blspkd_fairseq.cli.demo import _find_cascade
-from blspkd_fairseq.demo.routes import STATIC, add_demo
+from blspkd_fairseq.demo.routes import STATIC, Cascade, add_demo
 from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.systems import systems
 
 
 class _Whisper:
@@ -104,6 +105,20 @@ def test_silence_has_a_picture_too_and_no_tokens(model: BlspKd) -> None:
 def test_the_cascade_writes_down_what_is_said(server: Served) -> None:
     written = json.loads(fetch(server, "/demo/transcript", as_file(noise(1.5)))[2])
     assert written["text"] == "24000 samples" and written["milliseconds"] >= 0
+
+
+def test_the_cascade_hears_long_speech_in_windows_that_end_in_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[np.ndarray] = []
+
+    def hear(self: Any, windows: Sequence[np.ndarray], languages: Sequence[str], beam: int) -> list[str]:
+        heard.extend(windows)
+        return [f" word{len(heard)}" for _ in windows]
+
+    monkeypatch.setattr(systems.WhisperTranscriber, "__init__", lambda *_: None)
+    monkeypatch.setattr(systems.WhisperTranscriber, "_transcribe", hear)
+    samples = np.concatenate([noise(20, 1), np.zeros(8000, np.float32), noise(25, 2)])
+    assert Cascade("folder/whisper").transcribe(samples) == "word1 word2"
+    assert np.array_equal(np.concatenate(heard), samples) and 20 < len(heard[0]) / 16_000 < 20.5
 
 
 @pytest.mark.parametrize("path", ["/demo/hear", "/demo/transcript"])

@@ -447,6 +447,21 @@ def test_recordings_of_any_length_are_measured(
         _timed_rows(Manifest.load(only))
 
 
+@pytest.mark.parametrize("system", ["text", "cascade"])
+def test_a_transcript_that_the_llm_has_no_room_for_is_named(
+    setting: Setting, cascade: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    tiny.write_split(tmp_path, "test", 3, src_lang="en", tgt_lang="de", speaker="s")
+    rows = list(Manifest.load(tmp_path / "test.tsv"))  # the third is the longest recording, the second the longest text
+    rows[1]["src_text"] = "light " * 600
+    write_manifest(tmp_path / "test.tsv", rows)
+    monkeypatch.setattr(Mishearing, "texts", {int(row["n_frames"]): row["src_text"] for row in rows})
+    arguments = setting.arguments(tmp_path / "out", *(["--text"] if system == "text" else cascade))
+    arguments[:6] = ["--translation", str(tmp_path / "test.tsv")]
+    with pytest.raises(ValueError, match=r"test\.tsv.* line 3.*the LLM reads 512 together with its answer"):
+        evaluate.main(arguments)
+
+
 def test_whisper_hears_long_recordings_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[list[tuple[int, str]]] = []
 

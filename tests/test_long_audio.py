@@ -14,13 +14,15 @@ import torch
 from commands import fairseq, train
 from tiny import read_jsonl, save_llm, save_whisper, write_split
 
-from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError
-from blspkd_fairseq.data.audio_stream import seconds_of, stream_windows
+from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, audio_seconds, load_audio, stream_audio
+from blspkd_fairseq.data.audio_stream import stream_windows
+from blspkd_fairseq.data.chat import Marks
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
+from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.transcript import FORMATS, Segment, Transcript, Word, cues_of, join_texts, words_of
 from blspkd_fairseq.data.vad import VadError, find_speech
 from blspkd_fairseq.data.windows import WindowCutter, cut_windows, quietest_place, sounding, starts
-from blspkd_fairseq.generation.decoding import hear_windows
+from blspkd_fairseq.generation.decoding import answer_heard, hear_windows
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 
@@ -103,15 +105,65 @@ def test_a_file_is_decoded_window_by_window(tmp_path: Path, rate: int, form: str
     windows = list(stream_windows(tmp_path / f"a.{form}", 10.0))
     assert sum(len(one.samples) for one in windows) == pytest.approx(seconds * SAMPLE_RATE, abs=2)
     assert [one.start for one in windows] == pytest.approx(list(starts([one.samples for one in windows])))
-    assert seconds_of(tmp_path / f"a.{form}") == pytest.approx(seconds)
+    assert audio_seconds(tmp_path / f"a.{form}") == pytest.approx(seconds)
 
 
-def test_a_damaged_long_file_is_named(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.flac", tone(80.0), SAMPLE_RATE)
-    (tmp_path / "a.flac").write_bytes((tmp_path / "a.flac").read_bytes()[:500_000])
-    with pytest.raises(AudioError, match="a.flac"):
-        list(stream_windows(tmp_path / "a.flac", 10.0))
-    assert seconds_of(tmp_path / "none.flac") is None
+def as_container(path: Path, samples: np.ndarray, rate: int) -> None:
+    """Writes ``[samples, channels]`` as AAC in MP4."""
+    av = pytest.importorskip("av", reason="needs PyAV")
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("aac", rate=rate)
+        stream.layout = "stereo" if samples.shape[1] == 2 else "mono"
+        for begin in range(0, len(samples), 1024):
+            planes = np.ascontiguousarray(samples[begin : begin + 1024].T, np.float32)
+            frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=stream.layout.name)
+            frame.sample_rate, frame.pts = rate, begin
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+@pytest.mark.parametrize("channels", ["one", "two", "two that cancel out"])
+@pytest.mark.parametrize("form", ["wav", "flac", "mp3", "ogg", "m4a"])
+def test_a_stream_is_what_is_read_at_once(tmp_path: Path, form: str, channels: str) -> None:
+    rate = 24_000
+    time = np.arange(65 * rate) / rate
+    wave = 0.3 * np.sin(2 * np.pi * 200 * time) * (np.sin(2 * np.pi * 0.3 * time) > -0.7)
+    sides = {"one": [1.0], "two": [1.0, 0.5], "two that cancel out": [0.99, -1.0]}[channels]
+    samples, path = np.stack([side * wave for side in sides], 1), tmp_path / f"a.{form}"
+    as_container(path, samples, rate) if form == "m4a" else soundfile.write(path, samples, rate)
+    blocks = list(stream_audio(path, 5.0))
+    whole = load_audio(path, max_seconds=None)
+    assert max(map(len, blocks)) < 12 * SAMPLE_RATE
+    streamed = np.concatenate(blocks)
+    assert len(streamed) == pytest.approx(len(whole), abs=2)
+    common = min(len(streamed), len(whole))
+    assert np.abs(streamed[:common] - whole[:common]).max() < 1e-3 and np.abs(whole).max() > 0.2
+    assert audio_seconds(path) == pytest.approx(65, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "that are NaN or infinite"), (5.0, r"of up to 5, which are to be in \[-1, 1\]")]
+)
+def test_what_is_wrong_in_a_stream_is_said_as_of_a_short_file(tmp_path: Path, value: float, message: str) -> None:
+    audio = tone(70.0)
+    audio[-1000] = value
+    soundfile.write(tmp_path / "a.wav", audio, SAMPLE_RATE, subtype="FLOAT")
+    with pytest.raises(AudioError, match=f"a.wav holds samples {message}"):
+        list(stream_windows(tmp_path / "a.wav", 10.0))
+
+
+@pytest.mark.parametrize("form", ["flac", "wav", "mp3", "m4a"])
+def test_a_damaged_long_file_is_named(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"a.{form}"
+    if form == "m4a":
+        as_container(path, tone(80.0)[:, None], SAMPLE_RATE)
+    else:
+        soundfile.write(path, tone(80.0), SAMPLE_RATE)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 3])
+    with pytest.raises(AudioError, match=f"a.{form}"):
+        list(stream_windows(path, 10.0))
+    assert audio_seconds(tmp_path / "none.flac") is None
 
 
 # --- silence --------------------------------------------------------------------------------------
@@ -231,6 +283,32 @@ def test_long_audio_in_every_call(model: BlspKd, tmp_path: Path) -> None:
     assert model.transcribe(path, max_new_tokens=4) == whole[0].text
     with pytest.raises(ValueError, match="nobody speaks"):
         model.align((np.zeros(SAMPLE_RATE, np.float32), SAMPLE_RATE), "Hello", vad="energy")
+
+
+def test_a_transcript_ends_where_far_more_is_written_than_was_heard(
+    model: BlspKd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speech = [tone(0.5), tone(5.0, seed=1)]
+    heard = hear_windows(model.model, [[one] for one in speech])
+    asked = [resolve_prompt("repeat")] * 2
+    whole = [group[0].ids for group in answer_heard(model.model, model.chat_format, heard, asked)]
+    limits = [2 * count + 16 for count in heard[1]]
+    assert limits[0] < limits[1] and len(whole[0]) == 128  # the random LLM does not end by itself
+
+    def written(*chosen: np.ndarray, prompt: str = "repeat") -> list[str]:
+        return [one.text for one in model.transcripts([(each, SAMPLE_RATE) for each in chosen], prompt)]
+
+    def texts(*ends: int | None) -> list[str]:
+        return [model.chat_format.decode_answer(ids[:end]).strip() for ids, end in zip(whole, ends, strict=True)]
+
+    assert written(*speech) == texts(None, None)  # reasoning may come first: this tokenizer has marks of it
+    monkeypatch.setattr(model.chat_format, "marks", Marks(frozenset(), frozenset(), None, None))
+    assert written(*speech) == texts(*limits) == [*written(speech[0]), *written(speech[1])]
+    with monkeypatch.context() as other:
+        other.setattr(model.chat_format.tokenizer, "chat_template", "<|assistant|><think>")
+        assert written(*speech) == texts(None, None)
+    own = "Answer this: {speech}"
+    assert written(speech[0], prompt=own) == [model.generate((speech[0], SAMPLE_RATE), own).strip()]
 
 
 @pytest.mark.slow

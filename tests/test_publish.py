@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -68,6 +69,24 @@ def test_a_folder_is_written_that_others_load(model: tuple[Path, BlspKd], tmp_pa
     assert again.generate(say, max_new_tokens=6) == own.generate(say, max_new_tokens=6)
     assert str(root) not in (tmp_path / "out" / "config.json").read_text()  # nothing of this machine
     assert call(*words) == 1 and "is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # and nothing of how it was made
+
+
+def test_a_dry_run_needs_no_place(model: tuple[Path, BlspKd], tmp_path: Path, capsys: Any) -> None:
+    words = ["publish", model[0] / "model", "--license", "mit", "--base-model", "owner/llm", "owner/whisper"]
+    assert call(*words, "--dry-run") == 0
+    listed = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_what_fails_on_the_way_leaves_nothing(
+    model: tuple[Path, BlspKd], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = ["publish", model[0] / "model", "--license", "mit", "--base-model", "owner/llm", "owner/whisper"]
+    for end, status in ((OSError("no room"), 1), (KeyboardInterrupt(), 130)):
+        monkeypatch.setattr("blspkd_fairseq.hub.write_trained", mock.Mock(side_effect=end))
+        assert call(*words, "--output", tmp_path / "new" / "out") == status
+        assert list((tmp_path / "new").iterdir()) == []
 
 
 @pytest.mark.parametrize(

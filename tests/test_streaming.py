@@ -190,7 +190,7 @@ def test_a_conversation_without_room_is_refused_and_the_others_go_on(model: Blsp
     )
     assert text_of(deltas[fits]) == model.chat(CONVERSATIONS[0], max_new_tokens=4)
     for ask in (model.chat, lambda messages: model.generate(messages=messages)):
-        with pytest.raises(ValueError, match="shorten the audio or leave out earlier turns"):
+        with pytest.raises(ValueError, match="shorten the audio or the text, or leave out earlier turns"):
             ask([said("light " * 600)])
 
 

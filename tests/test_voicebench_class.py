@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import save_llm, save_whisper
 
+from blspkd_fairseq.generation.decoding import ContextError
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.systems.voicebench import VoiceBenchAssistant
@@ -48,3 +49,8 @@ def test_text_is_answered_by_the_llm_that_hears_nothing(folder: Path) -> None:
             torch.nn.init.zeros_(parameter)
     assert VoiceBenchAssistant(model).generate_text("Call my mother.", max_new_tokens=12) == answer
     assert answer == model.chat([{"role": "user", "content": "Call my mother."}], max_new_tokens=12)
+
+
+def test_a_text_that_the_llm_has_no_room_for_is_refused(folder: Path) -> None:
+    with pytest.raises(ContextError, match="the LLM reads 512 together with its answer: shorten the audio or the text"):
+        VoiceBenchAssistant(BlspKd.from_pretrained(folder)).generate_text("light " * 600)

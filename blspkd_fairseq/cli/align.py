@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from blspkd_fairseq.cli.model_arguments import add_model_arguments, add_vad_argument, chosen_vad, load_model
+from blspkd_fairseq.data.audio import check_audio
 
 EXAMPLE = """\
 blspkd align question.wav
@@ -18,7 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("file", metavar="FILE", help="audio of any length")
     parser.add_argument("--transcript", help="what is said; without it, CIF counts and the nearest tokens are shown")
-    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="spectrogram, weights and tokens, as .png or .svg")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PICTURE",
+        help="spectrogram, weights and tokens of up to five minutes, as .png, .svg or .pdf",
+    )
     parser.add_argument("--json", action="store_true", help="a JSON list in place of lines")
     add_vad_argument(parser)
     add_model_arguments(parser)
@@ -26,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints the tokens, and draws them if asked."""
+    check_audio(args.file)
     if args.plot is not None:
+        if args.plot.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--plot {args.plot} is no name of a picture: end it in .png, .svg or .pdf")
+        if not args.plot.parent.is_dir():
+            raise ValueError(f"--plot {args.plot}: there is no folder {args.plot.parent}: make it first")
         try:
             import matplotlib.figure  # noqa: F401
 
@@ -34,9 +45,11 @@ def main(args: argparse.Namespace) -> int:
         except ImportError as error:
             raise ValueError(f"--plot needs matplotlib ({error}): pip install 'blspkd-fairseq[quickstart]'") from error
     model = load_model(args)
-    tokens = model.align(args.file, args.transcript, chosen_vad(args))
+    vad = chosen_vad(args)
+    tokens = model.align(args.file, args.transcript, vad)
     if args.plot is not None:
-        plot_alignment(model, args.file, args.transcript or "".join(one.token for one in tokens).strip(), args.plot)
+        text = args.transcript or "".join(one.token for one in tokens).strip()
+        plot_alignment(model, args.file, text, args.plot, tokens, vad)
     if args.json:
         print(json.dumps([token._asdict() for token in tokens], ensure_ascii=False))
     else:

@@ -7,12 +7,14 @@ A line that names an audio file is speech, any other is text; an empty line with
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blspkd_fairseq.cli.model_arguments import add_model_arguments, add_vad_argument, chosen_vad, load_model
+from blspkd_fairseq.data.audio import check_audio
 
 if TYPE_CHECKING:
     from blspkd_fairseq.session import ChatSession
@@ -41,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Answers until the input ends; 1 if it was not a terminal and some turn could not be answered."""
     for file in args.files:
-        if not Path(file).is_file():
-            raise ValueError(f"{file} does not exist: check the path")
+        check_audio(file)
     microphone = open_microphone() if args.mic else None
     model = load_model(args)
     from blspkd_fairseq.session import ChatSession
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
                 record(session, microphone)
             elif is_file(line):
                 introduce(session, args.instruction)
-                session.say({"audio": line})
+                session.say({"audio": Path(line).expanduser()})
             elif line:
                 session.say(line)
             else:
@@ -97,7 +98,7 @@ def lines(files: list[str], has_microphone: bool) -> Iterator[str]:
 def is_file(line: str) -> bool:
     try:
         return Path(line).expanduser().is_file()
-    except OSError:  # a text longer than a name may be
+    except (OSError, RuntimeError):  # a text longer than a name may be, or that begins with "~" and no user's name
         return False
 
 
@@ -139,7 +140,8 @@ def record(session: ChatSession, sounddevice: Any) -> None:
     ended = threading.Event()
 
     def wait() -> None:
-        input("speak; Enter ends ")
+        with contextlib.suppress(EOFError):
+            input("speak; Enter ends ")
         ended.set()
 
     threading.Thread(target=wait, daemon=True).start()

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -63,6 +64,8 @@ example: blspkd transcribe talk.flac --format srt     (blspkd COMMAND --help has
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdin is None:  # whoever has started this has closed it
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     try:
         return _run(words, "blspkd", COMMANDS)
     except BrokenPipeError:  # `| head` has seen enough
@@ -95,6 +98,8 @@ def _run(words: list[str], program: str, commands: Mapping[str, Command]) -> int
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
+        if os.environ.get("BLSPKD_DEBUG", "") not in ("", "0"):
+            traceback.print_exc()
         print(f"{program}: {_sentence(error)}", file=sys.stderr)
         return 1
     return int(status or 0)

@@ -1,7 +1,7 @@
 """Makes a folder of a trained model with its card, and puts it on a hub where asked.
 
 What was trained is written (a few MB beside a large LLM), not the base models. With --dry-run nothing is written and
-nothing leaves the machine: the files and their sizes are listed.
+nothing leaves the machine: the files and their sizes are listed, and it need not be said where to.
 """
 
 from __future__ import annotations
@@ -42,13 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Writes, lists or pushes."""
-    if args.output is None and args.push_to is None:
-        raise ValueError("say where to: --output FOLDER, --push-to OWNER/NAME, or both")
+    if args.output is None and args.push_to is None and not args.dry_run:
+        raise ValueError("say where to: --output FOLDER, --push-to OWNER/NAME, or both (or --dry-run)")
     if args.output is not None and args.output.exists() and any(args.output.iterdir()) and not args.dry_run:
         raise ValueError(f"{args.output} is not empty: choose another folder")
     if args.audio is not None and not args.audio.is_file():
         raise ValueError(f"{args.audio} does not exist: check the path")
-    with tempfile.TemporaryDirectory() as temporary:
+    writes = args.output is not None and not args.dry_run
+    if writes:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, which then appears whole.
+    with tempfile.TemporaryDirectory(prefix=".", dir=args.output.parent if writes else None) as temporary:
         folder = Path(temporary) / "model"
         build(args, folder)
         for path in sorted(folder.iterdir()):
@@ -56,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         if args.dry_run:
             return 0
         if args.output is not None:
-            shutil.copytree(folder, args.output, dirs_exist_ok=True)
+            folder = folder.rename(args.output)
             print(f"{args.output} is written")
         if args.push_to is not None:
             from blspkd_fairseq.hub import push_folder
@@ -71,9 +75,9 @@ def build(args: argparse.Namespace, folder: Path) -> None:
 
     from blspkd_fairseq.hub import BlspKd, read_options
 
-    name = args.push_to.rpartition("/")[2] if args.push_to else args.output.name
+    name = args.push_to.rpartition("/")[2] if args.push_to else (args.output or Path(args.model)).name
     card = Card(
-        name=name,
+        name=name.removesuffix(".pt"),
         licence=args.license,
         languages=args.language,
         base_models=args.base_model,

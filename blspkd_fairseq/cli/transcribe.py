@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from blspkd_fairseq.cli.model_arguments import add_model_arguments, add_vad_argument, chosen_vad, load_model
-from blspkd_fairseq.data.audio import AudioError
-from blspkd_fairseq.data.audio_stream import seconds_of
+from blspkd_fairseq.data.audio import AudioError, audio_seconds, check_audio
 from blspkd_fairseq.data.transcript import FORMATS, Transcript, as_dict
 from blspkd_fairseq.files import whole_file
 
@@ -52,9 +51,9 @@ def main(args: argparse.Namespace) -> int:
         if len(set(names)) < len(names):
             raise ValueError("two of the files have the same name: give them one by one, or other output folders")
         args.output.mkdir(parents=True, exist_ok=True)
-    missing = [file for file in args.files if not exists(file)]
-    if len(missing) == len(args.files):
-        raise ValueError(f"{missing[0]} does not exist: check the path")  # before a model is loaded
+    problems = [problem(file) for file in args.files]
+    if problems[0] is not None and all(problems):
+        raise problems[0]  # before a model is loaded
     model = load_model(args)
     failed = 0
     for file in args.files:
@@ -70,12 +69,12 @@ def main(args: argparse.Namespace) -> int:
 
 def transcribe(model: BlspKd, file: str, args: argparse.Namespace) -> Transcript:
     """One file, under a progress bar over its seconds."""
-    total = seconds_of(file)
+    total = audio_seconds(file)
     with tqdm(
         total=None if total is None else round(total),
         desc=Path(file).name,
         unit="s",
-        disable=None if total is not None and total > 30 else True,
+        disable=True if total is not None and total <= 30 else None,
         leave=False,
         file=sys.stderr,
     ) as bar:
@@ -104,9 +103,13 @@ def write(transcript: Transcript, file: str, args: argparse.Namespace, alone: bo
         print(f"{file}\t{transcript.text}", flush=True)
 
 
-def exists(file: str) -> bool:
-    """Whether a file, or the archive of which it is a part, is there."""
-    return Path(file).exists() or Path(file.split(".zip:")[0] + ".zip").exists()
+def problem(file: str) -> AudioError | None:
+    """What of a file can be said to be wrong without a model."""
+    try:
+        check_audio(file)
+    except AudioError as error:
+        return error
+    return None
 
 
 def target(folder: Path, file: str, form: str) -> Path:

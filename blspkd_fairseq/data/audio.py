@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -30,7 +30,7 @@ from blspkd_fairseq.data.audio_headers import (
     mp3_has_length,
     tolerance,
 )
-from blspkd_fairseq.data.av_audio import container_of, decode_container
+from blspkd_fairseq.data.av_audio import container_of, open_container
 
 __all__ = [
     "MAX_SECONDS",
@@ -41,12 +41,15 @@ __all__ = [
     "Reason",
     "audio_bytes",
     "audio_identity",
+    "audio_seconds",
     "audio_size",
+    "check_audio",
     "decode_audio",
     "find_flaw",
     "find_zip_entry",
     "load_audio",
     "prepare_waveform",
+    "stream_audio",
     "warn_of_flaw",
 ]
 
@@ -107,12 +110,57 @@ def load_audio(
     return waveform
 
 
+def stream_audio(spec: str | Path, seconds: float = 10.0) -> Iterator[np.ndarray]:
+    """:func:`load_audio` of a file of any length, ``seconds`` or so at a time: memory does not grow with its length.
+
+    Raises:
+        AudioError: as there; of what only the end shows, after all that came before.
+    """
+    name, count = str(spec), 0
+    with _reading(name), _open(name, None) as file:
+        channel = _loudest_if_cancelling(file, name)
+        with _open_sound(file, name, None) as sound:
+            resampler = None if sound.rate == SAMPLE_RATE else soxr.ResampleStream(sound.rate, SAMPLE_RATE, 1)
+            for block in _regrouped(sound.blocks, round(seconds * sound.rate)):
+                with np.errstate(over="ignore", invalid="ignore"):  # as in _to_mono_16k
+                    mono = block.mean(axis=1) if channel is None else np.ascontiguousarray(block[:, channel])
+                _check_samples(mono, name)
+                mono = mono if resampler is None else resampler.resample_chunk(mono)
+                count += len(mono)
+                yield mono
+            if resampler is not None:
+                mono = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+                count += len(mono)
+                yield mono
+    if count == 0:
+        raise AudioError(f"{name} holds no samples: remove its row or restore the file", Reason.EMPTY)
+
+
+def audio_seconds(spec: str | Path) -> float | None:
+    """Length of a file according to its header, which may not say it, or not be there: for a progress bar."""
+    try:
+        with _reading(str(spec)), _open(str(spec), None) as file, _open_sound(file, str(spec), None) as sound:
+            return None if sound.frames is None else sound.frames / sound.rate
+    except AudioError:
+        return None
+
+
 def decode_audio(content: bytes, name: str = "audio", max_seconds: float | None = MAX_SECONDS) -> np.ndarray:
     """Reads the bytes of a file as :func:`load_audio` does the file."""
     if not content:
         raise AudioError(f"{name} is empty: remove its row or restore the file", Reason.EMPTY)
     with _reading(name):
         return _to_mono_16k(*_decode(io.BytesIO(content), name, max_seconds), name, max_seconds)
+
+
+def check_audio(spec: str | Path) -> None:
+    """Refuses what no model need be loaded for.
+
+    Raises:
+        AudioError: missing, a folder, or an empty file.
+    """
+    with _reading(str(spec)), _open(str(spec), None):
+        pass
 
 
 @contextmanager
@@ -245,6 +293,8 @@ def _locate(spec: str, root: Path | None) -> tuple[Path, re.Match[str] | None]:
     entry = None if path.is_file() else _ZIP_ENTRY.fullmatch(spec)
     if entry is not None:
         path = _confined(entry[1], root)
+    if spec and path.is_dir():
+        raise AudioError(f"{spec} is a folder: name the audio files in it", Reason.MISSING)
     if not path.is_file():
         hint = "" if root is None else f" in the audio root {root}"
         raise AudioError(f"{spec} does not exist{hint}: check the path", Reason.MISSING)
@@ -283,15 +333,56 @@ class _Stream(soundfile.SoundFile):
         return False
 
 
-def _decode(file: BinaryIO, name: str, max_seconds: float | None) -> tuple[np.ndarray, int]:
-    """All samples ``[frames, channels]`` float32, and their rate."""
+class _Sound(NamedTuple):
+    """A file that is being decoded.
+
+    Attributes:
+        rate: in Hz.
+        frames: that it declares, if it does.
+        blocks: ``[frames, channels]`` float32, up to a little more than the longest audio, so that a stream without end
+            is not read on. At their end what came is compared with what was declared.
+    """
+
+    rate: int
+    frames: int | None
+    blocks: Iterator[np.ndarray]
+
+
+@contextmanager
+def _open_sound(file: BinaryIO, name: str, max_seconds: float | None) -> Iterator[_Sound]:
+    """Decodes a file that is at its begin."""
     container = container_of(file)
-    if container:
-        samples, rate, seconds = decode_container(file, name, container, max_seconds)
-        if seconds is not None:
-            _check_seconds(min(seconds, len(samples) / rate + 0.1), name, max_seconds)
-            _check_length(len(samples), round(seconds * rate), rate, name, "its header declares")
-        return samples, rate
+    with (
+        _open_with_av(file, name, container, max_seconds)
+        if container
+        else _open_with_libsndfile(file, name, max_seconds)
+    ) as sound:
+        yield sound
+
+
+@contextmanager
+def _open_with_av(file: BinaryIO, name: str, container: str, max_seconds: float | None) -> Iterator[_Sound]:
+    with open_container(file, name, container) as (rate, seconds, blocks):
+        frames = None if seconds is None else round(seconds * rate)
+        yield _Sound(rate, frames, _read_container(blocks, rate, seconds, name, max_seconds))
+
+
+def _read_container(
+    blocks: Iterator[np.ndarray], rate: int, seconds: float | None, name: str, max_seconds: float | None
+) -> Iterator[np.ndarray]:
+    limit, count = _most_frames(rate, max_seconds), 0
+    for block in blocks:
+        yield block
+        count += len(block)
+        if count > limit:
+            break
+    if seconds is not None:
+        _check_seconds(min(seconds, count / rate + 0.1), name, max_seconds)
+        _check_length(count, round(seconds * rate), rate, name, "its header declares")
+
+
+@contextmanager
+def _open_with_libsndfile(file: BinaryIO, name: str, max_seconds: float | None) -> Iterator[_Sound]:
     file = check_header(file, name)
     has_length = mp3_has_length(file)
     try:
@@ -302,35 +393,42 @@ def _decode(file: BinaryIO, name: str, max_seconds: float | None) -> tuple[np.nd
             declared = sound.frames if sound.frames < _UNKNOWN_FRAMES and (has_length or not is_mp3) else None
             if declared is not None:
                 _check_seconds(declared / rate, name, max_seconds)
-            samples = _read_frames(sound, max_seconds)
+            yield _Sound(rate, declared, _read_libsndfile(sound, file, declared, name, max_seconds))
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{name} cannot be decoded, so it is truncated, damaged or no audio: {error.error_string or error}"
         ) from error
-    if is_mp3:
-        end = file.tell()
+
+
+def _read_libsndfile(
+    sound: soundfile.SoundFile, file: BinaryIO, declared: int | None, name: str, max_seconds: float | None
+) -> Iterator[np.ndarray]:
+    limit, count = _most_frames(sound.samplerate, max_seconds), 0
+    while count <= limit:
+        block = sound.read(min(_BLOCK_FRAMES, sound.frames - count), dtype="float32", always_2d=True)
+        count += len(block)
+        yield block
+        if len(block) < _BLOCK_FRAMES:
+            break
+    end = file.tell()
+    if sound.format == "MP3":
         check_mp3(file, name)
-        file.seek(end)
     if declared is not None:
-        _check_length(len(samples), declared, rate, name, "its header declares")
-    elif is_mp3 and file.tell() + 2048 < file.seek(0, io.SEEK_END):
+        _check_length(count, declared, sound.samplerate, name, "its header declares")
+    elif sound.format == "MP3" and end + 2048 < file.seek(0, io.SEEK_END):
         # libsndfile guessed the length from the first frame, too short, and stopped there.
         raise AudioError(f"{name} is an MP3 of variable bit rate that does not say its length: convert it to FLAC")
-    return samples, rate
 
 
-def _read_frames(sound: soundfile.SoundFile, max_seconds: float | None) -> np.ndarray:
-    """All frames, or a little more than ``max_seconds`` of them, so that a stream without end is not read on."""
-    limit = math.inf if max_seconds is None else max_seconds * sound.samplerate
-    blocks = [np.empty((0, sound.channels), np.float32)]
-    count = 0
-    while count <= limit:
-        wanted = min(_BLOCK_FRAMES, sound.frames - count)
-        blocks.append(sound.read(wanted, dtype="float32", always_2d=True))
-        count += len(blocks[-1])
-        if len(blocks[-1]) < _BLOCK_FRAMES:
-            break
-    return np.concatenate(blocks)
+def _most_frames(rate: int, max_seconds: float | None) -> float:
+    return math.inf if max_seconds is None else max_seconds * rate
+
+
+def _decode(file: BinaryIO, name: str, max_seconds: float | None) -> tuple[np.ndarray, int]:
+    """All samples ``[frames, channels]`` float32, and their rate."""
+    with _open_sound(file, name, max_seconds) as sound:
+        blocks = list(sound.blocks)
+    return np.concatenate(blocks) if blocks else np.empty((0, 1), np.float32), sound.rate
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -343,15 +441,7 @@ def _to_mono_16k(samples: np.ndarray, rate: float, name: str, max_seconds: float
     _check_seconds(len(samples) / rate, name, max_seconds)
     with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 is Inf, which is reported
         mono = _mixed(np.asarray(samples, np.float32))
-    if not np.isfinite(mono).all():
-        raise AudioError(f"{name} holds samples that are NaN or infinite: write the file anew", Reason.NO_NUMBERS)
-    peak = float(np.abs(mono).max())
-    if peak > _LOUDEST:
-        raise AudioError(
-            f"{name} holds samples of up to {peak:.4g}, which are to be in [-1, 1]: if they are 16-bit integers as "
-            "floats, divide them by 32768",
-            Reason.OUT_OF_RANGE,
-        )
+    _check_samples(mono, name)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     if len(mono) == 0:
@@ -359,15 +449,64 @@ def _to_mono_16k(samples: np.ndarray, rate: float, name: str, max_seconds: float
     return np.ascontiguousarray(mono)
 
 
+def _check_samples(mono: np.ndarray, name: str) -> None:
+    """Raises AudioError for samples that are no numbers, or far out of [-1, 1]."""
+    if not np.isfinite(mono).all():
+        raise AudioError(f"{name} holds samples that are NaN or infinite: write the file anew", Reason.NO_NUMBERS)
+    peak = float(np.abs(mono).max(initial=0.0))
+    if peak > _LOUDEST:
+        raise AudioError(
+            f"{name} holds samples of up to {peak:.4g}, which are to be in [-1, 1]: if they are 16-bit integers as "
+            "floats, divide them by 32768",
+            Reason.OUT_OF_RANGE,
+        )
+
+
 def _mixed(samples: np.ndarray) -> np.ndarray:
     """The mean of the channels; of channels that cancel out, such as two of opposite polarity, the loudest."""
     if samples.ndim == 1:
         return samples
     mono = samples.mean(axis=1)
-    energies = np.square(samples, dtype=np.float64).mean(axis=0)
-    if np.square(mono, dtype=np.float64).mean() < _CANCELLED * energies.mean() / samples.shape[1]:
-        return np.ascontiguousarray(samples[:, int(energies.argmax())])
-    return np.asarray(mono, np.float32)
+    channel = _loudest(_energies(samples, mono))
+    return np.asarray(mono, np.float32) if channel is None else np.ascontiguousarray(samples[:, channel])
+
+
+def _energies(samples: np.ndarray, mono: np.ndarray) -> np.ndarray:
+    """Of the mean of the channels, and of each."""
+    squares = [np.square(one, dtype=np.float64).sum(axis=0) for one in (mono[:, None], samples)]
+    return np.concatenate(squares)
+
+
+def _loudest(energies: np.ndarray) -> int | None:
+    """Which of channels that cancel out is to be heard; None if they do not, and their mean is."""
+    mean, channels = energies[0], energies[1:]
+    return int(channels.argmax()) if mean < _CANCELLED * channels.mean() / len(channels) else None
+
+
+def _loudest_if_cancelling(file: BinaryIO, name: str) -> int | None:
+    """:func:`_loudest` of a file, which is decoded for that if it has several channels; leaves it at its begin."""
+    energies: np.ndarray | None = None
+    with _open_sound(file, name, None) as sound:
+        for block in sound.blocks:
+            if block.shape[1] == 1:
+                break
+            with np.errstate(over="ignore", invalid="ignore"):
+                more = _energies(block, block.mean(axis=1))
+            energies = more if energies is None else energies + more
+    file.seek(0)
+    return None if energies is None else _loudest(energies)
+
+
+def _regrouped(blocks: Iterator[np.ndarray], frames: int) -> Iterator[np.ndarray]:
+    """The same samples in blocks of ``frames``, or a little more."""
+    kept: list[np.ndarray] = []
+    for block in blocks:
+        kept.append(block)
+        if sum(map(len, kept)) >= frames:
+            yield np.concatenate(kept)
+            kept = []
+    if kept:
+        yield np.concatenate(kept)
 
 
 def _as_array(samples: Any) -> np.ndarray:

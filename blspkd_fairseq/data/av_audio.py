@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,18 +30,19 @@ def container_of(file: BinaryIO) -> str:
     return next((name for place, mark, name in _SIGNATURES if head[place:].startswith(mark)), "")
 
 
-def decode_container(
-    file: BinaryIO, name: str, container: str, max_seconds: float | None
-) -> tuple[np.ndarray, int, float | None]:
+@contextlib.contextmanager
+def open_container(
+    file: BinaryIO, name: str, container: str
+) -> Iterator[tuple[int, float | None, Iterator[np.ndarray]]]:
     """Decodes the first audio stream.
 
     Args:
         file: at its begin.
         name, container: for messages; see :func:`container_of`.
-        max_seconds: what is longer is not read on.
 
-    Returns:
-        Samples ``[frames, channels]`` float32, their rate, and the seconds that the file declares, if it does.
+    Yields:
+        Its rate, the seconds that the file declares, if it does, and its samples in blocks ``[frames, channels]``
+        float32.
 
     Raises:
         AudioError: PyAV is not installed, the file is damaged, or it has no audio.
@@ -56,31 +58,25 @@ def decode_container(
             if not opened.streams.audio:
                 raise AudioError(f"{name} is {container} without an audio stream: remove its row")
             stream = opened.streams.audio[0]
-            samples = _read_stream(opened, stream, max_seconds)
-            declared = _declared_seconds(opened, stream)
-            return samples, int(stream.codec_context.sample_rate), declared
+            blocks = _read_stream(opened, stream)
+            first = list(islice(blocks, 1))  # some codecs say in it that the rate is another
+            yield int(stream.codec_context.sample_rate), _declared_seconds(opened, stream), chain(first, blocks)
     except (av.error.FFmpegError, EOFError) as error:
         raise AudioError(
             f"{name} is {container} that cannot be decoded, so it is truncated or damaged: {error}", Reason.UNREADABLE
         ) from error
 
 
-def _read_stream(opened: Any, stream: Any, max_seconds: float | None) -> np.ndarray:
+def _read_stream(opened: Any, stream: Any) -> Iterator[np.ndarray]:
     import av
 
-    limit = math.inf if max_seconds is None else max_seconds * stream.codec_context.sample_rate
     resampler = av.AudioResampler(format="fltp", layout=stream.codec_context.layout)
-    blocks: list[np.ndarray] = []
-    count = 0
     for frame in opened.decode(stream):
         for converted in resampler.resample(frame):
-            blocks.append(converted.to_ndarray().T)
-            count += len(blocks[-1])
-        if count > limit:
-            break
+            yield converted.to_ndarray().T
     with contextlib.suppress(EOFError, ValueError):  # nothing is left in it
-        blocks += [rest.to_ndarray().T for rest in resampler.resample(None)]
-    return np.concatenate(blocks) if blocks else np.empty((0, 1), np.float32)
+        for rest in resampler.resample(None):
+            yield rest.to_ndarray().T
 
 
 def _declared_seconds(opened: Any, stream: Any) -> float | None:

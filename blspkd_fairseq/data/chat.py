@@ -153,6 +153,13 @@ class ChatFormat:
         plain = [token for token in map(int, ids) if token not in self.control_ids]
         return str(self.tokenizer.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    @property
+    def may_reason(self) -> bool:
+        """Whether an answer may begin with reasoning, by what tokenizer and template know of it."""
+        if self.marks.begins or self.marks.channel is not None:
+            return True
+        return BEGINS.search(str(self.tokenizer.chat_template)) is not None
+
     def decode_answer(self, ids: Iterable[int]) -> str:
         """What a user sees of what the LLM generated: no reasoning, and of several channels the final one."""
         tokens = list(map(int, ids))

@@ -23,7 +23,6 @@ from blspkd_fairseq.serving.uploads import decode_audio
 from blspkd_fairseq.systems.systems import WhisperTranscriber
 
 STATIC = Path(__file__).parent / "static"
-_WHISPER_SECONDS = 30.0
 
 # The browser itself sees to it that the page asks no other machine, and that no other page holds this one.
 _HEADERS = {
@@ -51,11 +50,9 @@ class Cascade:
         self._one_at_a_time = threading.Lock()
 
     def transcribe(self, samples: np.ndarray) -> str:
-        """Transcribes ``[samples]`` at 16 kHz, in pieces of 30 s."""
-        step = int(_WHISPER_SECONDS * SAMPLE_RATE)
-        pieces = [samples[i : i + step] for i in range(0, len(samples), step)]
+        """Transcribes ``[samples]`` at 16 kHz."""
         with self._one_at_a_time:
-            return " ".join(self._transcriber.transcribe([piece], [""])[0] for piece in pieces)
+            return self._transcriber.transcribe([samples], [""])[0]
 
 
 def add_demo(app: FastAPI, cascade: Cascade | None = None) -> FastAPI:

@@ -12,27 +12,49 @@ from blspkd_fairseq.evaluation.robustness import Condition, parse_condition
 from blspkd_fairseq.evaluation.significance import Interval
 from blspkd_fairseq.evaluation.tables import in_full
 from blspkd_fairseq.evaluation.verdicts import Verdict
+from blspkd_fairseq.files import whole_file
 
 if TYPE_CHECKING:
-    from blspkd_fairseq.hub import BlspKd
+    from blspkd_fairseq.hub import AlignedToken, BlspKd
 
 _FRAMES_PER_SECOND = 50
 _TIMELINE_SECONDS = 8.0
+_LONGEST_PICTURE = 300.0
 
 
-def plot_alignment(model: "BlspKd", audio: str | Path, text: str, path: Path) -> None:
-    """Spectrogram of an utterance over its CIF weights, cut at token boundaries, labelled with the tokens heard."""
+def plot_alignment(
+    model: "BlspKd",
+    audio: str | Path,
+    text: str,
+    path: Path,
+    tokens: "Sequence[AlignedToken] | None" = None,
+    vad: str | None = None,
+) -> None:
+    """Spectrogram of speech over its CIF weights, cut at token boundaries, labelled with the tokens heard.
+
+    Args:
+        model: hears. audio: a file. text: the title. path: of the picture.
+        tokens: of :meth:`BlspKd.align`, which is asked without them.
+        vad: as there.
+
+    Raises:
+        AudioError: audio that cannot be used, or of more than 300 s. ValueError: the adapter has no CIF.
+    """
     from matplotlib.figure import Figure
 
-    samples = load_audio(audio)
-    adapted = model.adapt(audio)
-    tokens = model.align(audio)
-    if adapted.alpha is None:
-        raise ValueError("the adapter has no CIF weights to draw")
-    alpha = adapted.alpha[0].float().cpu().numpy()
+    samples = load_audio(audio, max_seconds=_LONGEST_PICTURE)
     seconds = len(samples) / SAMPLE_RATE
+    tokens = model.align(audio, vad=vad) if tokens is None else tokens
+    alpha = np.zeros(max(1, round(seconds * _FRAMES_PER_SECOND)), np.float32)
+    for window in model.timed_windows(audio, vad):
+        adapted = model.adapt((window.samples, SAMPLE_RATE))
+        if adapted.alpha is None:
+            raise ValueError("the adapter has no CIF weights to draw")
+        place = alpha[round(window.start * _FRAMES_PER_SECOND) :]
+        heard = adapted.alpha[0].float().cpu().numpy()[: len(place)]
+        place[: len(heard)] = heard
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(max(11.0, seconds), 4.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.4])
     upper.specgram(samples + 1e-7, NFFT=400, Fs=SAMPLE_RATE, noverlap=240, cmap="magma", vmin=-140)
     upper.set(ylabel="Hz", ylim=(0, 8000), xlim=(0, seconds))
@@ -44,7 +66,8 @@ def plot_alignment(model: "BlspKd", audio: str | Path, text: str, path: Path) ->
             axis.axvline(token.end, color="tab:cyan", linewidth=1)
         middle = (token.start + token.end) / 2
         upper.text(middle, 8150, token.token.strip() or "␣", ha="center", va="bottom", fontsize=9, clip_on=False)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format=path.suffix.removeprefix(".") or "png")
 
 
 def plot_before_after(

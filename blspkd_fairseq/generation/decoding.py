@@ -114,7 +114,7 @@ class Prompts:
         speech: ``[2, S]`` row and column of each speech position.
         heard: speech is among them, not its transcript.
         student: its LoRA acts; otherwise the teacher, the base LLM, reads and answers.
-        longest: the longest, in tokens; L.
+        lengths: of each, in tokens.
     """
 
     embeds: Tensor
@@ -122,7 +122,12 @@ class Prompts:
     speech: Tensor
     heard: bool
     student: bool
-    longest: int
+    lengths: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest; L."""
+        return max(self.lengths)
 
     def places(self, width: int, copies: int = 1) -> SpeechPlaces:
         """The speech positions of ``copies`` of each row, one after another, whose sequences are ``width`` long."""
@@ -180,7 +185,6 @@ def answer_heard(
         ContextError: the LLM's context has no room for a conversation and an answer.
     """
     asked = build_prompts(model, [render_prompt(chat, prompt) for prompt in prompts], *heard)
-    check_context(model, asked.longest)
     return _answer(model, chat, asked, options, with_scores)
 
 
@@ -193,7 +197,11 @@ def answer_text(
     options: DecodingOptions = DecodingOptions(),
     with_scores: bool = False,
 ) -> list[list[Hypothesis]]:
-    """The teacher's answers: as :func:`answer_speech`, with the transcript in place of the speech."""
+    """The teacher's answers: as :func:`answer_speech`, with the transcript in place of the speech.
+
+    Raises:
+        ContextError: as of :func:`answer_heard`.
+    """
     conversations = [render_prompt(chat, prompt) for prompt in prompts]
     ids = [chat.encode_text(text) for text in transcripts]
     asked = build_prompts(model, conversations, transcripts=ids, student=False)
@@ -269,11 +277,20 @@ def context_of(model: ChatLLM) -> int | None:
 
 
 class ContextError(ValueError):
-    """A prompt that leaves no room for an answer."""
+    """A prompt that leaves no room for an answer. Attributes: ``row``, which of a batch."""
+
+    def __init__(self, message: str, row: int = 0) -> None:
+        super().__init__(message)
+        self.row = row
 
 
-def check_context(model: ChatLLM, tokens: int) -> None:
+def check_context(model: ChatLLM, tokens: int, row: int = 0) -> None:
     """Refuses a prompt that leaves no room for an answer.
+
+    Args:
+        model: is to answer.
+        tokens: of the prompt.
+        row: which of a batch it is, for the error.
 
     Raises:
         ContextError: it has as many tokens as the LLM can read, or more.
@@ -282,7 +299,8 @@ def check_context(model: ChatLLM, tokens: int) -> None:
     if context is not None and tokens >= context:
         raise ContextError(
             f"the conversation has {tokens} tokens, speech included, and the LLM reads {context} together with its "
-            "answer: shorten the audio or leave out earlier turns"
+            "answer: shorten the audio or the text, or leave out earlier turns",
+            row,
         )
 
 
@@ -317,8 +335,9 @@ def build_prompts(
             row += ids
             piece += 1
         rows.append(row)
-    longest = max(map(len, rows))
-    padding = [longest - len(row) for row in rows]
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    padding = [longest - length for length in lengths]
     tokens = torch.tensor([[0] * n + row for n, row in zip(padding, rows, strict=True)]).to(model.device)
     valid = torch.tensor([[0] * n + [1] * (longest - n) for n in padding]).to(model.device)
     shifted = [(row, column + padding[row], index) for row, column, index in speech_places]
@@ -327,7 +346,7 @@ def build_prompts(
     if speech is not None:
         embeds[places[0], places[1]] = speech.flatten(0, 1)[places[2]]
     embeds = embeds * valid.unsqueeze(2)  # padding is seen by nobody, and NaN in it would be
-    return Prompts(embeds, valid, places[:2], speech is not None, student, longest)
+    return Prompts(embeds, valid, places[:2], speech is not None, student, lengths)
 
 
 def decode(
@@ -395,6 +414,7 @@ def _answer(
     model: ChatLLM, chat: ChatFormat, prompts: Prompts, options: DecodingOptions, with_scores: bool
 ) -> list[list[Hypothesis]]:
     arguments = options.as_generate_arguments()
+    check_context(model, prompts.longest, prompts.lengths.index(prompts.longest))
     per_row = arguments["num_return_sequences"]
     likeliest = _Likeliest() if with_scores and options.takes_the_likeliest else None
     cache = read_prompts(model, prompts)

@@ -95,7 +95,7 @@ def answer_all(system: System, questions: Questions, path: Path, name: str, batc
     Raises:
         StoreError: the answers there are of other settings or rows, or another process is writing them.
         AudioError: audio that cannot be used; it names the row.
-        ContextError: the LLM cannot read a prompt with so long a recording; it names the row.
+        ContextError: the LLM cannot read a prompt with so long a recording or transcript; it names the row.
     """
     manifest = questions.manifest
     with RecordStore(path, questions.settings(system)) as store:
@@ -151,8 +151,7 @@ def _answer_batch(system: System, questions: Questions, batch: Sequence[_Row], s
     try:
         answers = system.answer(utterances, questions.options, questions.kind == "asr")
     except ContextError as error:
-        longest = max(batch, key=lambda row: int(questions.manifest.n_frames[row.place]))
-        raise ContextError(f"{questions.manifest.location(longest.place)}: {error}") from error
+        raise ContextError(f"{questions.manifest.location(batch[error.row].place)}: {error}", error.row) from error
     records = [_record(*group) for group in zip(batch, utterances, answers, strict=True)]
     new = [record for record in records if record["id"] not in store]
     store.add(new)
