@@ -21,7 +21,13 @@ from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.fingerprint import fingerprint
 from blspkd_fairseq.modules.fused_norm import fuse_norms
-from blspkd_fairseq.modules.packed_llm import can_read_packed, padded_places, read_packed, read_padded
+from blspkd_fairseq.modules.packed_llm import (
+    can_read_packed,
+    known_decoder,
+    padded_places,
+    read_packed,
+    read_padded,
+)
 from blspkd_fairseq.modules.partial_lora import (
     ALL_POSITIONS,
     PositionMask,
@@ -91,6 +97,7 @@ class ChatLLM(nn.Module):
         self.lora_scope = lora_scope
         self.share_prefix = share_prefix
         self.reads_packed = can_read_packed(llm)
+        self.known_decoder = known_decoder(llm) if self.reads_packed else None
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -130,7 +137,7 @@ class ChatLLM(nn.Module):
         """The LLM's hidden states ``[N, D]`` of packed embeddings ``[N, D]``."""
         with speech_positions(self.llm, lora):
             if self.reads_packed:
-                return read_packed(self.llm, embeds, layout.positions, layout.rows)
+                return read_packed(self.llm, embeds, layout.positions, layout.rows, self.known_decoder)
             return read_padded(self.llm, embeds, layout.rows)
 
     def speech_places(self, layout: Layout) -> PositionMask:
