@@ -3,7 +3,7 @@
 The layers of Llama, Mistral, Qwen2 and Qwen3 are RMSNorm, attention with rotary positions, RMSNorm, SwiGLU. Their
 weights are frozen but for Partial LoRA, so that a layer's gradient can be written down: two autograd functions around
 the attention take the place of some hundred operators, between which a GPU waits for Python. Whether the result is the
-LLM's own is tried before (:mod:`blspkd_fairseq.modules.packed_llm`); other LLMs run as transformers has them.
+LLM's own is tried before (:mod:`blspkd_fairseq.modules.decoder_trial`); other LLMs run as transformers has them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,11 +40,19 @@ class KnownDecoder:
 
     def __init__(self, llm: PreTrainedModel, attention: Mapping[int, LayerAttention]) -> None:
         self._decoder = llm.get_decoder()
-        self._parts = list(self._decoder.modules())
         self._lora = getattr(llm, "partial_lora_state", None)
-        self._blocks = [
-            _Block(layer, attention[i], self._decoder.config) for i, layer in enumerate(self._decoder.layers)
+        layers = self._decoder.layers
+        self._blocks = [_Block(layer, attention[i], self._decoder.config) for i, layer in enumerate(layers)]
+        self._parts = [
+            (parent._modules, name, part)
+            for parent in layers.modules()
+            for name, part in parent._modules.items()
+            if part is not None
         ]
+        linear = [base for block in self._blocks for linears in block.linears for base in linears.bases]
+        norms = [norm for block in self._blocks for norm in block.norms]
+        self._frozen: list[Any] = [*linear, *norms]
+        self._setting = self._setting_now()
 
     @staticmethod
     def fits(llm: PreTrainedModel) -> bool:
@@ -65,7 +73,7 @@ class KnownDecoder:
         state, first = getattr(llm, "partial_lora_state", None), self._decoder.layers[0]
         mask = None if state is None else state.mask
         is_checkpointed = first.training and getattr(first, "gradient_checkpointing", False)
-        is_watched = any(part._forward_pre_hooks or part._forward_hooks for part in self._parts)
+        drops_out = first.self_attn.training and getattr(first.self_attn, "attention_dropout", 0.0) > 0
         knows_places = not isinstance(mask, SpeechPlaces) or (
             isinstance(mask.places, int) and mask.shape == (1, len(embeds))
         )
@@ -73,22 +81,48 @@ class KnownDecoder:
             state is self._lora
             and knows_places
             and not is_checkpointed
-            and not is_watched
+            and not drops_out
             and not torch.is_autocast_enabled(embeds.device.type)
-            and embeds.dtype == self._blocks[0].norm.weight.dtype
+            and (embeds.device, embeds.dtype) == self._setting[:2]
+            and self._setting_now() == self._setting
+            and not self._is_watched()
+            and not (torch.is_grad_enabled() and self._is_trained())
+        )
+
+    def _setting_now(self) -> tuple[torch.device, torch.dtype, torch.dtype | None]:
+        """Where it runs, and in which precision: it is tried in one."""
+        weight = self._blocks[0].norm.weight
+        return weight.device, weight.dtype, None if self._lora is None else self._lora.products
+
+    def _is_watched(self) -> bool:
+        """Whether hooks hang on the modules, or others have taken their place."""
+        return _has_hooks(self._decoder) or any(
+            siblings.get(name) is not part or _has_hooks(part) for siblings, name, part in self._parts
+        )
+
+    def _is_trained(self) -> bool:
+        """Whether a weight beside LoRA's wants a gradient."""
+        return any(
+            weight is not None and weight.requires_grad for part in self._frozen for weight in part._parameters.values()
         )
 
     def __call__(self, embeds: Tensor, positions: Tensor, rows: Rows) -> Tensor:
         """Hidden states ``[N, D]`` before the output head, of input embeddings ``[N, D]`` at ``positions`` [N]."""
-        cos, sin = self._decoder.rotary_emb(embeds.unsqueeze(0), positions.unsqueeze(0))
-        half = cos.shape[-1] // 2
-        signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        call = _Call(cos.transpose(0, 1), signed.transpose(0, 1), self._speech(embeds))
-        hidden = embeds
+        call, hidden = self._call(embeds, positions), embeds
         for block in self._blocks:
             hidden = block(hidden, rows, call)
         result: Tensor = self._decoder.norm(hidden)
         return result
+
+    def run_layer(self, number: int, hidden: Tensor, positions: Tensor, rows: Rows) -> Tensor:
+        """One layer's output ``[N, D]`` of its input."""
+        return self._blocks[number](hidden, rows, self._call(hidden, positions))
+
+    def _call(self, embeds: Tensor, positions: Tensor) -> "_Call":
+        cos, sin = self._decoder.rotary_emb(embeds.unsqueeze(0), positions.unsqueeze(0))
+        half = cos.shape[-1] // 2
+        signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        return _Call(cos.transpose(0, 1), signed.transpose(0, 1), self._speech(embeds))
 
     def _speech(self, embeds: Tensor) -> "_Speech | None":
         state = self._lora
@@ -97,6 +131,10 @@ class KnownDecoder:
         count = len(embeds) if isinstance(state.mask, AllPositions) else int(state.mask.places)
         dropout = state.layers[0].dropout_now()
         return _Speech(count, state.products_of(embeds), dropout, state)
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
 
 def _is_known(layer: Any) -> bool:
@@ -140,10 +178,12 @@ class _Block:
         self.attention = attention
         self.norm, self.second_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.head_norms = [getattr(inner, name) for name in ("q_norm", "k_norm") if hasattr(inner, name)]
+        self.norms = [self.norm, self.second_norm, *self.head_norms]
         self.qkv = _Linears([inner.q_proj, inner.k_proj, inner.v_proj])
         self.out = _Linears([inner.o_proj])
         self.gate_up = _Linears([layer.mlp.gate_proj, layer.mlp.up_proj])
         self.down = _Linears([layer.mlp.down_proj])
+        self.linears = [self.qkv, self.out, self.gate_up, self.down]
 
     def __call__(self, hidden: Tensor, rows: Rows, call: _Call) -> Tensor:
         adapted = call.speech is not None
@@ -165,7 +205,7 @@ class _BeforeAttention(torch.autograd.Function):
         stacked = stacked.view(len(hidden), -1, block.head_dim)
         heads = []
         for part, norm in _per_head(stacked, block):
-            copy = part.contiguous()
+            copy = part.clone(memory_format=torch.contiguous_format)  # of one position, the part itself is contiguous
             values, head_scale = rms_norm(copy, norm.weight, norm_eps(norm))
             part.copy_(values)
             heads += [copy, head_scale]

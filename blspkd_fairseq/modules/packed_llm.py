@@ -87,7 +87,7 @@ def read_packed(
 ) -> Tensor:
     """Hidden states ``[N, D]`` before the output head, of input embeddings ``[N, D]`` at ``positions`` [N].
 
-    With a decoder that is :func:`known_decoder`, where that can run: the same numbers in fewer steps.
+    With a decoder whose layers are known (:mod:`.decoder_trial`), where that can run: the same numbers in fewer steps.
     """
     if known is not None and known.reads(llm, embeds):
         return known(embeds, positions, rows)
@@ -145,15 +145,17 @@ def _trial(llm: PreTrainedModel) -> _Trial:
 
 
 @contextmanager
-def _watched(llm: PreTrainedModel) -> Iterator[dict[int, LayerAttention]]:
+def watched_attention(llm: PreTrainedModel) -> Iterator[dict[int, LayerAttention]]:
     """In evaluation, how the layers call their attention."""
-    was_training, _Active.calls = llm.training, {}
+    modes = [(module, module.training) for module in llm.modules()]
+    _Active.calls = {}
     llm.eval()
     try:
         yield _Active.calls
     finally:
         _Active.calls = None
-        llm.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()
@@ -164,7 +166,7 @@ def can_read_packed(llm: PreTrainedModel) -> bool:
     if types - _LAYER_TYPES:
         return False
     trial = _trial(llm)
-    with _watched(llm) as calls:
+    with watched_attention(llm) as calls:
         try:
             expected = read_padded(llm, trial.embeds, trial.rows)
             packed = read_packed(llm, *trial)
@@ -174,27 +176,11 @@ def can_read_packed(llm: PreTrainedModel) -> bool:
     if {layer: call.window for layer, call in calls.items()} != _expected_windows(config):
         logger.info("the LLM reads padded rows (its attention does not tell its windows)")
         return False
-    return _difference(packed, expected) < _TOLERANCE
+    return relative_difference(packed, expected) < _TOLERANCE
 
 
-@torch.no_grad()
-def known_decoder(llm: PreTrainedModel) -> KnownDecoder | None:
-    """The layers of an LLM that :func:`can_read_packed`, if they are known and give its own hidden states."""
-    if not KnownDecoder.fits(llm):
-        return None
-    trial = _trial(llm)
-    with _watched(llm) as calls:
-        expected = read_packed(llm, *trial)
-        known = KnownDecoder(llm, calls) if set(calls) == set(range(len(llm.get_decoder().layers))) else None
-        actual = None if known is None else known(*trial)
-    if actual is not None and _difference(actual, expected) < torch.finfo(actual.dtype).eps ** 0.5:
-        return known
-    logger.info("the LLM's layers are not what their names say: they run as transformers has them")
-    return None
-
-
-def _difference(actual: Tensor, expected: Tensor) -> float:
-    """Relative to what is expected."""
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Of the norm, to what is expected."""
     return float((actual - expected).float().norm() / expected.float().norm().clamp(min=1e-9))
 
 

@@ -100,7 +100,7 @@ class _MaskState:
             return weight
         if not self._is_current:
             weights = [matrix.weight for layer in self.layers for matrix in layer.matrices()]
-            state = (dtype, weight.device, *(one._version for one in weights))
+            state = (dtype, weight.device, *((id(one), one._version) for one in weights))
             if self._copied != state:
                 copies = [torch.empty_like(one, dtype=dtype) for one in weights]
                 torch._foreach_copy_(copies, weights)
