@@ -95,6 +95,7 @@ class Levers:
     lora_at_speech_only: bool = True
     own_products: bool = True
     stored_features: bool = False
+    known_layers: bool = True
 
 
 VARIANTS = {
@@ -103,6 +104,7 @@ VARIANTS = {
     "encoder input padded to 30 s": Levers(cut_encoder_input=False),
     "padded rows": Levers(packed_rows=False),
     "no shared prefix": Levers(share_prefix=False),
+    "decoder layers as in transformers": Levers(known_layers=False),
     "plain KL on kept positions": Levers(chunked_kl=False),
     "logits at all positions": Levers(head_on_kept_positions=False, chunked_kl=False),
     "LoRA's delta at all positions": Levers(lora_at_speech_only=False),
@@ -258,6 +260,7 @@ class levers_set:  # noqa: N801  # used as a function
     def __enter__(self) -> Any:
         model, levers = self.model, self.levers
         self.before = (model.reads_packed, model.product_dtype, model.speech_encoder, PartialLoraLinear.forward)
+        self.known_decoder = model.known_decoder
         model.speech_encoder.pad_to_30s = not levers.cut_encoder_input
         model.reads_packed = levers.packed_rows
         if not levers.own_products:
@@ -265,6 +268,8 @@ class levers_set:  # noqa: N801  # used as a function
             model.settle_precision()
         if levers.stored_features:
             model.speech_encoder = Stored(model.speech_encoder)
+        if not (levers.known_layers and levers.lora_at_speech_only):
+            model.known_decoder = None
         if not levers.lora_at_speech_only:
             PartialLoraLinear.forward = masked_lora  # type: ignore[method-assign]
         is_ours = levers.head_on_kept_positions and levers.chunked_kl and not levers.interior_padding
@@ -273,6 +278,7 @@ class levers_set:  # noqa: N801  # used as a function
     def __exit__(self, *_: Any) -> None:
         model = self.model
         model.reads_packed, model.product_dtype, model.speech_encoder, PartialLoraLinear.forward = self.before
+        model.known_decoder = self.known_decoder
         model.speech_encoder.pad_to_30s = False
         model.settle_precision()
 

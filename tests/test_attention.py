@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from blspkd_fairseq.data.batch import Rows
-from blspkd_fairseq.modules.attention import attend
+from blspkd_fairseq.modules import attention
+from blspkd_fairseq.modules.attention import attend, attend_stacked
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LENGTHS = (3, 7, 1, 5)
@@ -71,8 +72,12 @@ CASES: dict[str, tuple[int, bool, bool, dict[str, Any]]] = {
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("is_short", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_formula_with_its_gradients(case: str, groups: int, dtype: torch.dtype, device: str) -> None:
+def test_equals_the_formula_with_its_gradients(
+    case: str, is_short: bool, groups: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MOST_KEYS", 128 if is_short else 0)
     prefix, causal, shuffled, options = CASES[case]
     rows = rows_of(prefix, causal, shuffled, device)
     shapes = [(rows.total, heads, 16) for heads in (4, 4 // groups, 4 // groups)]
@@ -92,3 +97,36 @@ def test_equals_the_formula_with_its_gradients(case: str, groups: int, dtype: to
     for one, other in zip(given, exact, strict=True):
         assert one.grad is not None and other.grad is not None
         torch.testing.assert_close(one.grad.cpu().double(), other.grad, atol=2 * tolerance, rtol=2 * tolerance)
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+@pytest.mark.parametrize("case", ["rows", "both ways", "long prefix, shuffled", "window"])
+def test_side_by_side(case: str, is_short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MOST_KEYS", 128 if is_short else 0)
+    prefix, causal, shuffled, options = CASES[case]
+    rows = rows_of(prefix, causal, shuffled, "cpu")
+    stacked = torch.randn(rows.total, 8, 16, dtype=torch.float64, requires_grad=True)
+    parts = [one.detach().clone().requires_grad_() for one in stacked.split((4, 2, 2), 1)]
+    seed = torch.randn(rows.total, 4, 16, dtype=torch.float64)
+    expected, actual = attend(*parts, rows, **options), attend_stacked(stacked, 4, rows, **options)
+    torch.testing.assert_close(actual, expected)
+    for out in (expected, actual):
+        (out * seed).sum().backward()
+    torch.testing.assert_close(stacked.grad, torch.cat([one.grad for one in parts if one.grad is not None], 1))
+
+
+@pytest.mark.parametrize("case", ["rows", "both ways", "prefix, shuffled"])
+def test_dropout_and_its_gradient(case: str) -> None:
+    prefix, causal, shuffled, _ = CASES[case]
+    rows = rows_of(prefix, causal, shuffled, "cpu")
+    stacked = torch.randn(rows.total, 6, 4, dtype=torch.float64, requires_grad=True)
+
+    def attended(one: Tensor, dropout: float = 0.4) -> Tensor:
+        torch.manual_seed(0)
+        return attend_stacked(one, 2, rows, dropout=dropout)
+
+    assert torch.autograd.gradcheck(attended, (stacked,))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        many = [attend_stacked(stacked, 2, rows, dropout=0.4) for _ in range(2000)]
+    torch.testing.assert_close(torch.stack(many).mean(0), attended(stacked, 0.0).detach(), atol=0.15, rtol=0)

@@ -26,11 +26,11 @@ from transformers import (
 )
 
 from blspkd_fairseq import compat
+from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.partial_lora import (
     ALL_POSITIONS,
     PartialLoraLinear,
     add_partial_lora,
-    enable_gradient_checkpointing,
     speech_positions,
 )
 

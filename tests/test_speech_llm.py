@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
 from blspkd_fairseq.modules.cformer import AdapterOutput, CFormer
+from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.distillation_loss import linear_kl_div
-from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
+from blspkd_fairseq.modules.partial_lora import add_partial_lora
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
 

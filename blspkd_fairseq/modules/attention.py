@@ -2,7 +2,8 @@
 
 On a GPU, in half precision, all rows go through one flash attention kernel with variable lengths (``aten``'s, of torch
 2.6 and later): no mask, grouped heads not repeated, and the prefix of all rows is only a longer key. Elsewhere rows are
-padded for the product of queries and keys alone, and torch's fused attention takes them.
+padded for the product of queries and keys alone, and torch's fused attention takes them, or on a CPU, if they are
+short, :mod:`blspkd_fairseq.modules.short_attention`.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blspkd_fairseq.data.batch import Rows
+from blspkd_fairseq.modules.attention_mask import added, causal_mask
+from blspkd_fairseq.modules.short_attention import MOST_KEYS, attend_short
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _FLASH_HEAD_DIM = 256
@@ -43,24 +46,74 @@ def attend(
     Returns:
         ``[N, H, d]`` in packed order.
     """
-    plain = softcap is None and sinks is None
-    if plain and query.is_cuda and query.dtype in _FLASH_DTYPES and query.shape[-1] <= _FLASH_HEAD_DIM:
-        return _flash(query, key, value, rows, scale, window, dropout)
     options = _Options(scale, window, softcap, sinks, dropout)
+    if _is_for_flash(query, options):
+        return _flash(query, key, value, rows, scale, window, dropout)
+    if _is_short(query, rows, options) and value.shape[-1] == query.shape[-1]:
+        return attend_short(torch.cat([query, key, value], 1), query.shape[1], rows, scale, window, dropout)
     plan = _padding_plan(rows)
-    gathered = [_Rearrange.apply(one, plan.places, plan.inverse) for one in (query, key, value)]
-    prefix = [one[: rows.prefix].unsqueeze(0) for one in gathered]
-    q, k, v = (one[rows.prefix :].unflatten(0, (-1, rows.longest)) for one in gathered)
-    if rows.prefix:
+    query, key, value = (_Rearrange.apply(one, plan.places, plan.inverse) for one in (query, key, value))
+    return _attend_gathered(query, key, value, rows, options, query.dtype)
+
+
+def attend_stacked(
+    stacked: Tensor, heads: int, rows: Rows, scale: float | None = None, window: int | None = None, dropout: float = 0.0
+) -> Tensor:
+    """:func:`attend` of queries, keys and values that lie side by side, ``[N, H + 2 K, d]``, H being ``heads``."""
+    options = _Options(scale, window, None, None, dropout)
+    groups = (stacked.shape[1] - heads) // 2
+    if _is_for_flash(stacked, options):
+        query, key, value = stacked.split((heads, groups, groups), 1)
+        return _flash(query, key, value, rows, scale, window, dropout)
+    if _is_short(stacked, rows, options):
+        return attend_short(stacked, heads, rows, scale, window, dropout)
+    plan = _padding_plan(rows)
+    gathered = _wide(_Rearrange.apply(stacked, plan.places, plan.inverse))
+    query, key, value = gathered.split((heads, groups, groups), 1)
+    return _attend_gathered(query, key, value, rows, options, stacked.dtype)
+
+
+class _Options(NamedTuple):
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+
+
+def _is_for_flash(query: Tensor, options: _Options) -> bool:
+    plain = options.softcap is None and options.sinks is None
+    return plain and query.is_cuda and query.dtype in _FLASH_DTYPES and query.shape[-1] <= _FLASH_HEAD_DIM
+
+
+def _is_short(query: Tensor, rows: Rows, options: _Options) -> bool:
+    """Whether the products are better written out: on a CPU, for short rows, and with dropout for all."""
+    plain = options.softcap is None and options.sinks is None
+    few = rows.prefix + rows.longest <= MOST_KEYS or options.dropout > 0
+    return plain and few and query.device.type == "cpu" and rows.longest > 0 and (rows.causal or not rows.prefix)
+
+
+def _wide(one: Tensor) -> Tensor:
+    """torch's fused attention for the CPU takes 15.7 ms for a backward pass in bfloat16 that takes 3.5 in float32."""
+    return one.float() if one.device.type == "cpu" and one.dtype in _FLASH_DTYPES else one
+
+
+def _attend_gathered(
+    query: Tensor, key: Tensor, value: Tensor, rows: Rows, options: _Options, dtype: torch.dtype
+) -> Tensor:
+    """Attention of the prefix and then of the padded rows, in the order of :class:`_PaddingPlan`; packed again."""
+    plan = _padding_plan(rows)
+    prefix = [one[: rows.prefix].unsqueeze(0) for one in (query, key, value)] if rows.prefix else []
+    q, k, v = (one[rows.prefix :].unflatten(0, (-1, rows.longest)) for one in (query, key, value))
+    if prefix:
         k, v = (
             torch.cat([one.expand(len(q), -1, -1, -1), padded], 1)
             for one, padded in zip(prefix[1:], (k, v), strict=True)
         )
-    hidden = None if rows.causal else rows.is_padding
-    out = _padded(q, k, v, rows.causal, rows.prefix, hidden, options).flatten(0, 1)
-    if rows.prefix:
-        out = torch.cat([_padded(prefix[0], prefix[1], prefix[2], rows.causal, 0, None, options)[0], out])
-    return _Rearrange.apply(out, plan.inverse, plan.places, None, plan.is_padding)
+    out = _padded(q, k, v, rows, rows.prefix, not rows.causal, options).flatten(0, 1)
+    if prefix:
+        out = torch.cat([_padded(prefix[0], prefix[1], prefix[2], rows, 0, False, options)[0], out])
+    return _Rearrange.apply(out.to(dtype), plan.inverse, plan.places, None, plan.is_padding)
 
 
 class _PaddingPlan(NamedTuple):
@@ -86,54 +139,46 @@ def _padding_plan(rows: Rows) -> _PaddingPlan:
     return made
 
 
-class _Options(NamedTuple):
-    scale: float | None
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    dropout: float
-
-
 def _padded(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, offset: int, hidden: Tensor | None, options: _Options
+    query: Tensor, key: Tensor, value: Tensor, rows: Rows, offset: int, hides_padding: bool, options: _Options
 ) -> Tensor:
-    """Attention of padded rows ``[R, T, heads, d]``: query i stands ``offset`` behind key i, some keys are ``hidden``.
+    """Attention of padded rows ``[R, T, heads, d]``: query i stands ``offset`` behind key i.
 
     Padding on the right needs no mask where attention is causal.
     """
     scale, window, softcap, sinks, dropout = options
-    dtype = query.dtype
-    if query.device.type == "cpu" and dtype in _FLASH_DTYPES:
-        # torch's fused attention for the CPU takes 15.7 ms for a backward pass in bfloat16 that takes 3.5 in float32.
-        query, key, value = query.float(), key.float(), value.float()
-    query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+    query, key, value = (_wide(one).transpose(1, 2) for one in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     windowed = window is not None and window < key.shape[2]
     plain = softcap is None and sinks is None
-    is_causal = causal and offset == 0 and not windowed and plain
+    is_causal = rows.causal and offset == 0 and not windowed and plain
     mask = None
-    if hidden is not None:
-        mask = ~hidden[:, None, None, :]
-    elif causal and not is_causal:
-        mask = _causal_mask(query.shape[2], key.shape[2], offset, window, query.device)
+    if hides_padding:
+        mask = _mask(rows, None, None if not plain else query.dtype)
+    elif rows.causal and not is_causal:
+        mask = _mask(rows, (query.shape[2], key.shape[2], offset, window), None if not plain else query.dtype)
     if not plain:
-        out = _explicit(query, key, value, mask, scale, softcap, sinks, dropout)
-    elif query.is_cuda or groups == 1:
-        out = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=groups > 1
-        )
-    else:  # the CPU's fused kernel wants as many heads everywhere
-        key, value = (one.repeat_interleave(groups, 1) for one in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale)
-    return out.transpose(1, 2).to(dtype)
+        return _explicit(query, key, value, mask, scale, softcap, sinks, dropout).transpose(1, 2)
+    repeats = groups > 1 and not query.is_cuda  # the CPU's fused kernel wants as many heads everywhere
+    if repeats:
+        key, value = (one.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for one in (key, value))
+    out = F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=groups > 1 and not repeats
+    )
+    return out.transpose(1, 2)
 
 
-def _causal_mask(queries: int, keys: int, offset: int, window: int | None, device: torch.device) -> Tensor:
-    """``[queries, keys]`` bool, True where query i, at place offset + i, sees key j."""
-    places = torch.arange(queries, device=device).unsqueeze(1) + offset
-    others = torch.arange(keys, device=device)
-    mask = others <= places
-    return mask if window is None else mask & (places - others < window)
+def _mask(rows: Rows, causal: tuple[int, int, int, int | None] | None, dtype: torch.dtype | None) -> Tensor:
+    """What is seen, by places (queries, keys, offset, window) or all but padding; made once for all layers.
+
+    With a dtype it is what is added to the products, as which torch's kernels take it: else each call would make it.
+    """
+    masks: dict[Any, Tensor] = rows.__dict__.setdefault("masks", {})
+    if (causal, dtype) not in masks:
+        device = rows.lengths.device
+        mask = ~rows.is_padding[:, None, None, :] if causal is None else causal_mask(*causal, device)
+        masks[causal, dtype] = mask if dtype is None else added(mask, dtype)
+    return masks[causal, dtype]
 
 
 def _explicit(

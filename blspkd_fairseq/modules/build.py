@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
+from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
-from blspkd_fairseq.modules.partial_lora import add_partial_lora, enable_gradient_checkpointing
+from blspkd_fairseq.modules.partial_lora import add_partial_lora
 from blspkd_fairseq.modules.pretrained import load_pretrained, load_unquantized
 from blspkd_fairseq.modules.quantized import QUANTIZATIONS, quantize_linears
 from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from blspkd_fairseq.data.batch import Rows
-from blspkd_fairseq.modules.attention import attend
+from blspkd_fairseq.modules.attention import attend_stacked
 from blspkd_fairseq.modules.cif import continuous_integrate_and_fire, parallel_integrate_and_fire
 from blspkd_fairseq.modules.ragged import Ragged, pack, pad, rows_of
 
@@ -143,6 +143,6 @@ class PackedTransformerLayer(nn.TransformerEncoderLayer):
     def _attend(self, hidden: Tensor, rows: Rows) -> Tensor:
         attention = self.self_attn
         projected = nn.functional.linear(hidden, attention.in_proj_weight, attention.in_proj_bias)
-        query, key, value = (one.unflatten(1, (attention.num_heads, -1)) for one in projected.chunk(3, 1))
+        stacked = projected.unflatten(1, (3 * attention.num_heads, -1))
         dropout = attention.dropout if self.training else 0.0
-        return attention.out_proj(attend(query, key, value, rows, dropout=dropout).flatten(1))
+        return attention.out_proj(attend_stacked(stacked, attention.num_heads, rows, dropout=dropout).flatten(1))

@@ -10,7 +10,7 @@ the speech positions). Which positions are speech is set for the forward calls i
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from blspkd_fairseq import compat
-from blspkd_fairseq.modules.packed_llm import active_rows, packed_rows
 from blspkd_fairseq.modules.quantized import frozen_weight
 
 
@@ -102,7 +100,7 @@ class _MaskState:
             return weight
         if not self._is_current:
             weights = [matrix.weight for layer in self.layers for matrix in layer.matrices()]
-            state = (dtype, weight.device, *(one._version for one in weights))
+            state = (dtype, weight.device, *((id(one), one._version) for one in weights))
             if self._copied != state:
                 copies = [torch.empty_like(one, dtype=dtype) for one in weights]
                 torch._foreach_copy_(copies, weights)
@@ -201,6 +199,11 @@ class PartialLoraLinear(LoraLinear):
         name = self.active_adapters[0]
         return self.lora_A[name], self.lora_B[name]
 
+    def dropout_now(self) -> float:
+        """The probability of LoRA's dropout, 0 in evaluation."""
+        dropout = self.lora_dropout[self.active_adapters[0]]
+        return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # x: B x L x D
         state = self.mask_state
         if state.mask is None or self.disable_adapters:
@@ -208,8 +211,7 @@ class PartialLoraLinear(LoraLinear):
         if isinstance(state.mask, SpeechPlaces):
             self._check_shape(x, state.mask.shape)
         name, (down, up) = self.active_adapters[0], self.matrices()
-        dropout = self.lora_dropout[name]
-        p = float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        p = self.dropout_now()
         speech, dtype = state.speech(x, p), state.products_of(x)
         matrices = state.matrix(down.weight, dtype), state.matrix(up.weight, dtype)
         base, places = self.get_base_layer(), places_of(state.mask)
@@ -336,28 +338,3 @@ def _masked(state: _MaskState, mask: PositionMask) -> Iterator[None]:
         yield
     finally:
         state.set(outer)
-
-
-def enable_gradient_checkpointing(llm: PreTrainedModel) -> None:
-    """Turns on gradient checkpointing so that mask and rows of a forward call are also those of its recomputation.
-
-    The recomputation runs during backward, when the block of :func:`speech_positions` has long ended.
-    """
-    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _as_now(llm))}
-    compat.checkpoint_activations(llm, options)
-
-
-def _as_now(llm: PreTrainedModel) -> AbstractContextManager[None]:
-    """Brings back, later, what is in force now."""
-    state, rows = getattr(llm, "partial_lora_state", None), active_rows()
-    mask = None if state is None else state.mask
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(packed_rows(llm.get_decoder().config, rows))
-            if state is not None:
-                stack.enter_context(_masked(state, mask))
-            yield
-
-    return again()

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from blspkd_fairseq.data.batch import Batch, Layout, Rows, SpeechLengths, plan_from_text
 from blspkd_fairseq.modules.cformer import AdapterOutput
+from blspkd_fairseq.modules.decoder_block import KnownDecoder
+from blspkd_fairseq.modules.decoder_trial import known_decoder
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.fingerprint import fingerprint
 from blspkd_fairseq.modules.fused_norm import fuse_norms
@@ -91,6 +93,25 @@ class ChatLLM(nn.Module):
         self.lora_scope = lora_scope
         self.share_prefix = share_prefix
         self.reads_packed = can_read_packed(llm)
+        self.known_decoder: KnownDecoder | None = None
+        self._tried: tuple[Any, ...] = ()
+        self._settle_decoder()
+
+    def settle_precision(self) -> None:
+        """To be called when the model has come to another device or precision."""
+        self._settle_decoder()
+
+    def _settle_decoder(self) -> None:
+        """Tries whether the LLM's layers are known, once in each place and precision."""
+        state = getattr(self.llm, "partial_lora_state", None)
+        setting = (self.device, self.llm.dtype, None if state is None else state.products)
+        if self.reads_packed and setting != self._tried:
+            self.known_decoder, self._tried = known_decoder(self.llm), setting
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
+        super()._apply(fn, recurse)
+        self.settle_precision()
+        return self
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -130,7 +151,7 @@ class ChatLLM(nn.Module):
         """The LLM's hidden states ``[N, D]`` of packed embeddings ``[N, D]``."""
         with speech_positions(self.llm, lora):
             if self.reads_packed:
-                return read_packed(self.llm, embeds, layout.positions, layout.rows)
+                return read_packed(self.llm, embeds, layout.positions, layout.rows, self.known_decoder)
             return read_padded(self.llm, embeds, layout.rows)
 
     def speech_places(self, layout: Layout) -> PositionMask:
@@ -216,6 +237,7 @@ class SpeechLLM(ChatLLM):
         if self.device.type == "cuda":
             fuse_norms(self.llm)
             torch.set_float32_matmul_precision("highest" if self.product_dtype == torch.float32 else "high")
+        super().settle_precision()
 
     @property
     def settings(self) -> dict[str, float]:
@@ -391,11 +413,6 @@ class SpeechLLM(ChatLLM):
         counts = adapter.lengths.tolist()
         plan = plan_from_text(text, samples, counts, "response" in positions, self.share_prefix)
         return plan.to(src_lengths.device), adapter
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
-        super()._apply(fn, recurse)
-        self.settle_precision()
-        return self
 
 
 def _at_speech(hearing: Tensor, taught: Tensor | None, batch: Batch) -> Distillation:

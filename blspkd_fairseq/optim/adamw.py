@@ -1,6 +1,7 @@
 """torch's fused AdamW: one kernel for all parameters, where fairseq's Adam launches eight for each.
 
-So does the norm of the gradients: fairseq takes that of each parameter by itself.
+So does the norm of the gradients: fairseq takes that of each parameter by itself. What gradients are multiplied by
+before the step (the mean over a batch, clipping) the step itself applies, as that of fairseq's fp16 optimizers does.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,6 +31,7 @@ class AdamW(FairseqOptimizer):
     def __init__(self, cfg: AdamWConfig, params: Iterable[torch.nn.Parameter]) -> None:
         super().__init__(cfg)
         self._optimizer = torch.optim.AdamW(list(params), fused=True, **self.optimizer_config)
+        self._factor: float | torch.Tensor = 1.0  # of the gradients, in the next step
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
@@ -42,14 +44,31 @@ class AdamW(FairseqOptimizer):
             "weight_decay": self.cfg.weight_decay,
         }
 
+    def multiply_grads(self, c: float | torch.Tensor) -> None:
+        """Has the next step multiply the gradients, which stay as they are until then."""
+        self._factor = self._factor * c
+
     def clip_grad_norm(
         self, max_norm: float, aggregate_norm_fn: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """The norm of all gradients, which are scaled down to ``max_norm`` where that is positive."""
-        trained = [parameter for parameter in self.params if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+        """The norm of all gradients, which the next step scales down to ``max_norm`` where that is positive."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None]) * self._factor
         if aggregate_norm_fn is not None:
             norm = aggregate_norm_fn(norm)
         if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+            self.multiply_grads((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def step(self, closure: Callable[[], Any] | None = None, scale: float = 1.0, groups: Any = None) -> None:
+        """Takes one step, with gradients over ``scale``."""
+        factor = self._factor / scale
+        if isinstance(factor, float):
+            factor = torch.full((), factor, device=self.param_groups[0]["params"][0].device)
+        self._optimizer.grad_scale = factor.float().reciprocal()  # type: ignore[attr-defined]
+        self._optimizer.step(closure)
+        self._factor = 1.0
+
+    def zero_grad(self) -> None:
+        """Clears the gradients, and what they were to be multiplied by."""
+        super().zero_grad()
+        self._factor = 1.0
