@@ -1,6 +1,7 @@
 """Partial LoRA: on speech positions only, and otherwise the base LLM bit for bit."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import make_dataclass
 from pathlib import Path
 
@@ -326,3 +327,45 @@ def test_nothing_deprecated_is_called() -> None:
     llm = trained(llama())
     cached_generation(llm, beams=2)
     enable_gradient_checkpointing(llm)
+
+
+def fairseq_adam(parameters: list[torch.nn.Parameter]) -> object:
+    from argparse import Namespace
+
+    from fairseq.optim.adam import FairseqAdam
+
+    options = {"lr": [0.1], "adam_betas": "(0.9, 0.999)", "adam_eps": 1e-8, "weight_decay": 0.0}
+    more = {"use_old_adam": True, "fp16_adam_stats": False, "tpu": False}
+    return FairseqAdam(Namespace(**options, **more), parameters)
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+    "fused adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+    "foreach adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, foreach=True),
+    "fairseq's adam": fairseq_adam,
+}
+
+
+@pytest.mark.parametrize("is_one_block", [False, True], ids=["a block each", "one block"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_products_in_bf16_are_of_the_weights_as_they_are(name: str, is_one_block: bool) -> None:
+    llm = trained(llama())
+    llm.partial_lora_state.products = torch.bfloat16
+    parameters = [p for p in llm.parameters() if p.requires_grad]
+    optimizer = OPTIMIZERS[name](parameters)
+    outer = speech_positions(llm, MASK) if is_one_block else nullcontext()
+    with outer:
+        for _ in range(3):
+            with nullcontext() if is_one_block else speech_positions(llm, MASK):
+                found = llm(IDS).logits
+            fresh = add_partial_lora(llama(), rank=4, alpha=8.0, dropout=0.0)
+            fresh.load_state_dict(llm.state_dict())
+            fresh.partial_lora_state.products = torch.bfloat16
+            with speech_positions(fresh, MASK):
+                assert torch.equal(fresh(IDS).logits, found)
+            optimizer.zero_grad()
+            found[:, -1].logsumexp(1).sum().backward()
+            before = [p.detach().clone() for p in parameters]
+            optimizer.step()
+            assert not all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))

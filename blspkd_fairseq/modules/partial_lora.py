@@ -64,9 +64,7 @@ class _MaskState:
         self._input: Tensor | None = None
         self._version = -1
         self._speech: _Speech | None = None
-        self._copies: dict[int, Tensor] = {}
-        self._copied: tuple[Any, ...] = ()
-        self._is_current = False  # looked at once for each forward call: there are hundreds of matrices
+        self._copies: dict[int, Tensor] = {}  # of trained matrices, in the dtype of products, each taken once
 
     def set(self, mask: PositionMask) -> None:
         """The places of a mask are found once, for all layers: on a GPU each search waits for the device."""
@@ -74,7 +72,7 @@ class _MaskState:
             mask = SpeechPlaces(mask.flatten().nonzero()[:, 0], tuple(mask.shape))
         self.mask = mask
         self._input = self._speech = None
-        self._is_current = False
+        self._copies = {}
 
     @torch.no_grad()
     def speech(self, x: Tensor, dropout: float) -> _Speech:
@@ -95,19 +93,21 @@ class _MaskState:
 
     @torch.no_grad()
     def matrix(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """A trained matrix in the dtype of products; all are cast at once, after each change of the weights."""
+        """A trained matrix in the dtype of products, as it is now; all are cast at once, at the first one of a pass.
+
+        A copy is given once: whoever asks again is in another pass, before which the weights may have changed.
+        Their version counters do not tell: fused and foreach optimisers and ``.data`` leave them as they are.
+        """
         if weight.dtype == dtype:
             return weight
-        if not self._is_current:
+        copy = self._copies.pop(id(weight), None)
+        if copy is None or copy.dtype != dtype or copy.device != weight.device:
             weights = [matrix.weight for layer in self.layers for matrix in layer.matrices()]
-            state = (dtype, weight.device, *((id(one), one._version) for one in weights))
-            if self._copied != state:
-                copies = [torch.empty_like(one, dtype=dtype) for one in weights]
-                torch._foreach_copy_(copies, weights)
-                self._copies = dict(zip(map(id, weights), copies, strict=True))
-                self._copied = state
-            self._is_current = True
-        return self._copies[id(weight)]
+            copies = [torch.empty_like(one, dtype=dtype) for one in weights]
+            torch._foreach_copy_(copies, weights)
+            self._copies = dict(zip(map(id, weights), copies, strict=True))
+            copy = self._copies.pop(id(weight))
+        return copy
 
 
 def places_of(mask: SpeechPlaces | AllPositions | None) -> int | Tensor | None:
