@@ -130,3 +130,24 @@ def test_dropout_and_its_gradient(case: str) -> None:
         torch.manual_seed(0)
         many = [attend_stacked(stacked, 2, rows, dropout=0.4) for _ in range(2000)]
     torch.testing.assert_close(torch.stack(many).mean(0), attended(stacked, 0.0).detach(), atol=0.15, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("is_short", [True, False])
+@pytest.mark.parametrize("case", ["rows", "both ways"])
+def test_autocast_around_it(
+    case: str, is_short: bool, dropout: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MOST_KEYS", 128 if is_short else 0)
+    prefix, causal, shuffled, _ = CASES[case]
+    rows = rows_of(prefix, causal, shuffled, "cpu")
+    found = []
+    for is_on in (False, True):
+        torch.manual_seed(0)
+        stacked = torch.randn(rows.total, 6, 8, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            out = attend_stacked(stacked, 2, rows, dropout=dropout)
+        out.float().square().sum().backward()
+        found.append((out.float(), stacked.grad))
+    torch.testing.assert_close(found[1], found[0], atol=0.05, rtol=0.05)

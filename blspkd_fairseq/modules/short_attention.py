@@ -62,7 +62,8 @@ def attend_short(
     if (shape, dtype) not in plans:
         plans[shape, dtype] = _make_plan(rows, shape, dtype)
     scale = stacked.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = _ShortAttention.apply(stacked, heads, plans[shape, dtype], scale, dropout)
+    with torch.autocast(stacked.device.type, enabled=False):  # which is off in backward, too
+        out: Tensor = _ShortAttention.apply(stacked, heads, plans[shape, dtype], scale, dropout)
     return out
 
 
