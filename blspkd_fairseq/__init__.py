@@ -31,6 +31,7 @@ FOLDER = Path(__file__).resolve().parent
 
 compat.guard_transformers()
 compat.silence_bitsandbytes()
+compat.bound_product_cache()
 
 
 def register() -> None:

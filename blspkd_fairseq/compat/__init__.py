@@ -36,6 +36,7 @@ from blspkd_fairseq.compat.llm import (
     use_fast_cpu_attention,
     without_progress_bars,
 )
+from blspkd_fairseq.compat.product_cache import bound_product_cache
 from blspkd_fairseq.compat.quantizer import import_bitsandbytes, silence_bitsandbytes
 from blspkd_fairseq.compat.torchaudio import block_broken_torchaudio, guard_transformers
 from blspkd_fairseq.compat.trainer import guard_updates
@@ -52,6 +53,7 @@ __all__ = [
     "attend_commands",
     "attend_generation",
     "block_broken_torchaudio",
+    "bound_product_cache",
     "cache_argument",
     "cache_of",
     "checkpoint_activations",
