@@ -91,8 +91,9 @@ train_part() {
 }
 
 warm_up() {
-    train_part "$model/warm-up" "$data" --pretrained-model "$pretrained" --batch-size $((3 * batch)) --lr 1e-3 \
-        --token-ce-weight 1 --token-mse-weight 1 --response-kl-weight 0 --input-kl-weight 0 --token-vocabulary train \
+    train_part "$model/warm-up" "$data" --pretrained-model "$pretrained" --batch-size $((3 * batch)) --lr 6e-4 \
+        --token-ce-weight 1 --token-ce-scale 20 --token-mse-weight 0.5 --token-vocabulary train \
+        --response-kl-weight 0 --input-kl-weight 0 \
         --warmup-updates $((warm_up_updates / 20)) --total-num-update "$warm_up_updates" --max-update "$warm_up_updates"
 }
 
@@ -102,7 +103,8 @@ distil() {
     [ "$(cat "$folder.start" 2>/dev/null)" = "$start" ] || rm -rf "$folder" "$folder.log"
     printf '%s' "$start" >"$folder.start"
     train_part "$folder" "$asked/responses" --finetune-from-model "$model/warm-up/checkpoint_last.pt" \
-        --batch-size "$batch" --lr 4e-4 --warmup-updates $((updates / 20)) --total-num-update "$updates" \
+        --token-ce-weight 0.3 --token-ce-scale 20 --token-mse-weight 0.1 --token-vocabulary train \
+        --batch-size "$batch" --lr 3e-4 --warmup-updates $((updates / 20)) --total-num-update "$updates" \
         --max-update "$updates"
 }
 
