@@ -1,4 +1,4 @@
-"""examples/comparison/run.sh as it is typed, a few sentences and updates of it, and what is published of it."""
+"""examples/comparison/run.sh as it is typed, a few sentences and updates of it."""
 
 import json
 import subprocess
@@ -6,16 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from test_examples import EXAMPLES, run
-
-from blspkd_fairseq import BlspKd
-from blspkd_fairseq.modules.trained_state import read_trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.recordings]
 
 
-def test_the_comparison_runs_resumes_reports_and_publishes(tmp_path: Path) -> None:
+def test_the_comparison_runs_resumes_and_reports(tmp_path: Path) -> None:
     options = ["--updates", 4, "--sentences", 24, "--test-sentences", 4, "--only", "small", "--seeds", "1"]
     run("comparison", tmp_path, *options)
     results = {path.name for path in (tmp_path / "results").iterdir()}
@@ -28,7 +24,7 @@ def test_the_comparison_runs_resumes_reports_and_publishes(tmp_path: Path) -> No
     cascade = json.loads((tmp_path / "results" / "cascade.json").read_text())
     assert [len(answers) for answers in cascade["conditions"].values()] == [4] * 6
     report = (tmp_path / "report" / "RESULTS.md").read_text()
-    assert "BLSP-KD as published here" in report and "**Not measured yet:** blsp, cnn_kl" in report
+    assert "BLSP-KD: longer, rank 4" in report and "**Not measured yet:** blsp, cnn_kl" in report
     for picture in ("overview", "main", "curves", "scaling", "robustness"):
         assert (tmp_path / "report" / f"{picture}.png").stat().st_size > 10_000
     readme = (EXAMPLES.parent / "README.md").read_text()
@@ -45,18 +41,3 @@ def test_the_comparison_runs_resumes_reports_and_publishes(tmp_path: Path) -> No
     made = {path: path.stat().st_mtime_ns for name in ("results", "models") for path in (tmp_path / name).rglob("*.*")}
     run("comparison", tmp_path, *options)
     assert made == {path: path.stat().st_mtime_ns for path in made}  # nothing is made again
-
-    checkpoint = tmp_path / "models" / "small-seed1" / "checkpoint_last.pt"
-    folders = {"--results": "results", "--data": "data", "--out": "small"}
-    command = [sys.executable, EXAMPLES / "comparison" / "publish.py", "--checkpoint", checkpoint]
-    subprocess.run([*command, *(x for k, v in folders.items() for x in (k, tmp_path / v))], check=True)
-    card = (tmp_path / "small" / "README.md").read_text()
-    config = json.loads((tmp_path / "small" / "config.json").read_text())
-    assert "| WER of repeat, % |" in card and "{" not in card.replace("{folder}", "")
-    assert config["llm"] == "~/.cache/blspkd_fairseq/smollm2-135m-instruct"
-    (options, original), (_, published) = read_trained(checkpoint), read_trained(tmp_path / "small")
-    assert original.keys() == published.keys()
-    assert all(torch.equal(published[name], original[name].to(published[name].dtype)) for name in original)
-    bases = {name: options[name] for name in ("llm", "speech_encoder")}
-    speech = sorted((tmp_path / "data" / "audio").iterdir())[:2]
-    assert len(BlspKd.from_pretrained(tmp_path / "small", **bases).generate(speech, "repeat", max_new_tokens=4)) == 2

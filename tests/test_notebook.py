@@ -23,7 +23,7 @@ def test_it_loads_listens_aligns_distils_and_plots(tmp_path: Path) -> None:
     command = [sys.executable, "cells.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "The robot and the tiger live in Madrid." in done.stdout and "after " in done.stdout
+    assert "But I guess that's just how college life is." in done.stdout and "after " in done.stdout
     assert (tmp_path / "alignment.png").stat().st_size > 10_000
     assert (tmp_path / "more" / "checkpoint_last.pt").exists()
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from tiny import PATIENCE, write_split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,8 +34,9 @@ import voices  # noqa: E402
 import write_report  # noqa: E402
 
 from blspkd_fairseq.data.audio import load_audio  # noqa: E402
-from blspkd_fairseq.data.manifest import Manifest  # noqa: E402
+from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
 from blspkd_fairseq.data.validate import sentence_key  # noqa: E402
+from blspkd_fairseq.modules.trained_state import read_trained  # noqa: E402
 
 # ---- sentences -----------------------------------------------------------------------------------------------------
 
@@ -278,6 +280,20 @@ def test_lines_that_whisper_does_not_hear_are_left_out(tmp_path: Path, monkeypat
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_clips_to_test_on_are_made_of_any_voices(is_whole: bool, tmp_path: Path) -> None:
+    voices = write_split(tmp_path / "voices", "train", 3)
+    if is_whole:
+        folder = tmp_path / "voices"
+        rows = [{**row, "audio": str(folder / row["audio"])} for row in Manifest.load(voices)]
+        voices = tmp_path / "whole.tsv"
+        write_manifest(voices, rows, list(rows[0]))
+    no_speech.main(["--out", str(tmp_path / "out"), "--count", "8", "--voices", str(voices)])
+    made = Manifest.load(tmp_path / "out" / "nothing.tsv")
+    assert len(made) == 8 and {row["speaker"] for row in made} == set(no_speech.KINDS)
+    assert all(len(load_audio(row["audio"], tmp_path / "out")) == int(row["n_frames"]) for row in made)
+
+
 @pytest.mark.parametrize(
     ("answer", "admits"),
     [
@@ -430,7 +446,10 @@ def test_all_stages_run_on_a_few_rows_and_a_second_run_skips_them(tmp_path: Path
     card = (tmp_path / "published" / "README.md").read_text()
     assert "Four updates." in card and "| WER repeat | this model |" in card and "{" not in card.replace("{folder}", "")
     config = json.loads((tmp_path / "published" / "config.json").read_text())
-    assert config["llm"] == "~/.cache/blspkd_fairseq/smollm2-135m-instruct" and config["window_seconds"] == 12
+    assert config["llm"] == "~/.cache/blspkd_fairseq/smollm2-135m-instruct" and config["window_seconds"] == 6
+    (_, original), (_, published) = read_trained(model), read_trained(tmp_path / "published")
+    assert original.keys() == published.keys()
+    assert all(torch.equal(published[name], original[name].to(published[name].dtype)) for name in original)
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the model, and those that replace its own."""
     parser.add_argument(
         "--model",
-        help="checkpoint, or folder of save_pretrained (default: the small model that the package carries, which knows "
-        "172 English words; its base models are fetched once)",
+        help="checkpoint, or folder of save_pretrained (default: the small model that the package carries, which hears "
+        "everyday English, with errors; its base models are fetched once)",
     )
     parser.add_argument("--llm", help="in place of the model's own path or name")
     parser.add_argument("--speech-encoder", help="in place of the model's own path or name")

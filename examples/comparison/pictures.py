@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from systems import DIVISORS, MAIN, PUBLISHED, SCALED, SETS, UNTRAINED
+from systems import DIVISORS, MAIN, SCALED, SETS, SMALL, UNTRAINED
 
 if TYPE_CHECKING:
     from report import Report
@@ -20,7 +20,7 @@ _MOST_WER = 150
 def plot_all(report: "Report", folder: Path) -> None:
     """Writes overview (all systems) and main (the main ones), curves, scaling and robustness as PNG."""
     plot_overview(report, folder / "overview.png", report.shown)
-    plot_overview(report, folder / "main.png", [n for n in report.shown if n in (*UNTRAINED, *MAIN, *PUBLISHED)])
+    plot_overview(report, folder / "main.png", [n for n in report.shown if n in (*UNTRAINED, *MAIN, *SMALL)])
     plot_curves(report, folder / "curves.png")
     plot_scaling(report, folder / "scaling.png")
     plot_robustness(report, folder / "robustness.png")

@@ -67,13 +67,13 @@ def make(data: Path, rows: int, held_out: int, nothing: int, mix: Mapping[str, f
             for row in chosen(found, held_out if split in HELD_OUT else rows)
         ]
         if split == "train" and nothing:
-            clips = write_clips(data, "train", nothing, voices)
+            clips = write_clips(data, "train", nothing, voices, data)
             made += [asked(row, prompt_of(str(row["id"]), silent), False) for row in clips]
             made = [dict(row) for row in chosen(made, 0)]
         write_manifest(data / "asked" / f"{split}.tsv", made, COLUMNS)
         counts = Counter(str(row["prompt"]) for row in made).most_common()
         print(f"{data / 'asked' / split}.tsv: {len(made)} rows: {', '.join(f'{n} {prompt}' for prompt, n in counts)}")
-    clips = write_clips(data, "test", nothing and 100, voices)
+    clips = write_clips(data, "test", nothing and 100, voices, data)
     write_manifest(data / "asked" / "nothing.tsv", [asked(row, "chat", False) for row in clips], COLUMNS)
 
 

@@ -79,19 +79,22 @@ def clip(kind: str, seed: int, load: Load, voices: int) -> np.ndarray:
     return samples.astype(np.float32)
 
 
-def write_clips(out: Path, split: str, count: int, voices: Manifest) -> list[dict[str, object]]:
+def write_clips(
+    out: Path, split: str, count: int, voices: Manifest, audio_root: Path | None
+) -> list[dict[str, object]]:
     """Rows of ``count`` clips in OUT/audio, the kinds in turn; those that are there are kept.
 
     Args:
         out: folder of the manifests.
         split: other splits have other clips.
         count: how many.
-        voices: what babble is made of; audio relative to ``out``.
+        voices: what babble is made of.
+        audio_root: of their audio; None if it is named by whole paths.
     """
     (out / "audio").mkdir(parents=True, exist_ok=True)
 
     def load(number: int) -> np.ndarray:
-        return load_audio(voices[number]["audio"], out)
+        return load_audio(voices[number]["audio"], audio_root)
 
     rows: list[dict[str, object]] = []
     for i in range(count):
@@ -117,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.count < 1:
         parser.error(f"--count must be at least 1, got {args.count}")
-    rows = write_clips(args.out, "test", args.count, Manifest.load(args.voices))
+    voices = Manifest.load(args.voices)
+    is_whole = len(voices) > 0 and Path(voices[0]["audio"]).is_absolute()
+    rows = write_clips(args.out, "test", args.count, voices, None if is_whole else args.voices.parent)
     write_manifest(args.out / "nothing.tsv", rows, COLUMNS)
 
 
