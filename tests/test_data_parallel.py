@@ -49,6 +49,7 @@ class Case(NamedTuple):
 
 CASES = {
     "distillation": Case(ALL_TERMS),
+    "distillation in float32": Case(ALL_TERMS, {"llm_dtype": "float32"}),
     "warm-up": Case(WARM_UP),
     "warm-up without LoRA": Case(WARM_UP, {"lora_scope": "none"}),
     "cross-entropy": Case(NO_KL | {"response_ce_weight": 1.0}, {"adapter": "cnn", "adapter_bottleneck": 8}),
@@ -162,9 +163,10 @@ def test_two_processes_give_the_gradients_of_one(
         assert half.keys() == whole.keys() and any(bool(one.any()) for one in half.values())
         for parameter, gradient in whole.items():
             assert gradient.dtype == half[parameter].dtype == torch.float32
-            # Rounding of sums: relative to the largest entry.
+            # Rounding of sums: relative to the largest entry. Products in bfloat16 round by the batch's shape, too.
+            most = 0.01 if name == "distillation" else 1e-5
             difference = (half[parameter] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-3)
-            assert difference < 1e-5, (backend, parameter, float(difference))
+            assert difference < most, (backend, parameter, float(difference))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

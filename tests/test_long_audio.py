@@ -209,7 +209,7 @@ def test_silero_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) ->
 TRANSCRIPT = Transcript(
     3661.5,
     (
-        Segment(0.5, 3.0, "Hello there. How <are> you?", words_of(
+        Segment(0.5, 3.0, "Hello there. How <are> you?", pieces_of(
             "Hello there. How <are> you?", ["Hel", "lo", " there", ".", " How", " <are>", " you?"],
             [0.7, 1.0, 1.4, 1.5, 2.0, 2.5, 3.0], 0.5)),
         Segment(3660.0, 3661.5, "Fine.", ()),
@@ -219,7 +219,7 @@ TRANSCRIPT = Transcript(
 
 def test_words_get_the_times_of_their_tokens() -> None:
     assert TRANSCRIPT.words[:2] == [Word(0.5, 1.0, "Hello"), Word(1.0, 1.5, "there.")]
-    assert [word.text for word in words_of("日本語", ["日", "", "本語"], [1.0, 2.0, 3.0])] == ["日", "本", "語"]
+    assert [word.text for word in pieces_of("日本語", ["日", "", "本語"], [1.0, 2.0, 3.0])] == ["日", "本", "語"]
     assert join_texts(["今日は", "晴れ", "and ", " so", ""]) == "今日は晴れ and so"
 
 
@@ -344,14 +344,14 @@ def test_three_minutes_of_known_utterances_come_back_in_order() -> None:
         clip = np.asarray(speak(text, 1.0), np.float32)
         (sound,) = np.nonzero(np.abs(clip) > 0.02)  # the voice's own silence is no part of the utterance
         spans.append(((time + sound[0]) / SAMPLE_RATE, (time + sound[-1]) / SAMPLE_RATE))
-        alone += [(piece, number) for token in model.align((clip, SAMPLE_RATE)) for piece in words_of(token.token)]
+        alone += [(piece, number) for token in model.align((clip, SAMPLE_RATE)) for piece in pieces_of(token.token)]
         parts += [clip, np.zeros(int((0.3, 0.5, 0.8)[number % 3] * SAMPLE_RATE), np.float32)]
         time += len(parts[-2]) + len(parts[-1])
     heard = model.align((np.concatenate(parts), SAMPLE_RATE), vad="energy")
     assert 170 < time / SAMPLE_RATE < 200 and all(
         a.end <= b.start + 1e-6 for a, b in zip(heard, heard[1:], strict=False)
     )
-    words = [(piece, token) for token in heard for piece in words_of(token.token)]
+    words = [(piece, token) for token in heard for piece in pieces_of(token.token)]
     matcher = difflib.SequenceMatcher(a=[one for one, _ in alone], b=[one for one, _ in words], autojunk=False)
     pairs = [(a + i, b + i) for a, b, count in matcher.get_matching_blocks() for i in range(count)]
     # Windows hold parts of two sentences, among which a small model hears some words as others; it loses none.
@@ -367,7 +367,7 @@ def test_three_minutes_of_known_utterances_come_back_in_order() -> None:
     assert np.mean(np.array(differences) < 0.2) >= 0.95 and max(differences) < 1
 
 
-def words_of(text: str) -> list[str]:
+def pieces_of(text: str) -> list[str]:
     """Words and signs."""
     return re.findall(r"\w+|[^\w\s]", text)
 
