@@ -209,7 +209,7 @@ def test_silero_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) ->
 TRANSCRIPT = Transcript(
     3661.5,
     (
-        Segment(0.5, 3.0, "Hello there. How <are> you?", pieces_of(
+        Segment(0.5, 3.0, "Hello there. How <are> you?", words_of(
             "Hello there. How <are> you?", ["Hel", "lo", " there", ".", " How", " <are>", " you?"],
             [0.7, 1.0, 1.4, 1.5, 2.0, 2.5, 3.0], 0.5)),
         Segment(3660.0, 3661.5, "Fine.", ()),
@@ -219,7 +219,7 @@ TRANSCRIPT = Transcript(
 
 def test_words_get_the_times_of_their_tokens() -> None:
     assert TRANSCRIPT.words[:2] == [Word(0.5, 1.0, "Hello"), Word(1.0, 1.5, "there.")]
-    assert [word.text for word in pieces_of("日本語", ["日", "", "本語"], [1.0, 2.0, 3.0])] == ["日", "本", "語"]
+    assert [word.text for word in words_of("日本語", ["日", "", "本語"], [1.0, 2.0, 3.0])] == ["日", "本", "語"]
     assert join_texts(["今日は", "晴れ", "and ", " so", ""]) == "今日は晴れ and so"
 
 
