@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from no_speech import COLUMNS as SPOKEN
 from no_speech import TEACHER_TEXTS, write_clips
 
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
@@ -22,7 +23,7 @@ from blspkd_fairseq.data.prompts import PROMPTS, resolve_prompt
 
 MIX = {"chat": 0.5, "continue": 0.3, "repeat": 0.2}
 HELD_OUT = ("valid", "test", "test_unheard")
-COLUMNS = ("id", "audio", "n_frames", "src_text", "speaker", "src_lang", "prompt", "teacher_text")
+COLUMNS = (*SPOKEN, "prompt", "teacher_text")
 
 
 def prompt_of(row_id: str, mix: Mapping[str, float]) -> str:
@@ -38,7 +39,7 @@ def chosen(rows: Sequence[Mapping[str, object]], count: int) -> list[Mapping[str
 
 def asked(row: Mapping[str, object], prompt: str, is_speech: bool) -> dict[str, object]:
     """A row with its prompt and, where nobody speaks, what makes the teacher say so."""
-    cells = {name: row[name] for name in COLUMNS[:6]}
+    cells = {name: row[name] for name in SPOKEN}
     return {**cells, "prompt": prompt, "teacher_text": "" if is_speech else TEACHER_TEXTS[prompt]}
 
 
