@@ -1,5 +1,6 @@
 """Packed attention against the formula, row by row in float64, on the CPU and on a GPU if there is one."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,3 +152,27 @@ def test_autocast_around_it(
         out.float().square().sum().backward()
         found.append((out.float(), stacked.grad))
     torch.testing.assert_close(found[1], found[0], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("generation", "width", "dropout", "has"),
+    [
+        ((8, 0), 64, 0.1, True),
+        ((9, 0), 256, 0.1, True),
+        ((7, 5), 64, 0.0, False),  # T4: no kernel at all
+        ((8, 0), 36, 0.0, False),
+        ((8, 0), 320, 0.0, False),
+        ((8, 9), 256, 0.0, True),  # Gemma on a 4090
+        ((8, 9), 256, 0.1, False),
+        ((8, 6), 208, 0.0, False),
+    ],
+)
+def test_flash_only_where_the_card_has_it(
+    generation: tuple[int, int], width: int, dropout: float, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    attention._has_flash.cache_clear()
+    query = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(9, 4, width), device=torch.device("cuda:0"))
+    options = attention._Options(None, None, None, None, dropout)
+    assert attention._is_for_flash(query, options) is has  # type: ignore[arg-type]
+    attention._has_flash.cache_clear()

@@ -6,6 +6,7 @@ padded for the product of queries and keys alone, and torch's fused attention ta
 short, :mod:`blspkd_fairseq.modules.short_attention`.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from blspkd_fairseq.modules.attention_mask import added, causal_mask
 from blspkd_fairseq.modules.short_attention import MOST_KEYS, attend_short
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
-_FLASH_HEAD_DIM = 256
+_LITTLE_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # too little for the backward pass of wide heads
 
 
 def attend(
@@ -83,7 +84,17 @@ class _Options(NamedTuple):
 
 def _is_for_flash(query: Tensor, options: _Options) -> bool:
     plain = options.softcap is None and options.sinks is None
-    return plain and query.is_cuda and query.dtype in _FLASH_DTYPES and query.shape[-1] <= _FLASH_HEAD_DIM
+    if not (plain and query.is_cuda and query.dtype in _FLASH_DTYPES):
+        return False
+    return _has_flash(query.device, query.shape[-1], options.dropout > 0)
+
+
+@cache
+def _has_flash(device: torch.device, width: int, drops_out: bool) -> bool:
+    """Whether the card has the kernel for heads of this width, forward and backward, as torch's own choice has it."""
+    generation = torch.cuda.get_device_capability(device)
+    has_little_memory = generation in _LITTLE_SHARED_MEMORY and width > 192 and (width <= 224 or drops_out)
+    return generation >= (8, 0) and width % 8 == 0 and width <= 256 and not has_little_memory
 
 
 def _is_short(query: Tensor, rows: Rows, options: _Options) -> bool:
