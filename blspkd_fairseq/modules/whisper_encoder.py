@@ -40,7 +40,7 @@ def frame_counts(samples: Sequence[int]) -> list[int]:
 class LogMel(nn.Module):
     """Whisper's log-mel spectrogram of the first frames of its 30 s window, equal to its feature extractor's.
 
-    In float32, whatever the encoder's precision: with window and filters rounded to bfloat16, faint sound beside loud one
+    In float32, whatever the encoder is in: with window and filters rounded to bfloat16, faint sound beside loud one
     is another.
     """
 
