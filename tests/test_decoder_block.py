@@ -1,6 +1,7 @@
 """Decoder layers that are known against the same layers as transformers runs them, forward and backward."""
 
 import copy
+import sys
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -121,6 +122,17 @@ def test_what_hangs_on_a_module_is_not_passed_over(part: str, kind: str) -> None
     hook.remove()
     update()
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("part", ["layers.0.self_attn.q_proj", "layers.1.mlp.down_proj.base_layer"])
+def test_hooks_beside_lora_are_seen(part: str) -> None:
+    llm = adapted("llama")
+    known, embeds = ChatLLM(llm, "speech").known_decoder, torch.zeros(5, 32)
+    assert known is not None and known.reads(llm, embeds)
+    hook = llm.get_decoder().get_submodule(part).register_forward_hook(lambda *_: None)
+    assert not known.reads(llm, embeds)
+    hook.remove()
+    assert known.reads(llm, embeds)
 
 
 def test_another_activation_is_not_known() -> None:
@@ -357,6 +369,29 @@ def test_modules_in_the_place_of_others_are_seen(name: str) -> None:
     layer = llm.get_decoder().layers[1]
     layer.set_submodule(name, copy.deepcopy(layer.get_submodule(name)))
     assert not known.reads(llm, embeds)
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B", "lora_dropout.default"])
+def test_parts_of_lora_in_the_place_of_others_are_seen(part: str) -> None:
+    llm = adapted("llama", dropout=0.1)
+    known, embeds = ChatLLM(llm, "speech").known_decoder, torch.zeros(5, 32)
+    assert known is not None and known.reads(llm, embeds)
+    layer = llm.get_decoder().layers[1].self_attn.v_proj
+    layer.set_submodule(part, copy.deepcopy(layer.get_submodule(part)))
+    assert not known.reads(llm, embeds)
+
+
+def test_the_modules_are_looked_at_without_a_step_of_python_for_each() -> None:
+    llm = adapted("llama")
+    known = ChatLLM(llm, "speech").known_decoder
+    assert known is not None
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        is_watched = known._is_watched()
+    finally:
+        sys.setprofile(None)
+    assert not is_watched and len(calls) < 10 < len(list(llm.modules()))
 
 
 def test_the_norm_and_its_gradient() -> None:
