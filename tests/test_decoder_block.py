@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -10,11 +11,13 @@ import pytest
 import torch
 from test_llm_families import FAMILIES, make, plan
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from blspkd_fairseq.data.batch import Layout, PlanRow, Rows, plan_batch
 from blspkd_fairseq.data.conversation import Speech
+from blspkd_fairseq.modules import attention, fused_norm
 from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.decoder_block import KnownDecoder, _BeforeAttention
 from blspkd_fairseq.modules.decoder_trial import known_decoder
@@ -369,6 +372,45 @@ def test_modules_in_the_place_of_others_are_seen(name: str) -> None:
     layer = llm.get_decoder().layers[1]
     layer.set_submodule(name, copy.deepcopy(layer.get_submodule(name)))
     assert not known.reads(llm, embeds)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_of_a_gpu_take_what_they_get(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without numbers, as torch describes its flash attention and RMSNorm: their arguments, shapes and precisions."""
+    llm = adapted(kind, dropout=0.1).to(dtype)
+    for name, parameter in llm.named_parameters():
+        parameter.data = parameter.float() if "lora_" in name else parameter
+    model = ChatLLM(llm, "speech")
+    known, layout = model.known_decoder, plan(True).to(torch.device("meta")).student
+    assert known is not None
+    llm.train().to("meta").partial_lora_state.products = torch.bfloat16
+    monkeypatch.setattr(attention, "_is_for_flash", lambda *_: True)
+    monkeypatch.setattr(fused_norm, "_has_kernel", lambda _: True)
+    embeds = torch.empty(layout.rows.total, 32, dtype=dtype, device="meta", requires_grad=True)
+    with Operators() as seen, speech_positions(llm, model.speech_places(layout)):
+        hidden = known(embeds, layout.positions, layout.rows)
+        hidden.sum().backward()
+    layers = len(llm.get_decoder().layers)
+    assert seen.count["_flash_attention_forward"] == seen.count["_flash_attention_backward"] == layers
+    assert seen.count["_fused_rms_norm_backward"] >= 2 * layers
+    assert hidden.dtype == dtype and embeds.grad is not None and embeds.grad.shape == hidden.shape
+    gradients = [p.grad for p in llm.parameters() if p.requires_grad]
+    assert gradients and all(one is not None and one.dtype == torch.float32 for one in gradients)
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B", "lora_dropout.default"])
