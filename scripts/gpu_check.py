@@ -493,6 +493,8 @@ def count_launches(args: argparse.Namespace) -> None:
 
     def count(shape: launches.Shape) -> str:
         model, sample = shape.build(args.device), shape.sample(args.device)
+        if model.speech_llm.known_decoder is None:
+            raise SystemExit("the LLM's layers are not known here: the warning above says why")
         criterion, optimizer = updates.criterion_of(updates.Case({}), model), updates.optimizer_of(model)
         return launches.count(partial(updates.update, model, criterion, sample, optimizer), args.device)
 

@@ -1,6 +1,8 @@
 """Decoder layers that are known against the same layers as transformers runs them, forward and backward."""
 
 import copy
+import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -9,11 +11,13 @@ import pytest
 import torch
 from test_llm_families import FAMILIES, make, plan
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from blspkd_fairseq.data.batch import Layout, PlanRow, Rows, plan_batch
 from blspkd_fairseq.data.conversation import Speech
+from blspkd_fairseq.modules import attention, fused_norm
 from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.decoder_block import KnownDecoder, _BeforeAttention
 from blspkd_fairseq.modules.decoder_trial import known_decoder
@@ -121,6 +125,17 @@ def test_what_hangs_on_a_module_is_not_passed_over(part: str, kind: str) -> None
     hook.remove()
     update()
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("part", ["layers.0.self_attn.q_proj", "layers.1.mlp.down_proj.base_layer"])
+def test_hooks_beside_lora_are_seen(part: str) -> None:
+    llm = adapted("llama")
+    known, embeds = ChatLLM(llm, "speech").known_decoder, torch.zeros(5, 32)
+    assert known is not None and known.reads(llm, embeds)
+    hook = llm.get_decoder().get_submodule(part).register_forward_hook(lambda *_: None)
+    assert not known.reads(llm, embeds)
+    hook.remove()
+    assert known.reads(llm, embeds)
 
 
 def test_another_activation_is_not_known() -> None:
@@ -357,6 +372,68 @@ def test_modules_in_the_place_of_others_are_seen(name: str) -> None:
     layer = llm.get_decoder().layers[1]
     layer.set_submodule(name, copy.deepcopy(layer.get_submodule(name)))
     assert not known.reads(llm, embeds)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_of_a_gpu_take_what_they_get(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without numbers, as torch describes its flash attention and RMSNorm: their arguments, shapes and precisions."""
+    llm = adapted(kind, dropout=0.1).to(dtype)
+    for name, parameter in llm.named_parameters():
+        parameter.data = parameter.float() if "lora_" in name else parameter
+    model = ChatLLM(llm, "speech")
+    known, layout = model.known_decoder, plan(True).to(torch.device("meta")).student
+    assert known is not None
+    llm.train().to("meta").partial_lora_state.products = torch.bfloat16
+    monkeypatch.setattr(attention, "_is_for_flash", lambda *_: True)
+    monkeypatch.setattr(fused_norm, "_has_kernel", lambda _: True)
+    embeds = torch.empty(layout.rows.total, 32, dtype=dtype, device="meta", requires_grad=True)
+    with Operators() as seen, speech_positions(llm, model.speech_places(layout)):
+        hidden = known(embeds, layout.positions, layout.rows)
+        hidden.sum().backward()
+    layers = len(llm.get_decoder().layers)
+    assert seen.count["_flash_attention_forward"] == seen.count["_flash_attention_backward"] == layers
+    assert seen.count["_fused_rms_norm_backward"] >= 2 * layers
+    assert hidden.dtype == dtype and embeds.grad is not None and embeds.grad.shape == hidden.shape
+    gradients = [p.grad for p in llm.parameters() if p.requires_grad]
+    assert gradients and all(one is not None and one.dtype == torch.float32 for one in gradients)
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B", "lora_dropout.default"])
+def test_parts_of_lora_in_the_place_of_others_are_seen(part: str) -> None:
+    llm = adapted("llama", dropout=0.1)
+    known, embeds = ChatLLM(llm, "speech").known_decoder, torch.zeros(5, 32)
+    assert known is not None and known.reads(llm, embeds)
+    layer = llm.get_decoder().layers[1].self_attn.v_proj
+    layer.set_submodule(part, copy.deepcopy(layer.get_submodule(part)))
+    assert not known.reads(llm, embeds)
+
+
+def test_the_modules_are_looked_at_without_a_step_of_python_for_each() -> None:
+    llm = adapted("llama")
+    known = ChatLLM(llm, "speech").known_decoder
+    assert known is not None
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        is_watched = known._is_watched()
+    finally:
+        sys.setprofile(None)
+    assert not is_watched and len(calls) < 10 < len(list(llm.modules()))
 
 
 def test_the_norm_and_its_gradient() -> None:

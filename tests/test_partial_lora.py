@@ -4,10 +4,12 @@ import copy
 from contextlib import nullcontext
 from dataclasses import make_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -369,3 +371,39 @@ def test_products_in_bf16_are_of_the_weights_as_they_are(name: str, is_one_block
             before = [p.detach().clone() for p in parameters]
             optimizer.step()
             assert not all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+class Casts(TorchDispatchMode):
+    """Counts weights that are cast."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.places = {weight.data_ptr() for weight in weights}
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.count += len(args[1])
+        elif func is torch.ops.aten._to_copy.default:
+            self.count += args[0].data_ptr() in self.places
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_recomputed_layer_casts_its_own_matrices_alone() -> None:
+    gradients, counts = [], []
+    for is_recomputed in (False, True):
+        llm = trained(llama()).bfloat16()
+        for parameter in (parameters := [p for p in llm.parameters() if p.requires_grad]):
+            parameter.data = parameter.float()
+        llm.partial_lora_state.products = torch.bfloat16
+        if is_recomputed:
+            enable_gradient_checkpointing(llm)
+        llm.zero_grad()
+        with speech_positions(llm, MASK), Casts(parameters) as forward:
+            loss = llm.train()(IDS).logits[:, -1].logsumexp(1).sum()
+        with Casts(parameters) as backward:
+            loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+        counts.append((forward.count, backward.count))
+    assert counts == [(len(parameters), 0), (len(parameters), len(parameters))]
+    assert torch.equal(*gradients)

@@ -1,6 +1,7 @@
 """Student and teacher in one model: same sequence, same positions, and the levers that must not change a number."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,3 +227,38 @@ def test_frames_take_the_place_of_waveforms(build: Callable[..., SpeechLLM]) -> 
     torch.testing.assert_close(kl(model, out.response), expected[1], atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="waveforms or features"):
         model.adapt(None, lengths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_encoder_is_in_its_own_precision(build: Callable[..., SpeechLLM], dtype: torch.dtype) -> None:
+    """Heard now or stored before, the frames are the same, whatever the products are in."""
+    model = build(product_dtype=torch.bfloat16, speech_encoder_dtype=dtype).eval()
+    waveforms, lengths = speech_batch()
+    frames = model.encode(waveforms, lengths, lengths.tolist()).values
+    assert frames.dtype == dtype
+    heard, stored = (model.adapt(*given, samples=lengths.tolist(), features=features) for given, features in (
+        ((waveforms, lengths), None), ((None, lengths), frames),
+    ))  # fmt: skip
+    assert torch.equal(heard.embeddings, stored.embeddings)
+
+
+def test_an_encoder_in_training_multiplies_in_the_products_precision(build: Callable[..., SpeechLLM]) -> None:
+    model = build(product_dtype=torch.bfloat16, train_speech_encoder=True)
+    dtypes = []
+    model.speech_encoder.encoder.layers[0].fc1.register_forward_hook(lambda *given: dtypes.append(given[2].dtype))
+    model.adapt(*speech_batch())
+    assert dtypes == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(("generation", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_products_are_in_bfloat16_on_cards_that_have_it(
+    generation: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch says that a T4 supports it, which emulates it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=generation))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported()
+    model = SimpleNamespace(product_dtype=None, device=torch.device("cuda"))
+    assert SpeechLLM.products.fget(model) == dtype  # type: ignore[attr-defined]

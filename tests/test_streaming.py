@@ -15,6 +15,7 @@ from tiny import save_llm, save_whisper
 from blspkd_fairseq.data.audio import AudioError
 from blspkd_fairseq.data.chat import Marks
 from blspkd_fairseq.data.conversation import ConversationError, Speech
+from blspkd_fairseq.generation import streaming
 from blspkd_fairseq.generation.streaming import Delta, Request, Sampling, StreamingDecoder
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
@@ -124,6 +125,24 @@ def test_the_first_token_alone_is_drawn_from_as_narrow_a_choice_as_asked(model: 
     greedy = model.chat(CONVERSATIONS[1], max_new_tokens=8)
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
         assert model.chat(CONVERSATIONS[1], max_new_tokens=8, temperature=3.0, seed=1, **narrow) == greedy
+
+
+@pytest.mark.parametrize(
+    ("narrow", "kept"),
+    [({}, range(6)), ({"top_k": 3}, (1, 3, 4)), ({"top_p": 0.6}, (1, 4)), ({"top_k": 3, "top_p": 0.7}, (1, 4))],
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(narrow: dict[str, Any], kept: Sequence[int]) -> None:
+    probabilities, generator = torch.tensor([0.05, 0.35, 0.0, 0.2, 0.3, 0.1]), torch.Generator().manual_seed(0)
+    sampling = Sampling(temperature=2.0, **narrow)
+    drawn = torch.stack([streaming._draw(2 * probabilities.log(), sampling, generator) for _ in range(4000)])
+    expected = torch.zeros(6).index_copy(0, torch.tensor(kept), probabilities[list(kept)])
+    torch.testing.assert_close(drawn.bincount(minlength=6) / 4000, expected / expected.sum(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("narrow", [{}, {"top_k": 3, "top_p": 0.5}])
+def test_drawing_asks_the_device_for_nothing(narrow: dict[str, Any]) -> None:
+    token = streaming._draw(torch.empty(9, device="meta"), Sampling(temperature=1.0, **narrow), torch.Generator())
+    assert token.device.type == "meta" and token.shape == ()
 
 
 def test_what_a_conversation_has_heard_and_read_is_not_read_again(

@@ -1,5 +1,7 @@
 """The speech encoder against transformers' own features and encoder."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,16 @@ def test_log_mel_equals_whispers_feature_extractor(bins: int) -> None:
     assert (actual - expected).abs().max() < 1e-4
     short = LogMel(bins)(padded[:2], lengths[:2], 250)  # cut, not padded to 30 s
     assert (short - expected[:2, :, :250]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_mel_stays_exact_beside_an_encoder_in_half_precision(whisper: WhisperModel, dtype: torch.dtype) -> None:
+    encoder = SpeechEncoder(copy.deepcopy(whisper.encoder))
+    padded, lengths = batch([speech(1.7, 1)])
+    expected = encoder.log_mel(padded, lengths, 170)
+    actual = encoder.to(dtype).log_mel(padded, lengths, 170)
+    assert encoder.encoder.conv1.weight.dtype == dtype
+    assert torch.equal(actual, expected)
 
 
 @torch.no_grad()

@@ -588,22 +588,31 @@ class StreamingDecoder:
 
 
 def _choose(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
-    """The next token of each row, of logits ``[B, V]``."""
-    tokens: list[int] = logits.argmax(1).tolist()
+    """The next token of each row, of logits ``[B, V]``; the device is waited for once."""
+    tokens = logits.argmax(1)
     for index, row in enumerate(rows):
         if row.generator is not None:
-            tokens[index] = _draw(logits[index].cpu(), row.request.sampling, row.generator)
-    return tokens
+            tokens[index] = _draw(logits[index], row.request.sampling, row.generator)
+    chosen: list[int] = tokens.tolist()
+    return chosen
 
 
-def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    probabilities, order = (logits / sampling.temperature).softmax(0).sort(descending=True, stable=True)
+def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """A token, of logits ``[V]``, on their device; the generator is one of the CPU."""
+    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64
+    probabilities, order = (logits / sampling.temperature).softmax(0).to(exact), None
     if sampling.top_k:
-        probabilities[sampling.top_k :] = 0.0
+        probabilities, order = probabilities.topk(min(sampling.top_k, len(logits)))
+    elif sampling.top_p < 1:
+        probabilities, order = probabilities.sort(descending=True, stable=True)
     if sampling.top_p < 1:
         # Those before which the sum has not been reached; at least the first.
-        probabilities[(probabilities.cumsum(0) - probabilities) >= sampling.top_p * probabilities.sum()] = 0.0
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+        is_beyond = probabilities.cumsum(0) - probabilities >= sampling.top_p * probabilities.sum()
+        probabilities = probabilities.masked_fill(is_beyond, 0.0)
+    ends = probabilities.cumsum(0)
+    place = torch.searchsorted(ends, ends[-1:] * uniform, right=True).clamp(max=len(ends) - 1)
+    return (place if order is None else order[place]).squeeze(0)
 
 
 def _common(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:

@@ -26,7 +26,7 @@ def _as_now(llm: PreTrainedModel) -> AbstractContextManager[None]:
 
     @contextmanager
     def again() -> Iterator[None]:
-        with packed_rows(llm.get_decoder().config, rows), speech_positions(llm, mask):
+        with packed_rows(llm.get_decoder().config, rows), speech_positions(llm, mask, whole=False):
             yield
 
     return again()

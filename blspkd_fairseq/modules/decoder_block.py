@@ -6,8 +6,9 @@ the attention take the place of some hundred operators, between which a GPU wait
 LLM's own is tried before (:mod:`blspkd_fairseq.modules.decoder_trial`); other LLMs run as transformers has them.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from blspkd_fairseq.modules.fused_norm import is_plain_norm, norm_eps, rms_norm,
 from blspkd_fairseq.modules.partial_lora import AllPositions, PartialLoraLinear, SpeechPlaces
 
 _KNOWN = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
+_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class LayerAttention(NamedTuple):
@@ -43,12 +45,11 @@ class KnownDecoder:
         self._lora = getattr(llm, "partial_lora_state", None)
         layers = self._decoder.layers
         self._blocks = [_Block(layer, attention[i], self._decoder.config) for i, layer in enumerate(layers)]
-        self._parts = [
-            (parent._modules, name, part)
-            for parent in layers.modules()
-            for name, part in parent._modules.items()
-            if part is not None
-        ]
+        self._siblings = [module._modules for module in layers.modules() if module._modules]
+        self._parts = _values(self._siblings)
+        # What peft keeps for LoRA is read and not called, by transformers' layers, too.
+        called = [module for name, module in layers.named_modules() if ".lora_" not in name]
+        self._called = [self._decoder, *called]
         linear = [base for block in self._blocks for linears in block.linears for base in linears.bases]
         norms = [norm for block in self._blocks for norm in block.norms]
         self._frozen: list[Any] = [*linear, *norms]
@@ -95,10 +96,11 @@ class KnownDecoder:
         return weight.device, weight.dtype, None if self._lora is None else self._lora.products
 
     def _is_watched(self) -> bool:
-        """Whether hooks hang on the modules, or others have taken their place."""
-        return _has_hooks(self._decoder) or any(
-            siblings.get(name) is not part or _has_hooks(part) for siblings, name, part in self._parts
-        )
+        """Whether hooks hang on the modules, or others have taken their place.
+
+        It is asked at each call, of thousands of modules, and so without a step of Python for each.
+        """
+        return any(chain.from_iterable(map(_HOOKS, self._called))) or _values(self._siblings) != self._parts
 
     def _is_trained(self) -> bool:
         """Whether a weight beside LoRA's wants a gradient."""
@@ -133,8 +135,9 @@ class KnownDecoder:
         return _Speech(count, state.products_of(embeds), dropout, state)
 
 
-def _has_hooks(part: nn.Module) -> bool:
-    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+def _values(parts: Iterable[dict[str, Any]]) -> list[Any]:
+    """The values of all, which are compared by identity where they are modules."""
+    return list(chain.from_iterable(map(dict.values, parts)))
 
 
 def _is_known(layer: Any) -> bool:

@@ -62,7 +62,8 @@ def _tried(llm: PreTrainedModel, calls: dict[int, Any]) -> KnownDecoder:
     if not whole < _MANY_LAYERS * tolerance:
         raise ValueError(f"hidden states differ by {whole:.1e}")
     for number, (layer, (args, options)) in enumerate(zip(layers, inputs, strict=True)):
-        with packed_rows(llm.get_decoder().config, layout.rows), speech_positions(llm, mask), torch.enable_grad():
+        one_layer = speech_positions(llm, mask, whole=False)
+        with packed_rows(llm.get_decoder().config, layout.rows), one_layer, torch.enable_grad():
             hidden = args[0].detach().requires_grad_()
             theirs = _with_gradients(layer, hidden, layer(hidden, *args[1:], **options))
             hidden = hidden.detach().squeeze(0).requires_grad_()

@@ -59,6 +59,7 @@ class _MaskState:
 
     def __init__(self) -> None:
         self.mask: SpeechPlaces | AllPositions | None = None
+        self.whole = True  # calls run all layers, and not one that is recomputed
         self.products: torch.dtype | None = None  # of LoRA; None: float32, or what the layer's input has on a GPU
         self.layers: list[PartialLoraLinear] = []
         self._input: Tensor | None = None
@@ -66,11 +67,11 @@ class _MaskState:
         self._speech: _Speech | None = None
         self._copies: dict[int, Tensor] = {}  # of trained matrices, in the dtype of products, each taken once
 
-    def set(self, mask: PositionMask) -> None:
+    def set(self, mask: PositionMask, whole: bool = True) -> None:
         """The places of a mask are found once, for all layers: on a GPU each search waits for the device."""
         if isinstance(mask, Tensor):
             mask = SpeechPlaces(mask.flatten().nonzero()[:, 0], tuple(mask.shape))
-        self.mask = mask
+        self.mask, self.whole = mask, whole
         self._input = self._speech = None
         self._copies = {}
 
@@ -93,13 +94,15 @@ class _MaskState:
 
     @torch.no_grad()
     def matrix(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """A trained matrix in the dtype of products, as it is now; all are cast at once, at the first one of a pass.
+        """A trained matrix in the dtype of products, as it is now.
+
+        All are cast at once, at the first one of a pass; where a layer runs alone, each by itself.
 
         A copy is given once: whoever asks again is in another pass, before which the weights may have changed.
         Their version counters do not tell: fused and foreach optimisers and ``.data`` leave them as they are.
         """
-        if weight.dtype == dtype:
-            return weight
+        if weight.dtype == dtype or not self.whole:
+            return weight.to(dtype)
         copy = self._copies.pop(id(weight), None)
         if copy is None or copy.dtype != dtype or copy.device != weight.device:
             weights = [matrix.weight for layer in self.layers for matrix in layer.matrices()]
@@ -313,12 +316,13 @@ def _linear_layers(llm: PreTrainedModel) -> list[str]:
     ]
 
 
-def speech_positions(llm: nn.Module, mask: PositionMask) -> AbstractContextManager[None]:
+def speech_positions(llm: nn.Module, mask: PositionMask, whole: bool = True) -> AbstractContextManager[None]:
     """Switches Partial LoRA on at the positions where ``mask`` [B, L] is true, for the forward calls inside the block.
 
     ``None`` switches it off and :data:`ALL_POSITIONS` on everywhere; :class:`SpeechPlaces` says where without a mask.
     The mask must have the shape of every forward call inside the block; a layer raises a ``ValueError`` otherwise.
-    Blocks nest; the outer mask returns at the end.
+    Blocks nest; the outer mask returns at the end. With ``whole`` false, calls are of single layers, for which the
+    matrices of all others are not prepared.
     """
     if not isinstance(mask, (Tensor, SpeechPlaces, AllPositions, type(None))):
         raise ValueError(f"the speech mask must be a tensor [B, L], ALL_POSITIONS or None, not a {type(mask).__name__}")
@@ -327,14 +331,14 @@ def speech_positions(llm: nn.Module, mask: PositionMask) -> AbstractContextManag
         if mask is None:
             return nullcontext()
         raise ValueError("this LLM has no Partial LoRA: call add_partial_lora first")
-    return _masked(state, mask.bool() if isinstance(mask, Tensor) else mask)
+    return _masked(state, mask.bool() if isinstance(mask, Tensor) else mask, whole)
 
 
 @contextmanager
-def _masked(state: _MaskState, mask: PositionMask) -> Iterator[None]:
-    outer = state.mask
-    state.set(mask)
+def _masked(state: _MaskState, mask: PositionMask, whole: bool) -> Iterator[None]:
+    outer = state.mask, state.whole
+    state.set(mask, whole)
     try:
         yield
     finally:
-        state.set(outer)
+        state.set(*outer)

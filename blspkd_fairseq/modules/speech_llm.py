@@ -221,7 +221,8 @@ class SpeechLLM(ChatLLM):
         """The dtype of matrix products on the device where the model is."""
         if self.product_dtype is not None:
             return self.product_dtype
-        has_bfloat16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        # On cards before Ampere (T4, V100) CUDA emulates it, which torch calls supported, too.
+        has_bfloat16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float32
 
     def settle_precision(self) -> None:
@@ -285,7 +286,10 @@ class SpeechLLM(ChatLLM):
 
     def encode(self, waveforms: Tensor, lengths: Tensor, samples: Seq[int]) -> Ragged:
         """The speech encoder's frames of waveforms ``[P, S]``; a piece's frames do not depend on its batch."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_speech_encoder):
+        # A frozen encoder is in its own precision, and so is what the feature store keeps: autocast would only cast the
+        # norms of one in bfloat16 to float32 and back.
+        trains = self.train_speech_encoder
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains), self._autocast(trains):
             frames: Ragged = self.speech_encoder(waveforms, lengths, samples, ragged=True)
         return frames
 
@@ -306,13 +310,13 @@ class SpeechLLM(ChatLLM):
             features: ``[N, D]`` the encoder's frames of all pieces, end to end, in place of the waveforms.
         """
         samples = lengths.tolist() if samples is None else samples
+        if features is not None:
+            frames = Ragged(features, rows_of(frame_lengths(lengths), frame_counts(samples)))
+        elif waveforms is not None:
+            frames = self.encode(waveforms, lengths, samples)
+        else:
+            raise ValueError("there is no speech: give waveforms or features")
         with self._autocast():
-            if features is not None:
-                frames = Ragged(features, rows_of(frame_lengths(lengths), frame_counts(samples)))
-            elif waveforms is not None:
-                frames = self.encode(waveforms, lengths, samples)
-            else:
-                raise ValueError("there is no speech: give waveforms or features")
             tokens = rows_of(target_lengths) if isinstance(target_lengths, Tensor) else target_lengths
             frames = Ragged(frames.values.to(self.adapter_dtype), frames.rows)
             adapt = getattr(self.adapter, "adapt", None)
@@ -321,9 +325,10 @@ class SpeechLLM(ChatLLM):
             # An adapter of one's own may know padded frames alone.
             return self.adapter(pad(*frames), frames.rows.is_padding, None if tokens is None else tokens.lengths)
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self, trains: bool = True) -> torch.autocast:
+        """Products of weights that are trained, and so in float32, in the precision of products."""
         products = self.products
-        return torch.autocast(self.device.type, products, enabled=products != torch.float32)
+        return torch.autocast(self.device.type, products, enabled=trains and products != torch.float32)
 
     @property
     def adapter_dtype(self) -> torch.dtype:

@@ -38,7 +38,11 @@ def frame_counts(samples: Sequence[int]) -> list[int]:
 
 
 class LogMel(nn.Module):
-    """Whisper's log-mel spectrogram of the first frames of its 30 s window, equal to its feature extractor's."""
+    """Whisper's log-mel spectrogram of the first frames of its 30 s window, equal to its feature extractor's.
+
+    In float32, whatever the encoder is in: with window and filters rounded to bfloat16, faint sound beside loud one
+    is another.
+    """
 
     filters: Tensor
     window: Tensor
@@ -49,6 +53,12 @@ class LogMel(nn.Module):
         self.register_buffer("filters", torch.from_numpy(np.asarray(filters.T, dtype=np.float32)), persistent=False)
         self.register_buffer("window", torch.hann_window(_FFT), persistent=False)
         self.max_frames = max_frames
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # signature of nn.Module
+        exact = self.filters, self.window
+        super()._apply(fn, recurse)
+        self.filters, self.window = (one.to(self.window.device) for one in exact)
+        return self
 
     def forward(self, waveforms: Tensor, lengths: Tensor, frames: int) -> Tensor:
         """Spectrogram of utterances followed by silence.
@@ -67,9 +77,9 @@ class LogMel(nn.Module):
         samples = min(frames * _HOP + _FFT, self.max_frames * _HOP)
         waveforms = nn.functional.pad(waveforms, (0, samples - waveforms.shape[1]))  # crops if negative
         with torch.autocast(waveforms.device.type, enabled=False):
-            spectrum = torch.stft(waveforms, _FFT, _HOP, window=self.window.float(), return_complex=True)
+            spectrum = torch.stft(waveforms, _FFT, _HOP, window=self.window, return_complex=True)
             power = spectrum[:, :, :frames].abs().square()
-            log_mel = (self.filters.float() @ power).clamp(min=1e-10).log10()
+            log_mel = (self.filters @ power).clamp(min=1e-10).log10()
         loudest = log_mel.amax((1, 2), keepdim=True)
         return (torch.maximum(log_mel, loudest - 8.0) + 4.0) / 4.0
 
