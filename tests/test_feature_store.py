@@ -183,6 +183,7 @@ def test_another_encoder_has_another_identity(tmp_path: Path) -> None:
     named = [identity(one, False), identity(one, True), identity(other, False), identity(one.bfloat16(), False)]
     one.float().encoder.layer_norm.bias.data[0] += 1  # one number
     assert len({*named, identity(one, False)}) == 5
+    assert one.settings == (False,) != one.bfloat16().settings  # whose frames were others when first stored
 
 
 def test_audio_is_what_it_was_while_place_size_and_time_are(tmp_path: Path) -> None:

@@ -117,6 +117,13 @@ class SpeechEncoder(nn.Module):
         return cls(model.get_encoder(), pad_to_30s)
 
     @property
+    def settings(self) -> tuple[object, ...]:
+        """What decides on the frames beside the weights: stored frames of other settings are others."""
+        # In half precision the spectrogram was rounded, too, when such frames were first stored.
+        is_half = self.encoder.conv1.weight.dtype.itemsize < 4
+        return (self.pad_to_30s, *(["log-mel in float32"] if is_half else []))
+
+    @property
     def max_samples(self) -> int:
         """Longest utterance that fits the position table: 30 s at 16 kHz for every published Whisper."""
         return self.max_frames * SAMPLES_PER_FRAME

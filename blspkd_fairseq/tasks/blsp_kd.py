@@ -312,7 +312,7 @@ class BlspKdTask(AnsweringTask):
         folder = self.cfg.feature_store or Path(
             self.cfg.audio_root or utils.split_paths(self.cfg.data)[0], "encoder-features"
         )
-        return FeatureStore(Path(folder), identity(encoder, encoder.pad_to_30s), encoder.output_dim)
+        return FeatureStore(Path(folder), identity(encoder, *encoder.settings), encoder.output_dim)
 
     def _with_features(self, sample: dict[str, Any], model: Any) -> dict[str, Any]:
         """Pieces of speech that the store has not are heard now, before any loss, and kept."""

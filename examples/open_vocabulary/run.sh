@@ -90,9 +90,10 @@ train_part() {
         "${sizes[@]}" "${features[@]}" --save-dir "$folder" "${@:3}" 2>&1 | tee -a "$folder.log"
 }
 
+by_distances=(--token-ce-scale 20 --token-vocabulary train)
 warm_up() {
     train_part "$model/warm-up" "$data" --pretrained-model "$pretrained" --batch-size $((3 * batch)) --lr 6e-4 \
-        --token-ce-weight 1 --token-ce-scale 20 --token-mse-weight 0.5 --token-vocabulary train \
+        "${by_distances[@]}" --token-ce-weight 1 --token-mse-weight 0.5 \
         --response-kl-weight 0 --input-kl-weight 0 \
         --warmup-updates $((warm_up_updates / 20)) --total-num-update "$warm_up_updates" --max-update "$warm_up_updates"
 }
@@ -103,7 +104,7 @@ distil() {
     [ "$(cat "$folder.start" 2>/dev/null)" = "$start" ] || rm -rf "$folder" "$folder.log"
     printf '%s' "$start" >"$folder.start"
     train_part "$folder" "$asked/responses" --finetune-from-model "$model/warm-up/checkpoint_last.pt" \
-        --token-ce-weight 0.3 --token-ce-scale 20 --token-mse-weight 0.1 --token-vocabulary train \
+        "${by_distances[@]}" --token-ce-weight 0.3 --token-mse-weight 0.1 \
         --batch-size "$batch" --lr 3e-4 --warmup-updates $((updates / 20)) --total-num-update "$updates" \
         --max-update "$updates"
 }
