@@ -57,6 +57,7 @@ from blspkd_fairseq.generation.kv_cache import (
     keep_rows,
     take_row,
 )
+from blspkd_fairseq.generation.option_types import check_number, check_numbers
 from blspkd_fairseq.generation.text_stream import AnswerStream, TextStream
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, SpeechPlaces, speech_positions
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
@@ -85,13 +86,19 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f"the temperature must be at least 0 and finite, got {self.temperature}")
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"sampling needs 0 < top_p <= 1 and top_k >= 0, got {self.top_p} and {self.top_k}")
-        if isinstance(self.stop, str) or not all(isinstance(one, str) and one for one in self.stop):
+        if self.seed is not None:
+            check_number(self.seed, "seed", is_whole=True)
+            if not -(2**63) <= self.seed < 2**63:
+                raise ValueError(f"seed must have at most 63 bits, got {self.seed}")
+        is_list = isinstance(self.stop, (list, tuple))
+        if not is_list or not all(isinstance(one, str) and one for one in self.stop):
             raise ValueError("stop must be a list of texts that are not empty")
 
 
@@ -309,7 +316,7 @@ class StreamingDecoder:
         if request.sampling.temperature > 0:
             generator = torch.Generator()
             seed = request.sampling.seed
-            generator.seed() if seed is None else generator.manual_seed(seed)
+            generator.seed() if seed is None else generator.manual_seed(int(seed))
         text = AnswerStream(self.chat, request.sampling.stop)
         self._numbers += 1
         return _Row(self._numbers, request, text, generator, digests, windows)
@@ -597,12 +604,15 @@ def _choose(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
 
 
 def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    probabilities, order = (logits / sampling.temperature).softmax(0).sort(descending=True, stable=True)
+    # In float64 and from the likeliest down, so that no temperature makes NaN of it.
+    scaled = (logits - logits.max()).double() / sampling.temperature
+    probabilities, order = scaled.softmax(0).float().sort(descending=True, stable=True)
     if sampling.top_k:
         probabilities[sampling.top_k :] = 0.0
     if sampling.top_p < 1:
         # Those before which the sum has not been reached; at least the first.
-        probabilities[(probabilities.cumsum(0) - probabilities) >= sampling.top_p * probabilities.sum()] = 0.0
+        rest = (probabilities.cumsum(0) - probabilities)[1:] >= sampling.top_p * probabilities.sum()
+        probabilities[1:][rest] = 0.0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
