@@ -53,6 +53,9 @@ def test_messages_are_taken_apart() -> None:
     ("messages", "message"),
     [
         ("{", "must be JSON"),
+        ("[" * 100_000, "must be JSON"),
+        ([said("\ud83d")], "message 1 holds half of a surrogate pair"),
+        ([said({"type": "audio", "audio": "a.wav", "text": "a \udc00"})], "message 1 holds half of a surrogate pair"),
         ([], "at least one"),
         (["hello"], "message 1 must be an object with a role"),
         ([{"role": "robot", "content": "x"}], "message 1 must be an object with a role"),

@@ -64,6 +64,14 @@ class AudioPart(NamedTuple):
 Conversation = tuple[Turn, ...]
 
 
+CUT_CHARACTER = "half of a surrogate pair, which is no character"
+
+
+def is_cut(text: str) -> bool:
+    """Whether a text holds half of a character, as JSON that was cut and terminals of another encoding give it."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def one_turn(prompt: str) -> Conversation:
     """The conversation in which the user says ``prompt``, speech in the place of each ``{speech}``."""
     parts: list[str | Speech] = []
@@ -87,7 +95,7 @@ def read_messages(messages: Any) -> tuple[Conversation, list[AudioPart]]:
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConversationError(f"a conversation must be JSON: {error}") from error
     if not isinstance(messages, Sequence) or not messages:
         raise ConversationError("a conversation must be a list of messages, at least one")
@@ -135,6 +143,8 @@ def _read_turn(number: int, message: Any, pieces: list[AudioPart]) -> Turn:
 
 def _read_part(where: str, part: Any, pieces: list[AudioPart]) -> str | Speech:
     kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(part, dict) and isinstance(part.get("text"), str) and is_cut(part["text"]):
+        raise ConversationError(f"{where} holds {CUT_CHARACTER}: write its text anew")
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     if kind == "audio" and part.get("audio") is not None and isinstance(part.get("text", ""), str):
