@@ -75,7 +75,9 @@ def overloaded() -> ApiError:
 def timed_out(seconds: float) -> ApiError:
     """An answer that took too long."""
     return ApiError(
-        504, f"the answer was not ready within {seconds:g} s: ask for less, or give --timeout a larger value", "timeout"
+        504,
+        f"the answer was not ready within {seconds:g} s: ask for less, or from a server with larger --answer-seconds",
+        "timeout",
     )
 
 
