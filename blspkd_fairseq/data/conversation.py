@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from blspkd_fairseq.data.prompts import SPEECH_SLOT
@@ -62,6 +63,8 @@ class AudioPart(NamedTuple):
 
 
 Conversation = tuple[Turn, ...]
+
+TAUGHT_TWICE = "teacher_text stands for one piece of speech, and the row has a conversation: empty one of them"
 
 
 CUT_CHARACTER = "half of a surrogate pair, which is no character"
@@ -122,6 +125,21 @@ def read_conversation(cell: str) -> tuple[Conversation, list[AudioPart]]:
         if not piece.transcript.strip():
             raise ConversationError(f'piece {number} of the conversation\'s audio has no transcript: give it as "text"')
     return turns, pieces
+
+
+def with_audio_in(cell: str, folder: Path) -> str:
+    """The cell ``conversation`` of a manifest in this folder, for one in another: its paths lead out of the folder.
+
+    Raises:
+        ConversationError: as of :func:`read_conversation`.
+    """
+    read_conversation(cell)
+    messages = json.loads(cell)
+    for message in messages:
+        for part in message["content"]:
+            if isinstance(part, dict) and part["type"] == "audio":
+                part["audio"] = str(folder / part["audio"])
+    return json.dumps(messages, ensure_ascii=False)
 
 
 def _read_turn(number: int, message: Any, pieces: list[AudioPart]) -> Turn:
