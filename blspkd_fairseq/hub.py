@@ -26,11 +26,11 @@ from blspkd_fairseq.data.audio_stream import Window, stream_windows
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import AudioPart, one_turn, read_messages
-from blspkd_fairseq.data.prompts import resolve_prompt
+from blspkd_fairseq.data.prompts import PROMPTS, resolve_prompt
 from blspkd_fairseq.data.transcript import Segment, Transcript, words_of
 from blspkd_fairseq.data.vad import speech_windows
 from blspkd_fairseq.data.windows import cut_windows, sounding, starts
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows, most_written
 from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
 from blspkd_fairseq.generation.text_stream import TextStream
 from blspkd_fairseq.model_card import Card, write_card
@@ -256,15 +256,19 @@ class BlspKd:
         """The texts of ``[samples]``, which do not depend on what is heard together."""
         heard = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
         limits = [options.max_new_tokens] * len(windows)
-        is_counted = prompt in _WRITES and getattr(self.model.adapter, "one_to_one", False)
-        if is_counted and options.takes_the_likeliest and not self.chat_format.may_reason:
-            limits = [min(limit, 2 * count + 16) for limit, count in zip(limits, heard[1], strict=True)]
+        if options.takes_the_likeliest and self.repeats_by(resolve_prompt(prompt)):
+            limits = [min(limit, most_written(count)) for limit, count in zip(limits, heard[1], strict=True)]
             options = dataclasses.replace(options, max_new_tokens=max(limits))
         asked = [resolve_prompt(prompt)] * len(windows)
         groups = answer_heard(self.model, self.chat_format, heard, asked, options)
         return [
             self.chat_format.decode_answer(group[0].ids[:limit]) for group, limit in zip(groups, limits, strict=True)
         ]
+
+    def repeats_by(self, prompt: str) -> bool:
+        """Whether the answer to a resolved prompt is as long as what is heard, which CIF counts."""
+        counts = getattr(self.model.adapter, "one_to_one", False)
+        return prompt in map(PROMPTS.get, _WRITES) and counts and not self.chat_format.may_reason
 
     def _stream(self, audio: Audio) -> Iterator[Window]:
         """Windows of a recording, decoded while they are needed if it is a file."""

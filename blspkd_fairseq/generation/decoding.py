@@ -148,6 +148,11 @@ class Prompts:
         return SpeechPlaces(places, (len(self.embeds) * copies, width))
 
 
+def most_written(heard: int) -> int:
+    """Tokens of a text that says no more than what was heard, in tokens: an LLM that writes on invents it."""
+    return 2 * heard + 16
+
+
 Instruction = str | Sequence[Segment]
 """A prompt with one ``{speech}`` slot, or a rendered conversation (:meth:`ChatFormat.render`)."""
 

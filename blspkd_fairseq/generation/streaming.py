@@ -46,7 +46,7 @@ from blspkd_fairseq import compat
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
-from blspkd_fairseq.generation.decoding import check_context, context_of
+from blspkd_fairseq.generation.decoding import check_context, context_of, most_written
 from blspkd_fairseq.generation.kv_cache import (
     cache_bytes,
     can_cut,
@@ -76,6 +76,7 @@ class Sampling:
         top_p, top_k: draw from the likeliest tokens of this total probability, of this number (0: all).
         seed: of this answer's own generator; None: another one each time.
         stop: the answer ends before the first of these strings.
+        repeats: the answer is what is heard, and ends where more is written (:func:`most_written`).
     """
 
     max_new_tokens: int = 128
@@ -84,6 +85,7 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    repeats: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -157,6 +159,7 @@ class _Row:
         length: columns that are in the cache.
         cache: its own, while it is read in portions.
         next_id: the token to feed next.
+        limit: of the answer's tokens.
     """
 
     number: int
@@ -174,6 +177,7 @@ class _Row:
     answered: int = 0
     cache: Any = None
     next_id: int = 0
+    limit: int = 0
 
     @property
     def unread(self) -> int:
@@ -422,6 +426,10 @@ class StreamingDecoder:
         row.prompt = len(row.signature)
         row.next_id = int(row.request.segments[-1][-1])
         row.speech = torch.tensor(places, dtype=torch.long)
+        sampling = row.request.sampling
+        row.limit = sampling.max_new_tokens
+        if sampling.repeats:
+            row.limit = min(row.limit, most_written(len(places)))
         check_context(self.model, row.prompt)
         self._reuse(row)
         self._forget_speech()
@@ -550,7 +558,7 @@ class StreamingDecoder:
             text = row.text.push(token)
             if row.text.stopped:
                 finish = "stop"
-            elif row.answered >= row.request.sampling.max_new_tokens or row.length == context_of(self.model):
+            elif row.answered >= row.limit or row.length == context_of(self.model):
                 finish = "length"
         if finish is None:
             return Delta(row.number, text)
