@@ -3,11 +3,11 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, BinaryIO, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -26,11 +26,11 @@ from blspkd_fairseq.data.audio_stream import Window, stream_windows
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import AudioPart, one_turn, read_messages
-from blspkd_fairseq.data.prompts import resolve_prompt
+from blspkd_fairseq.data.prompts import PROMPTS, resolve_prompt
 from blspkd_fairseq.data.transcript import Segment, Transcript, words_of
 from blspkd_fairseq.data.vad import speech_windows
 from blspkd_fairseq.data.windows import cut_windows, sounding, starts
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows, most_written
 from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
 from blspkd_fairseq.generation.text_stream import TextStream
 from blspkd_fairseq.model_card import Card, write_card
@@ -41,10 +41,10 @@ from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.trained_state import load_trained_state_dict, read_trained, write_trained
 from blspkd_fairseq.modules.whisper_encoder import FRAMES_PER_SECOND
 
-Audio = str | Path | bytes | tuple[Any, int] | Mapping[str, Any]
-"""A path (or ``shard.zip:offset:length``); the bytes of a file; samples [S] (numpy, torch or list) with their rate in
-Hz; or an element of an audio column of Hugging Face's data sets: ``{"array": ..., "sampling_rate": ...}``,
-``{"bytes": ..., "path": ...}``, or a decoder of torchcodec."""
+Audio = str | Path | bytes | BinaryIO | tuple[Any, int] | Mapping[str, Any]
+"""A path (or ``shard.zip:offset:length``); the bytes of a file, or one that is open; samples [S] (numpy, torch or list)
+with their rate in Hz; or an element of an audio column of Hugging Face's data sets: ``{"array": ...,
+"sampling_rate": ...}``, ``{"bytes": ..., "path": ...}``, or a decoder of torchcodec."""
 
 
 class AlignedToken(NamedTuple):
@@ -179,7 +179,8 @@ class BlspKd:
         if messages is not None:
             if audio is not None or instruction != "chat":
                 raise ValueError("give messages, or audio and an instruction: messages hold both")
-            single = bool(messages) and isinstance(messages[0], Mapping)
+            is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+            single = not is_list or bool(messages) and isinstance(messages[0], Mapping)
             asked = [read_messages(one) for one in ([messages] if single else messages)]
         else:
             single, conversation = _is_single(audio), one_turn(resolve_prompt(instruction))
@@ -229,7 +230,9 @@ class BlspKd:
         Raises:
             AudioError: audio that cannot be used.
         """
-        options = DecodingOptions(**generation)
+        options, audio = DecodingOptions(**generation), _as_list(audio)
+        _check_batch_size(batch_size)
+        resolve_prompt(prompt)
         found: list[list[Segment]] = [[] for _ in audio]
         lengths = [0.0] * len(audio)
         parts = ((index, window) for index, one in enumerate(audio) for window in self._stream(one))
@@ -253,15 +256,19 @@ class BlspKd:
         """The texts of ``[samples]``, which do not depend on what is heard together."""
         heard = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
         limits = [options.max_new_tokens] * len(windows)
-        is_counted = prompt in _WRITES and getattr(self.model.adapter, "one_to_one", False)
-        if is_counted and options.takes_the_likeliest and not self.chat_format.may_reason:
-            limits = [min(limit, 2 * count + 16) for limit, count in zip(limits, heard[1], strict=True)]
+        if options.takes_the_likeliest and self.repeats_by(resolve_prompt(prompt)):
+            limits = [min(limit, most_written(count)) for limit, count in zip(limits, heard[1], strict=True)]
             options = dataclasses.replace(options, max_new_tokens=max(limits))
         asked = [resolve_prompt(prompt)] * len(windows)
         groups = answer_heard(self.model, self.chat_format, heard, asked, options)
         return [
             self.chat_format.decode_answer(group[0].ids[:limit]) for group, limit in zip(groups, limits, strict=True)
         ]
+
+    def repeats_by(self, prompt: str) -> bool:
+        """Whether the answer to a resolved prompt is as long as what is heard, which CIF counts."""
+        counts = getattr(self.model.adapter, "one_to_one", False)
+        return prompt in map(PROMPTS.get, _WRITES) and counts and not self.chat_format.may_reason
 
     def _stream(self, audio: Audio) -> Iterator[Window]:
         """Windows of a recording, decoded while they are needed if it is a file."""
@@ -505,16 +512,25 @@ def _usable(device: str | torch.device) -> torch.device:
 
 
 def _is_single(audio: Any) -> bool:
-    if isinstance(audio, (str, os.PathLike, bytes, Mapping)) or hasattr(audio, "get_all_samples"):
+    if isinstance(audio, (str, os.PathLike, *_BYTES, Mapping)) or hasattr(audio, "get_all_samples"):
         return True
-    return isinstance(audio, tuple) and len(audio) == 2 and isinstance(audio[1], (int, float, np.number))
+    return hasattr(audio, "read") or isinstance(audio, tuple) and len(audio) == 2 and _is_rate(audio[1])
+
+
+def _is_rate(value: Any) -> bool:
+    """A number, or an array or tensor of one, as data sets give it that are formatted so."""
+    return isinstance(value, (int, float, np.number)) or getattr(value, "ndim", None) == 0
 
 
 def _as_list(audio: Any) -> list[Any]:
     if audio is None:
         raise ValueError(f"there is no audio: {_ACCEPTED}")
+    if not _is_single(audio) and not isinstance(audio, Iterable):
+        raise ValueError(f"{audio!r} is no audio: {_ACCEPTED}")
     return [audio] if _is_single(audio) else list(audio)
 
+
+_BYTES = (bytes, bytearray, memoryview)
 
 _WRITES = ("repeat", "transcribe")
 """Prompts whose answer is what was said."""
@@ -536,16 +552,28 @@ def _read_audio(audio: Any, max_seconds: float | None) -> tuple[str, np.ndarray]
     """Its name, and the waveform."""
     if isinstance(audio, (str, os.PathLike)):
         return str(audio), load_audio(os.fspath(audio), max_seconds=max_seconds)
-    if isinstance(audio, bytes):
-        return "audio", decode_audio(audio, max_seconds=max_seconds)
+    if hasattr(audio, "read"):
+        audio.seek(0)  # an earlier call may have read it
+        return "audio", _decode(audio.read(), "audio", max_seconds)
+    if isinstance(audio, _BYTES):
+        return "audio", _decode(audio, "audio", max_seconds)
     if hasattr(audio, "get_all_samples"):
         decoded = audio.get_all_samples()
         audio = (decoded.data, decoded.sample_rate)
     if not _is_single(audio):
         raise ValueError(_ACCEPTED)
-    if not np.isfinite(audio[1]) or audio[1] != int(audio[1]):
-        raise ValueError(f"the rate of audio must be a whole number of Hz, got {audio[1]}")
-    return "audio", prepare_waveform(audio[0], int(audio[1]), max_seconds=max_seconds)
+    rate = float(audio[1])
+    if not rate.is_integer():
+        raise ValueError(f"the rate of audio must be a whole number of Hz, got {rate}")
+    return "audio", prepare_waveform(audio[0], int(rate), max_seconds=max_seconds)
+
+
+def _decode(content: Any, name: str, max_seconds: float | None) -> np.ndarray:
+    if not isinstance(content, _BYTES):
+        raise AudioError(
+            f"{name} is of type {type(content).__name__} where the bytes of a file are wanted: {_ACCEPTED}"
+        )
+    return decode_audio(bytes(content), name, max_seconds)
 
 
 def _read_mapping(audio: Mapping[str, Any], max_seconds: float | None) -> tuple[str, np.ndarray]:
@@ -554,16 +582,22 @@ def _read_mapping(audio: Mapping[str, Any], max_seconds: float | None) -> tuple[
     if audio.get("array") is not None:
         if audio.get("sampling_rate") is None:
             raise AudioError(f'{name} has an "array" and no "sampling_rate": give its number of samples per second')
+        if not _is_rate(audio["sampling_rate"]):
+            raise AudioError(f'{name} has the "sampling_rate" {audio["sampling_rate"]!r}: give it as a number')
         return name, _read_audio((audio["array"], audio["sampling_rate"]), max_seconds)[1]
     if audio.get("bytes") is not None:
-        return name, decode_audio(audio["bytes"], name, max_seconds)
+        return name, _decode(audio["bytes"], name, max_seconds)
     if audio.get("path"):
         return _read_audio(audio["path"], max_seconds)
     raise AudioError(f"a mapping with {', '.join(map(repr, audio)) or 'nothing'} in it is no audio: {_ACCEPTED}")
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    if size < 1:
-        raise ValueError(f"the batch size must be at least 1, got {size}")
+    _check_batch_size(size)
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def _check_batch_size(size: Any) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"the batch size must be a whole number of at least 1, got {size!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ class Card:
     metrics: Sequence[tuple[str, str, float]] = ()
     limits: str = ""
     example: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises CardError where a number cannot have been measured."""
+        if not 0 <= self.hours < math.inf:
+            raise CardError(f"hours of speech must be a number of at least 0, got {self.hours:g}")
+        for metric, dataset, value in self.metrics:
+            if not math.isfinite(value):
+                raise CardError(f"{metric} on {dataset} is {value:g}, which is no measurement: leave it out")
 
 
 def write_card(card: Card, options: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import soxr
 
-from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError
+from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, prepare_portion
 from blspkd_fairseq.data.conversation import Speech, Turn
 from blspkd_fairseq.data.vad import speech_windows
 from blspkd_fairseq.data.windows import WindowCutter
@@ -59,19 +59,17 @@ class ChatSession:
             windows = self.model.windows(audio, self.vad)
             self._begin_piece().extend(windows)
 
-    def feed(self, chunk: np.ndarray, rate: int = SAMPLE_RATE) -> None:
+    def feed(self, chunk: Any, rate: int = SAMPLE_RATE) -> None:
         """Adds a portion of what the user is saying, and hears the windows that it completes.
 
         Args:
-            chunk: ``[samples]`` floats in [-1, 1].
+            chunk: ``[samples]``, floats in [-1, 1] or integers as of :func:`prepare_waveform`.
             rate: in Hz, the same for all portions of a piece.
 
         Raises:
             AudioError: it is not that.
         """
-        chunk = np.asarray(chunk, np.float32)
-        if chunk.ndim != 1 or not np.isfinite(chunk).all():
-            raise AudioError(f"a portion must be [samples] of finite numbers, got {list(chunk.shape)}")
+        chunk = prepare_portion(chunk, rate)
         if self._cutter is None:
             self._cutter = WindowCutter(self.window_seconds)
             self._begin_piece()
@@ -89,18 +87,21 @@ class ChatSession:
         self._close_piece()
         if not self._parts:
             raise ValueError("the user has said nothing: use say or feed before answer")
-        request, turn, said = self._request(Sampling(**sampling)), Turn("user", tuple(self._parts)), ""
+        options, turn, said = Sampling(**sampling), Turn("user", tuple(self._parts)), ""
         try:
-            for delta in self.model.decoder.stream(request):
+            for delta in self.model.decoder.stream(self._request(options)):
                 said += delta.text
                 if delta.text:
                     yield delta.text
         finally:
-            self._parts = []
             if said:  # a turn without an answer is none
                 self.turns += [turn, Turn("assistant", (said,))]
-            else:
-                del self._speech[sum(isinstance(part, Speech) for one in self.turns for part in one.parts) :]
+            self.discard()
+
+    def discard(self) -> None:
+        """Forgets what the user has said since the last answer."""
+        self._parts, self._cutter, self._resampler = [], None, None
+        del self._speech[sum(isinstance(part, Speech) for one in self.turns for part in one.parts) :]
 
     def _request(self, sampling: Sampling) -> Request:
         """The conversation as far as it goes."""

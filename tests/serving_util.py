@@ -17,6 +17,7 @@ import soundfile
 import torch
 from tiny import save_llm, save_whisper
 
+from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 
@@ -90,10 +91,11 @@ def served(
     key: str | None = None,
     vad: str | None = None,
     change: Callable[[FastAPI], FastAPI] = lambda app: app,
+    prompt: str = "transcribe",
     **limits: Any,
 ) -> Iterator[Served]:
     """Serves a model until the block ends; ``change`` adds to the application."""
-    service = Service(model, NAME, Limits(**limits), vad)
+    service = Service(model, NAME, Limits(**limits), vad, resolve_prompt(prompt))
     address = listen("127.0.0.1", 0)
     app = change(create_app(service, key, ["127.0.0.1", "localhost"]))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))

@@ -293,6 +293,8 @@ def test_bfloat16() -> None:
         (["a"], 16_000, "type <U1"),
         (np.zeros(9), 0, "sample rate 0"),
         (np.zeros(9), float("nan"), "sample rate nan"),
+        (np.zeros(9), 16, "sample rate 16: give its number of samples per second, 1000 or more"),
+        ([[0.0, 0.1], [0.2]], 16_000, "no array of samples"),
         (np.zeros(8_000 * 31), 8_000, "31.00 s long"),
         (np.array([1e300]), 16_000, "NaN or infinite"),
     ],

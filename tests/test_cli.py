@@ -1,5 +1,6 @@
 """The command blspkd: what each of its commands does, says and returns."""
 
+import io
 import json
 import re
 import resource
@@ -7,7 +8,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unittest import mock
 
 import numpy as np
@@ -55,11 +56,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def call(*words: Any, stdin: str = "") -> int:
+def call(*words: Any, stdin: str | TextIO = "") -> int:
     """Runs a command line in this process."""
-    import io
-
-    with mock.patch.multiple(sys, argv=["blspkd"], stdin=io.StringIO(stdin)):
+    given = io.StringIO(stdin) if isinstance(stdin, str) else stdin
+    with mock.patch.multiple(sys, argv=["blspkd"], stdin=given):
         return run([str(word) for word in words])
 
 
@@ -107,6 +107,13 @@ def test_every_command_has_help_with_an_example(words: list[str], capsys: pytest
         (["align", __file__, "--model", "/none"], 1, "blspkd align: no checkpoint at /none"),
         (["align", __file__, "--device", "nonsense"], 1, "blspkd align: there is no device nonsense here: give cpu"),
         (["align", __file__, "--device", "cuda:99"], 1, "blspkd align: there is no device cuda:99 here: give cpu"),
+        (["transcribe", __file__, "--batch-size", "0"], 1, "--batch-size must be at least 1, got 0"),
+        (["transcribe", __file__, "--batch-size", "-2"], 1, "--batch-size must be at least 1, got -2"),
+        (["transcribe", __file__, "--max-new-tokens", "0"], 1, "max (0), max > 0"),
+        (["transcribe", __file__, "--beam", "0"], 1, "the beam must be at least 1"),
+        (["transcribe", __file__, "--prompt", "nonesuch"], 1, "there is no prompt 'nonesuch'"),
+        (["chat", "--temperature", "-1"], 1, "the temperature must be at least 0"),
+        (["chat", "--max-new-tokens", "0"], 1, "max_new_tokens must be at least 1"),
         (["align", "/none.wav"], 1, "blspkd align: /none.wav does not exist"),
         (["align", __file__, "--plot", "tokens.doc"], 1, "tokens.doc is no name of a picture: end it in .png"),
         (["align", __file__, "--plot", "/none/a.png"], 1, "there is no folder /none: make it first"),
@@ -221,6 +228,12 @@ def test_align_prints_and_draws(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert {"start", "end", "token"} == set(json.loads(capsys.readouterr().out)[0])
 
 
+def test_silence_has_no_tokens_and_a_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert call("align", folder / "silence.wav", "--model", folder / "model", "--plot", tmp_path / "a.png") == 0
+    assert capsys.readouterr().out == "" and (tmp_path / "a.png").stat().st_size > 10_000
+
+
 def test_the_picture_of_long_speech_shows_the_tokens_that_are_printed(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write_speech(tmp_path / "long.wav", 33.0, seed=3)
@@ -245,6 +258,20 @@ def test_what_is_typed_is_a_file_or_a_text(folder: Path, monkeypatch: pytest.Mon
     first, second = capsys.readouterr().out.splitlines()
     assert first == second
     assert call("chat", *options, stdin=f"~nobody\n{folder}\n{'x' * 300}\n") == 0
+
+
+def test_what_cannot_be_a_turn_leaves_no_part_of_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", folder / "model", "--max-new-tokens", 6, "--vad", "none", "--instruction", "Listen:"]
+    assert call("chat", *options, stdin="Call my mother.\n") == 0
+    alone = capsys.readouterr().out
+    typed = io.TextIOWrapper(
+        io.BytesIO(f"{folder / 'broken.wav'}\n".encode() + b"\xff\xfe\nCall my mother.\n"), "utf-8"
+    )
+    assert call("chat", *options, stdin=typed) == 1
+    shown = capsys.readouterr()
+    assert shown.out == alone
+    assert [line.split(":")[0] for line in shown.err.splitlines()] == ["blspkd chat"] * 2
+    assert "broken.wav cannot" in shown.err and "write it anew, in UTF-8" in shown.err
 
 
 def test_chat_answers_turn_by_turn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

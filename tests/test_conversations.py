@@ -12,6 +12,8 @@ from tiny import SENTENCES, read_jsonl, save_llm, save_whisper, write_speech
 from tokenizers_util import bpe_tokenizer
 
 import blspkd_fairseq
+from blspkd_fairseq.cli import responses
+from blspkd_fairseq.cli.merge import merge
 from blspkd_fairseq.data.batch import PlanRow, SpeechLengths, plan_batch
 from blspkd_fairseq.data.chat import ChatError, ChatFormat
 from blspkd_fairseq.data.conversation import ConversationError, Speech, Turn, one_turn, read_conversation, read_messages
@@ -53,6 +55,9 @@ def test_messages_are_taken_apart() -> None:
     ("messages", "message"),
     [
         ("{", "must be JSON"),
+        ("[" * 100_000, "must be JSON"),
+        ([said("\ud83d")], "message 1 holds half of a surrogate pair"),
+        ([said({"type": "audio", "audio": "a.wav", "text": "a \udc00"})], "message 1 holds half of a surrogate pair"),
         ([], "at least one"),
         (["hello"], "message 1 must be an object with a role"),
         ([{"role": "robot", "content": "x"}], "message 1 must be an object with a role"),
@@ -203,13 +208,15 @@ def test_conversations_train_resume_and_are_answered(data: Path, tmp_path: Path)
 def test_validation_reads_conversations(data: Path, tmp_path: Path) -> None:
     findings = validate(data, audio="all")
     assert [p for p in findings.problems if "shares" not in p] == []
-    rows = [dict(row) for row in Manifest.load(data / "train.tsv")]
+    rows = [{**row, "teacher_text": ""} for row in Manifest.load(data / "train.tsv")]
     rows[1]["n_frames"] = "100"
-    rows[2]["conversation"] = json.dumps([said("nothing is heard")])
+    rows[2] |= {"conversation": json.dumps([said("nothing is heard")]), "teacher_text": "Say that nobody spoke."}
     write_manifest(tmp_path / "train.tsv", rows)
     problems = "\n".join(validate(tmp_path, audio="all", audio_root=data).problems)
     assert re.search(r"line 3 \(id two\).*n_frames is 100", problems)
     assert re.search(r"line 4 \(id three\).*no piece of audio", problems)
+    assert re.search(r"line 4 \(id three\): teacher_text stands for one piece of speech", problems)
+    assert "line 2" not in problems
 
 
 def test_rows_that_cannot_be_used_are_named(data: Path, tmp_path: Path) -> None:
@@ -224,3 +231,36 @@ def test_rows_that_cannot_be_used_are_named(data: Path, tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             train(tmp_path, tmp_path / "save", data / "llm", data / "whisper", "--audio-root", data, "--max-update", 2,
                   "--disable-validation")  # fmt: skip
+
+
+def test_merged_they_are_heard_where_they_were(data: Path, tmp_path: Path) -> None:
+    single = {"id": "four", "audio": str(data / "a.flac"), "n_frames": 11_200, "src_text": "a", "tgt_text": "b"}
+    taught = {**single, "id": "five", "teacher_text": "Say that nobody spoke."}
+    for name, row in (("single", single), ("taught", taught)):
+        write_manifest(tmp_path / f"{name}.tsv", [row])
+    merge([tmp_path / "single.tsv", data / "train.tsv", tmp_path / "taught.tsv"], tmp_path / "all/train.tsv")
+    merged = Manifest.load(tmp_path / "all/train.tsv")
+    kept = {"four": single, **{row["id"]: row for row in Manifest.load(data / "train.tsv")}, "five": taught}
+    assert [row["id"] for row in merged] == list(kept)
+    for row in merged:
+        before = kept[row["id"]]
+        assert row["teacher_text"] == before.get("teacher_text", "")
+        assert bool(row["conversation"]) == bool(before.get("conversation")) != bool(row["audio"])
+        expected = str(before.get("conversation", "")).replace('"audio": "', f'"audio": "{data.resolve()}/')
+        assert row["conversation"] == "" == expected or json.loads(row["conversation"]) == json.loads(expected)
+    assert validate(tmp_path / "all", audio="all", audio_root=Path("/")).problems == []
+    broken = [{**row, "conversation": "["} for row in Manifest.load(data / "train.tsv")]
+    write_manifest(tmp_path / "broken.tsv", broken)
+    with pytest.raises(ManifestError, match=r"broken.tsv line 2 \(id one\): a conversation must be JSON"):
+        merge([tmp_path / "broken.tsv"], tmp_path / "none.tsv")
+    assert not (tmp_path / "none.tsv").exists()
+
+
+def test_responses_are_not_made_of_a_part_of_them(data: Path, tmp_path: Path) -> None:
+    rows = [{**row, "src_text": "what is said last"} for row in Manifest.load(data / "train.tsv")]
+    for texts in ({}, {"src_text": ""}):
+        write_manifest(tmp_path / "in.tsv", [{**row, **texts} for row in rows])
+        words = ["--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv", "--llm", data / "llm"]
+        with pytest.raises(ManifestError, match=r"in.tsv line 3 \(id two\): a conversation's response comes with it"):
+            responses.main([str(word) for word in words])
+    assert [path.name for path in tmp_path.iterdir()] == ["in.tsv"]

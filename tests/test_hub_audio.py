@@ -1,5 +1,7 @@
 """What the interface in Python takes for audio, and what it says of audio that means nothing."""
 
+import io
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from tiny import save_llm, save_whisper, write_speech
 
 from blspkd_fairseq import BlspKd
 from blspkd_fairseq.data.audio import AudioError, AudioWarning
+from blspkd_fairseq.data.conversation import ConversationError
 from blspkd_fairseq.data.dataset import Utterance
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.generation.fairseq_rows import LinesToAnswer, RowsToAnswer
@@ -55,6 +58,10 @@ def forms(path: Path) -> dict[str, Any]:
         "pair": (samples, rate),
         "array": {"path": "x.wav", "array": samples, "sampling_rate": rate},
         "array alone": {"array": torch.from_numpy(samples), "sampling_rate": np.int64(rate)},
+        "tensors": {"array": torch.from_numpy(samples), "sampling_rate": torch.tensor(rate)},
+        "pair with an array of the rate": (samples, np.array(float(rate))),
+        "bytearray": bytearray(path.read_bytes()),
+        "an open file": io.BytesIO(path.read_bytes()),
         "bytes": {"path": "x.wav", "bytes": path.read_bytes()},
         "bytes alone": {"bytes": path.read_bytes()},
         "path in a mapping": {"path": str(path), "bytes": None},
@@ -84,12 +91,37 @@ def test_every_form_of_audio_is_answered_alike(model: BlspKd, wav: Path) -> None
         ({"path": "none.wav"}, "none.wav does not exist"),
         ({"path": "x.wav", "bytes": b""}, "x.wav is empty"),
         ({"path": "x.wav", "bytes": b"nothing"}, "x.wav cannot be decoded"),
+        ({"path": "x.wav", "bytes": "text"}, "x.wav is of type str where the bytes of a file are wanted"),
+        ({"path": "x.wav", "array": np.zeros(9), "sampling_rate": "16k"}, """x.wav has the "sampling_rate" '16k'"""),
+        ({"array": [[0.0, 0.1], [0.2]], "sampling_rate": 16_000}, "audio is no array of samples"),
+        ({"array": np.zeros(9), "sampling_rate": 16}, "sample rate 16: give its number of samples per second"),
         ({"array": np.full(9, 3e4), "sampling_rate": 16_000}, "audio holds samples of up to 3e[+]04"),
     ],
 )
 def test_other_mappings_are_refused(audio: dict[str, Any], message: str, model: BlspKd) -> None:
     with pytest.raises(AudioError, match=message):
         model.generate(audio)
+
+
+@pytest.mark.parametrize("audio", [3, None, [None], [3], np.zeros(9), [0.1, 0.2], (np.zeros(9), "16000")], ids=repr)
+@pytest.mark.parametrize("call", ["generate", "transcribe", "align"])
+def test_what_is_no_audio_is_refused(call: str, audio: Any, model: BlspKd) -> None:
+    with pytest.raises(ValueError, match="give a path, samples with their rate"):
+        getattr(model, call)(audio)
+
+
+@pytest.mark.parametrize(
+    "messages", [{"role": "user", "content": "x"}, 3, iter(["x"])], ids=lambda one: type(one).__name__
+)
+def test_what_is_no_list_of_messages_is_refused(messages: Any, model: BlspKd) -> None:
+    for call in (model.chat, lambda one: model.generate(messages=one)):
+        with pytest.raises(ConversationError, match="a conversation must be a list of messages"):
+            call(messages)
+
+
+def test_messages_may_be_json(model: BlspKd) -> None:
+    messages = [{"role": "user", "content": "Call my mother."}]
+    assert model.generate(messages=json.dumps(messages), max_new_tokens=4) == model.chat(messages, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("name", ["path", "pair", "array", "bytes"])

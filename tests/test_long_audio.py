@@ -152,6 +152,13 @@ def test_what_is_wrong_in_a_stream_is_said_as_of_a_short_file(tmp_path: Path, va
         list(stream_windows(tmp_path / "a.wav", 10.0))
 
 
+@pytest.mark.parametrize("samples", [100, 2_000])
+def test_a_rate_at_which_nothing_is_heard_is_refused(tmp_path: Path, samples: int) -> None:
+    soundfile.write(tmp_path / "a.wav", tone(1.0)[:samples], 16)  # a rate in kHz
+    with pytest.raises(AudioError, match="a.wav has the sample rate 16: give"):
+        list(stream_windows(tmp_path / "a.wav", 10.0))
+
+
 @pytest.mark.parametrize("form", ["flac", "wav", "mp3", "m4a"])
 def test_a_damaged_long_file_is_named(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"a.{form}"

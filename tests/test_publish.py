@@ -96,6 +96,9 @@ def test_what_fails_on_the_way_leaves_nothing(
         (["--output", "x"], "--license"),
         (["--output", "x", "--license", "mit"], "name the base models with --base-model"),
         (["--output", "x", "--license", "mit", "--metric", "WER 3"], "METRIC=DATA=VALUE"),
+        (["--output", "x", "--license", "mit", "--metric", "WER=mine=nan"], "WER on mine is nan"),
+        (["--output", "x", "--license", "mit", "--hours", "-3"], "hours of speech must be a number of at least 0"),
+        (["--output", "x", "--license", "mit", "--hours", "inf"], "hours of speech must be a number of at least 0"),
         (["--output", "x", "--license", "mit", "--audio", "/none.wav"], "/none.wav does not exist"),
     ],
 )

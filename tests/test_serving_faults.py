@@ -85,7 +85,15 @@ PDF = b"%PDF-1.7\n" + bytes(1000)
         ([SAID], {"max_tokens": 0}, "max_tokens"),
         ([SAID], {"stop": ["a", "b", "c", "d", "e"]}, "at most 4"),
         ([SAID], {"stop": [""]}, "not empty"),
+        ([SAID], {"stop": [None]}, r"stop\[0\]: "),
+        ([SAID], {"stop": 3}, "stop: "),
+        ([SAID], {"stop": False}, "stop: "),
         ([SAID], {"seed": "x"}, "seed"),
+        ([SAID], {"seed": 1.5}, "seed"),
+        ([SAID], {"n": "2"}, "n: "),
+        ([SAID], {"n": True}, "n: "),
+        ([SAID], {"max_tokens": "4"}, "max_tokens"),
+        ([SAID], {"temperature": "0.5"}, "temperature"),
         ([SAID], {"logprobs": True}, "not supported"),
         ([SAID], {"presence_penalty": 0.5}, "not supported"),
         ([SAID], {"response_format": {"type": "json_object"}}, "not supported"),
@@ -108,8 +116,12 @@ def test_a_wrong_request_is_said_to_be_so(
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"{", 400, "JSON"),
-        (b"[]", 400, ""),
+        (b"", 400, "must be a JSON object"),
+        (b"{", 400, "must be a JSON object"),
+        (b"[]", 400, "must be a JSON object"),
+        (b"null", 400, "must be a JSON object"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud83d"}]}', 400, "half of a surrogate pair"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "stream": "yes"}', 400, "stream: "),
         (b"[" * 100_000, 400, ""),
         (b'{"model": "tiny"}', 400, "messages"),
         (b'{"model": "tiny", "messages": []}', 400, "at least one"),
@@ -129,6 +141,23 @@ def test_other_paths_methods_and_types_are_error_objects(server: Served) -> None
     assert post(server, "/v1/models", b"{}")[0] == 405
     status, answer = post(server, "/v1/chat/completions", b"a=b", {"Content-Type": "text/plain"})
     assert status == 400 and answer["error"]["type"] == "invalid_request_error"
+    assert "with Content-Type: application/json" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("narrow", [{"temperature": 1e-300}, {"temperature": 1, "top_p": 1e-300}], ids=str)
+def test_the_narrowest_choice_does_not_end_the_answers_of_others(server: Served, narrow: dict[str, float]) -> None:
+    with ThreadPoolExecutor(1) as clients:
+        other = clients.submit(server.chat, SAID, max_tokens=100)
+        until(lambda: server.service.engine.active == 1)
+        assert server.chat(SAID, **narrow).choices[0].message.content == server.chat(SAID).choices[0].message.content
+        assert other.result().usage.completion_tokens > 12
+
+
+def test_an_answer_that_comes_too_late_names_the_option(model: BlspKd) -> None:
+    with served(model, answer_seconds=0.01, new_tokens=400) as slow:
+        with pytest.raises(openai.APIStatusError, match="larger --answer-seconds") as caught:
+            slow.chat(SAID, max_tokens=400)
+        assert caught.value.status_code == 504
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from serving_util import NAME, Served, as_file, noise, openai, served, tiny_model
 
+from blspkd_fairseq.data.chat import Marks
 from blspkd_fairseq.hub import BlspKd
 
 SPEECH = as_file(noise(1.3))
@@ -34,6 +35,17 @@ def test_it_writes_what_the_model_writes(server: Served, model: BlspKd) -> None:
     assert server.client.audio.transcriptions.create(model=NAME, file=UPLOAD, response_format="text").strip() == text
     english = server.client.audio.translations.create(model=NAME, file=UPLOAD)
     assert english.text == model.translate(SPEECH, target="English", max_new_tokens=16).strip()
+
+
+@pytest.mark.parametrize("prompt", ["repeat", "transcribe", "Write down: {speech}"])
+def test_it_writes_no_further_than_the_model_does(model: BlspKd, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.chat_format, "marks", Marks(frozenset(), frozenset(), None, None))  # nor may it reason
+    monkeypatch.setattr(model.chat_format.tokenizer, "chat_template", "")
+    with served(model, new_tokens=400, prompt=prompt) as server:
+        whole, length = server.client.audio.transcriptions.create(model=NAME, file=UPLOAD), len(model.align(SPEECH))
+    assert whole.text == model.transcribe(SPEECH, prompt=prompt, max_new_tokens=400)
+    written, most = whole.usage.output_tokens, 2 * length + 16
+    assert written > most if "{" in prompt else written == most
 
 
 def test_words_have_the_times_at_which_cif_cuts(server: Served, model: BlspKd) -> None:

@@ -275,11 +275,28 @@ def test_silence_is_answered_by_nothing_where_asked(model: BlspKd) -> None:
         ({"temperature": 1.0, "top_k": -1}, "top_k >= 0"),
         ({"stop": "text"}, "stop must be a list"),
         ({"stop": ("",)}, "not empty"),
+        ({"stop": None}, "stop must be a list"),
+        ({"temperature": "1"}, "temperature must be a number, got '1'"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"top_p": "x"}, "top_p must be a number"),
+        ({"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number"),
+        ({"seed": "a"}, "seed must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": 2**63}, "seed must have at most 63 bits"),
     ],
 )
 def test_wrong_sampling_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("narrow", [{"temperature": 1e-300}, {"temperature": 1e-42}, {"top_p": 1e-300}], ids=str)
+def test_the_narrowest_choice_is_the_likeliest_token(narrow: dict[str, float], model: BlspKd) -> None:
+    messages = CONVERSATIONS[0]
+    drawn = model.chat(messages, max_new_tokens=8, **{"temperature": 1.0, "seed": np.int64(1), **narrow})
+    assert drawn == model.chat(messages, max_new_tokens=8)
 
 
 # --- families of LLMs -----------------------------------------------------------------------------
@@ -378,8 +395,47 @@ def test_a_session_remembers_its_turns(model: BlspKd) -> None:
     assert session.turns[2].parts == (first,) and session.turns[4].parts == (second,)
     with pytest.raises(ValueError, match="the user has said nothing"):
         list(session.answer())
-    with pytest.raises(AudioError, match="finite"):
-        session.feed(np.full(100, np.nan, np.float32))
+    turns, pieces = list(session.turns), len(session._speech)
+    session.say("Never mind ")
+    session.feed(NOISE[:9000])
+    session.discard()
+    with pytest.raises(ValueError, match="the user has said nothing"):
+        list(session.answer())
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        session.say("\ud800")
+        list(session.answer())
+    assert (session.turns, len(session._speech), session._parts) == (turns, pieces, [])
     session.feed(NOISE[:4000], 8_000)
     with pytest.raises(AudioError, match="from 8000 to 44100 Hz"):
         session.feed(NOISE[:4000], 44_100)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "rate", "message"),
+    [
+        (np.full(100, np.nan, np.float32), 16_000, "NaN or infinite"),
+        (np.full(100, 3e4, np.float32), 16_000, r"in \[-1, 1\]"),
+        (np.zeros((100, 1)), 16_000, r"shape \[100, 1\]"),
+        ([1, 2], 16_000, "type int64"),
+        (b"ab", 16_000, "type"),
+        (NOISE[:100], 16, "the sample rate 16: give its number of samples per second"),
+        (NOISE[:100], 0, "sample rate 0"),
+        (NOISE[:100], float("nan"), "sample rate nan"),
+        (NOISE[:100], "fast", "sample rate fast"),
+    ],
+)
+def test_a_portion_that_is_no_speech_is_refused_and_changes_nothing(
+    chunk: Any, rate: Any, message: str, model: BlspKd
+) -> None:
+    session = ChatSession(model)
+    with pytest.raises(AudioError, match=f"a portion .*{message}"):
+        session.feed(chunk, rate)
+    assert session._parts == [] and session._speech == []
+
+
+def test_portions_of_integers_are_scaled_as_elsewhere(model: BlspKd) -> None:
+    samples = (np.sin(np.arange(9_000) / 9) * 9_000).astype(np.int16)
+    session = ChatSession(model, vad=None)
+    session.feed(samples)
+    assert "".join(session.answer(max_new_tokens=6)) == model.chat([said((samples, 16_000))], max_new_tokens=6)
+    assert np.array_equal(session._speech[0][0], samples / np.float32(32768))

@@ -53,5 +53,6 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([token._asdict() for token in tokens], ensure_ascii=False))
     else:
-        print("\n".join(f"{one.start:.2f}\t{one.end:.2f}\t{one.token}" for one in tokens))
+        for one in tokens:
+            print(f"{one.start:.2f}\t{one.end:.2f}\t{one.token}")
     return 0

@@ -44,6 +44,11 @@ def main(args: argparse.Namespace) -> int:
     """Answers until the input ends; 1 if it was not a terminal and some turn could not be answered."""
     for file in args.files:
         check_audio(file)
+    from blspkd_fairseq.generation.streaming import Sampling
+
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    sampling = {name: getattr(args, name) for name in names}
+    Sampling(**sampling)  # what is wrong with it is said before a model is loaded
     microphone = open_microphone() if args.mic else None
     model = load_model(args)
     from blspkd_fairseq.session import ChatSession
@@ -52,7 +57,6 @@ def main(args: argparse.Namespace) -> int:
         return ChatSession(model, args.system, chosen_vad(args))
 
     session, failed = begin(), 0
-    sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
     for line in lines(args.files, microphone is not None):
         if line == "/quit":
             break
@@ -70,11 +74,12 @@ def main(args: argparse.Namespace) -> int:
                 session.say(line)
             else:
                 continue
-            for text in session.answer(seed=args.seed, **sampling):
+            for text in session.answer(**sampling):
                 print(text, end="", flush=True)
             print(flush=True)
         except ValueError as error:
             failed += 1
+            session.discard()  # such as the instruction to a file that cannot be read
             print(f"blspkd chat: {error}", file=sys.stderr)
     return 1 if failed and not sys.stdin.isatty() else 0
 
@@ -87,6 +92,8 @@ def lines(files: list[str], has_microphone: bool) -> Iterator[str]:
         yield file
     if files and not sys.stdin.isatty():
         return
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # names of files may be of any bytes
     while True:
         try:
             prompt = "Enter to speak, or type> " if has_microphone else "> "

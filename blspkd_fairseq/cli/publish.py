@@ -95,6 +95,8 @@ def build(args: argparse.Namespace, folder: Path) -> None:
     model.save_pretrained(folder, args.dtype)
     (folder / "README.md").write_text(write_card(card, dataclasses.asdict(model.config)), encoding="utf-8")
     if args.audio is not None:
+        if (folder / args.audio.name).exists():
+            raise CardError(f"--audio {args.audio} has the name of a file of the model: give it another")
         shutil.copy(args.audio, folder / args.audio.name)
 
 

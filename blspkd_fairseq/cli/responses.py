@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from blspkd_fairseq.data.manifest import Manifest, read_by_teacher, write_manifest
+from blspkd_fairseq.data.manifest import Manifest, ManifestError, read_by_teacher, write_manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.record_store import RecordStore
 from blspkd_fairseq.generation.responses import (
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
     )
-    manifest = Manifest.load(args.input, ("id", "audio", "n_frames", "src_text"), ("src_text",))
+    manifest = load_input(args.input)
     if args.num_shards > 1 and args.shard is None:
         join_shards(args, settings, manifest)
         return
@@ -104,6 +104,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.output.resolve() == args.input.resolve():
         parser.error(f"--output {args.output} is the --input, which would be lost: give it another name")
     return args
+
+
+def load_input(path: Path) -> Manifest:
+    """The manifest whose transcripts are answered.
+
+    Raises:
+        ManifestError: it is missing or wrong, or a row is a conversation.
+    """
+    manifest = Manifest.load(path, ("src_text",))
+    for index, row in enumerate(manifest if "conversation" in manifest.columns else ()):
+        if row["conversation"]:
+            raise ManifestError(
+                f"{manifest.location(index)}: a conversation's response comes with it, as tgt_text: leave such rows "
+                "out here, and bring them back with `blspkd merge`"
+            )
+    return Manifest.load(path, ("src_text",), ("src_text",))
 
 
 def store_path(args: argparse.Namespace, shard: int | None) -> Path:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from blspkd_fairseq.cli.model_arguments import add_model_arguments, add_vad_argument, chosen_vad, load_model
 from blspkd_fairseq.data.audio import AudioError, audio_seconds, check_audio
+from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.transcript import FORMATS, Transcript, as_dict
 from blspkd_fairseq.files import whole_file
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Transcribes all files that can be read; 1 if some could not."""
+    check_options(args)
     if len(args.files) > 1 and args.output is None and args.format in ("srt", "vtt"):
         raise ValueError(f"several files give several {args.format} files: say where with --output FOLDER")
     if args.output is not None:
@@ -65,6 +67,16 @@ def main(args: argparse.Namespace) -> int:
             continue
         write(transcript, file, args, alone=len(args.files) == 1)
     return 1 if failed else 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuses what no model need be loaded for."""
+    from blspkd_fairseq.generation.decoding import DecodingOptions
+
+    DecodingOptions(beam=args.beam, max_new_tokens=args.max_new_tokens)
+    resolve_prompt(args.prompt)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
 
 
 def transcribe(model: BlspKd, file: str, args: argparse.Namespace) -> Transcript:

@@ -48,6 +48,7 @@ __all__ = [
     "find_flaw",
     "find_zip_entry",
     "load_audio",
+    "prepare_portion",
     "prepare_waveform",
     "stream_audio",
     "warn_of_flaw",
@@ -56,6 +57,7 @@ __all__ = [
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 30.0
 
+_SLOWEST = 1000  # samples per second; fewer were meant as thousands, or a header is damaged
 _ZIP_ENTRY = re.compile(r"(.+):(\d+):(\d+)", re.DOTALL)
 _BLOCK_FRAMES = 1 << 18
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile reports more than this for a stream of unknown length
@@ -120,6 +122,7 @@ def stream_audio(spec: str | Path, seconds: float = 10.0) -> Iterator[np.ndarray
     with _reading(name), _open(name, None) as file:
         channel = _loudest_if_cancelling(file, name)
         with _open_sound(file, name, None) as sound:
+            _check_rate(sound.rate, name)
             resampler = None if sound.rate == SAMPLE_RATE else soxr.ResampleStream(sound.rate, SAMPLE_RATE, 1)
             for block in _regrouped(sound.blocks, round(seconds * sound.rate)):
                 with np.errstate(over="ignore", invalid="ignore"):  # as in _to_mono_16k
@@ -241,14 +244,30 @@ def prepare_waveform(
     Raises:
         AudioError: of another shape or type, empty, too long, or with samples that are NaN or far out of [-1, 1].
     """
-    if not (rate > 0 and math.isfinite(rate)):
-        raise AudioError(f"{name} has the sample rate {rate}: give its number of samples per second")
-    array = _scaled(_as_array(samples), name)
+    array = _scaled(_as_array(samples, name), name)
     if array.ndim not in (1, 2):
         raise AudioError(f"{name} has the shape {list(array.shape)}: give [samples] or [samples, channels]")
     if array.ndim == 2 and array.shape[0] < array.shape[1]:
         array = array.T
     return _to_mono_16k(array, rate, name, max_seconds)
+
+
+def prepare_portion(samples: Any, rate: Any, name: str = "a portion") -> np.ndarray:
+    """Converts a portion of a stream as :func:`prepare_waveform` does the whole, but for its rate.
+
+    Returns:
+        ``[samples]`` float32, of the same rate.
+
+    Raises:
+        AudioError: of another shape or type, or with samples or a rate that :func:`prepare_waveform` refuses.
+    """
+    _check_rate(rate, name)
+    array = _scaled(_as_array(samples, name), name)
+    if array.ndim != 1:
+        raise AudioError(f"{name} has the shape {list(array.shape)}: give [samples] of one channel")
+    portion = np.asarray(array, np.float32)
+    _check_samples(portion, name)
+    return portion
 
 
 def find_zip_entry(zip_path: str | Path, member: str) -> str:
@@ -436,6 +455,7 @@ def _decode(file: BinaryIO, name: str, max_seconds: float | None) -> tuple[np.nd
 
 def _to_mono_16k(samples: np.ndarray, rate: float, name: str, max_seconds: float | None) -> np.ndarray:
     """``[frames]`` or ``[frames, channels]`` to ``[samples]`` float32 at 16 kHz."""
+    _check_rate(rate, name)
     if samples.size == 0:
         raise AudioError(f"{name} holds no samples: remove its row or restore the file", Reason.EMPTY)
     _check_seconds(len(samples) / rate, name, max_seconds)
@@ -447,6 +467,13 @@ def _to_mono_16k(samples: np.ndarray, rate: float, name: str, max_seconds: float
     if len(mono) == 0:
         raise AudioError(f"{name} is too short to hold one sample at 16 kHz: remove its row", Reason.EMPTY)
     return np.ascontiguousarray(mono)
+
+
+def _check_rate(rate: Any, name: str) -> None:
+    if not (isinstance(rate, (int, float, np.number)) and _SLOWEST <= rate < math.inf):
+        raise AudioError(
+            f"{name} has the sample rate {rate}: give its number of samples per second, {_SLOWEST} or more"
+        )
 
 
 def _check_samples(mono: np.ndarray, name: str) -> None:
@@ -509,11 +536,14 @@ def _regrouped(blocks: Iterator[np.ndarray], frames: int) -> Iterator[np.ndarray
         yield np.concatenate(kept)
 
 
-def _as_array(samples: Any) -> np.ndarray:
+def _as_array(samples: Any, name: str) -> np.ndarray:
     if hasattr(samples, "detach"):  # a torch tensor; numpy has no bfloat16
         samples = samples.detach().cpu()
         samples = (samples.float() if samples.is_floating_point() else samples).numpy()
-    return np.asarray(samples)
+    try:
+        return np.asarray(samples)
+    except ValueError as error:  # rows of different lengths
+        raise AudioError(f"{name} is no array of samples: give [samples] or [samples, channels]") from error
 
 
 def _scaled(array: np.ndarray, name: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from blspkd_fairseq.data.conversation import Conversation, Segment, Speech, Turn, one_turn
+from blspkd_fairseq.data.conversation import CUT_CHARACTER, Conversation, Segment, Speech, Turn, is_cut, one_turn
 from blspkd_fairseq.data.prompts import SPEECH_SLOT
 from blspkd_fairseq.data.reasoning import BEGINS, ENDS, without_reasoning
 
@@ -128,7 +128,7 @@ class ChatFormat:
         """Ids of a text, none of them a control id; the tokenizer's own unless the text spells a control token.
 
         Raises:
-            ChatError: the tokenizer makes a control token of this text in every way.
+            ChatError: the tokenizer makes a control token of this text in every way, or it holds half of a character.
         """
         ids = self._encode_as_is(text)
         if self.control_ids.isdisjoint(ids) and not self._byte_piece.search(text):
@@ -202,6 +202,8 @@ class ChatFormat:
 
     def _encode_as_is(self, text: str) -> list[int]:
         """What the tokenizer gives by itself, control tokens included."""
+        if is_cut(text):
+            raise ChatError(f"the text {text[:80]!r} holds {CUT_CHARACTER}: write it anew, in UTF-8")
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False))
 
     def _spell(self, text: str) -> list[int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from blspkd_fairseq.data.prompts import SPEECH_SLOT
@@ -63,6 +64,16 @@ class AudioPart(NamedTuple):
 
 Conversation = tuple[Turn, ...]
 
+TAUGHT_TWICE = "teacher_text stands for one piece of speech, and the row has a conversation: empty one of them"
+
+
+CUT_CHARACTER = "half of a surrogate pair, which is no character"
+
+
+def is_cut(text: str) -> bool:
+    """Whether a text holds half of a character, as JSON that was cut and terminals of another encoding give it."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
 
 def one_turn(prompt: str) -> Conversation:
     """The conversation in which the user says ``prompt``, speech in the place of each ``{speech}``."""
@@ -87,7 +98,7 @@ def read_messages(messages: Any) -> tuple[Conversation, list[AudioPart]]:
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConversationError(f"a conversation must be JSON: {error}") from error
     if not isinstance(messages, Sequence) or not messages:
         raise ConversationError("a conversation must be a list of messages, at least one")
@@ -116,6 +127,21 @@ def read_conversation(cell: str) -> tuple[Conversation, list[AudioPart]]:
     return turns, pieces
 
 
+def with_audio_in(cell: str, folder: Path) -> str:
+    """The cell ``conversation`` of a manifest in this folder, for one in another: its paths lead out of the folder.
+
+    Raises:
+        ConversationError: as of :func:`read_conversation`.
+    """
+    read_conversation(cell)
+    messages = json.loads(cell)
+    for message in messages:
+        for part in message["content"]:
+            if isinstance(part, dict) and part["type"] == "audio":
+                part["audio"] = str(folder / part["audio"])
+    return json.dumps(messages, ensure_ascii=False)
+
+
 def _read_turn(number: int, message: Any, pieces: list[AudioPart]) -> Turn:
     where = f"message {number}"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
@@ -135,6 +161,8 @@ def _read_turn(number: int, message: Any, pieces: list[AudioPart]) -> Turn:
 
 def _read_part(where: str, part: Any, pieces: list[AudioPart]) -> str | Speech:
     kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(part, dict) and isinstance(part.get("text"), str) and is_cut(part["text"]):
+        raise ConversationError(f"{where} holds {CUT_CHARACTER}: write its text anew")
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     if kind == "audio" and part.get("audio") is not None and isinstance(part.get("text", ""), str):

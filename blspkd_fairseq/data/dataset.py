@@ -22,6 +22,7 @@ from blspkd_fairseq.data.batch import PlanRow, SpeechLengths, pad_ids, pad_wavef
 from blspkd_fairseq.data.chat import ChatFormat  # noqa: E402
 from blspkd_fairseq.data.conversation import (  # noqa: E402
     MOST_PIECES,
+    TAUGHT_TWICE,
     AudioPart,
     Conversation,
     Segment,  # noqa: E402
@@ -238,10 +239,7 @@ class SpeechTextDataset(FairseqDataset):
         if not text.strip():
             return None
         if row.get("conversation"):
-            raise ManifestError(
-                f"{where}: teacher_text stands for one piece of speech, and the row has a conversation: empty one of "
-                "them"
-            )
+            raise ManifestError(f"{where}: {TAUGHT_TWICE}")
         return [self.chat.encode_text(text)]
 
     def _find_stored(

@@ -73,7 +73,7 @@ def language_name(language: str, column: str = "language", prompt: str = "") -> 
     Raises:
         PromptError: no language at all, or an unknown code.
     """
-    if not language.strip():
+    if not isinstance(language, str) or not language.strip():
         raise PromptError(f"the prompt {prompt!r} needs a {column}: give the manifest this column and fill it in")
     known = find_language(language)
     if looks_like_code(language) and known is not None:

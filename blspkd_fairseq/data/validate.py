@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, find_flaw, load_audio
-from blspkd_fairseq.data.conversation import AudioPart, ConversationError, read_conversation
+from blspkd_fairseq.data.conversation import TAUGHT_TWICE, AudioPart, ConversationError, read_conversation
 from blspkd_fairseq.data.languages import find_language
 from blspkd_fairseq.data.manifest import Manifest, ManifestError, response_is_cut
 from blspkd_fairseq.data.prompts import PromptError, resolve_prompt
@@ -204,6 +204,8 @@ def _check_cells(manifest: Manifest, index: int, row: dict[str, str], findings: 
             read_conversation(row["conversation"])
         except ConversationError as error:
             findings.problems.append(f"{where}: {error}")
+        if row.get("teacher_text", "").strip():
+            findings.problems.append(f"{where}: {TAUGHT_TWICE}")
     seconds = manifest.n_frames[index] / SAMPLE_RATE
     length = sum(len(piece.transcript) for piece in pieces_of(row))
     if length > _CHARACTERS_PER_SECOND * max(1.0, seconds):

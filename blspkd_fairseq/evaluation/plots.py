@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _FRAMES_PER_SECOND = 50
 _TIMELINE_SECONDS = 8.0
 _LONGEST_PICTURE = 300.0
+_FAINTEST_DB = -140
 
 
 def plot_alignment(
@@ -56,7 +57,8 @@ def plot_alignment(
 
     figure = Figure(figsize=(max(11.0, seconds), 4.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.4])
-    upper.specgram(samples + 1e-7, NFFT=400, Fs=SAMPLE_RATE, noverlap=240, cmap="magma", vmin=-140)
+    *_, image = upper.specgram(samples + 1e-7, NFFT=400, Fs=SAMPLE_RATE, noverlap=240, cmap="magma")
+    image.set_clim(_FAINTEST_DB, max(_FAINTEST_DB + 1, image.get_array().max()))  # silence has nothing above it
     upper.set(ylabel="Hz", ylim=(0, 8000), xlim=(0, seconds))
     upper.set_title(text, fontsize=12, loc="left", pad=22)
     lower.fill_between(np.arange(len(alpha)) / _FRAMES_PER_SECOND, alpha, step="post", color="tab:orange", alpha=0.7)

@@ -20,10 +20,14 @@ from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
 from blspkd_fairseq.data.windows import cut_windows
 from blspkd_fairseq.generation.kv_cache import give_room
+from blspkd_fairseq.generation.option_types import check_numbers
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, SpeechPlaces, speech_positions
 from blspkd_fairseq.modules.speech_llm import ChatLLM, SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import frame_counts
+
+COLDEST = 1e-4
+"""The lowest temperature to draw at: float32 holds the logits divided by it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class DecodingOptions:
     no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.beam < 1 or not math.isfinite(self.length_penalty):
             raise ValueError(
                 f"the beam must be at least 1 and the length penalty finite, got {self.beam}, {self.length_penalty}"
@@ -61,8 +66,14 @@ class DecodingOptions:
             raise ValueError(
                 f"length limits must be 0 <= min ({self.min_new_tokens}) <= max ({self.max_new_tokens}), max > 0"
             )
-        if self.sampling and (self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0):
-            raise ValueError("sampling needs temperature > 0, 0 < top-p <= 1 and top-k >= 0")
+        if self.no_repeat_ngram_size < 0:
+            raise ValueError(f"no_repeat_ngram_size must be at least 0, got {self.no_repeat_ngram_size}")
+        is_cold = not COLDEST <= self.temperature < math.inf
+        if self.sampling and (is_cold or not 0 < self.top_p <= 1 or self.top_k < 0):
+            raise ValueError(
+                f"sampling needs temperature >= {COLDEST:g}, 0 < top-p <= 1 and top-k >= 0, got {self.temperature:g}, "
+                f"{self.top_p:g} and {self.top_k}"
+            )
 
     @property
     def takes_the_likeliest(self) -> bool:
@@ -135,6 +146,11 @@ class Prompts:
         repeated = rows.unsqueeze(1) * copies + torch.arange(copies, device=rows.device)
         places = (repeated * width + columns.unsqueeze(1)).flatten()
         return SpeechPlaces(places, (len(self.embeds) * copies, width))
+
+
+def most_written(heard: int) -> int:
+    """Tokens of a text that says no more than what was heard, in tokens: an LLM that writes on invents it."""
+    return 2 * heard + 16
 
 
 Instruction = str | Sequence[Segment]

@@ -46,7 +46,7 @@ from blspkd_fairseq import compat
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
-from blspkd_fairseq.generation.decoding import check_context, context_of
+from blspkd_fairseq.generation.decoding import check_context, context_of, most_written
 from blspkd_fairseq.generation.kv_cache import (
     cache_bytes,
     can_cut,
@@ -57,6 +57,7 @@ from blspkd_fairseq.generation.kv_cache import (
     keep_rows,
     take_row,
 )
+from blspkd_fairseq.generation.option_types import check_number, check_numbers
 from blspkd_fairseq.generation.text_stream import AnswerStream, TextStream
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, SpeechPlaces, speech_positions
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
@@ -75,6 +76,7 @@ class Sampling:
         top_p, top_k: draw from the likeliest tokens of this total probability, of this number (0: all).
         seed: of this answer's own generator; None: another one each time.
         stop: the answer ends before the first of these strings.
+        repeats: the answer is what is heard, and ends where more is written (:func:`most_written`).
     """
 
     max_new_tokens: int = 128
@@ -83,15 +85,22 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    repeats: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f"the temperature must be at least 0 and finite, got {self.temperature}")
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"sampling needs 0 < top_p <= 1 and top_k >= 0, got {self.top_p} and {self.top_k}")
-        if isinstance(self.stop, str) or not all(isinstance(one, str) and one for one in self.stop):
+        if self.seed is not None:
+            check_number(self.seed, "seed", is_whole=True)
+            if not -(2**63) <= self.seed < 2**63:
+                raise ValueError(f"seed must have at most 63 bits, got {self.seed}")
+        is_list = isinstance(self.stop, (list, tuple))
+        if not is_list or not all(isinstance(one, str) and one for one in self.stop):
             raise ValueError("stop must be a list of texts that are not empty")
 
 
@@ -150,6 +159,7 @@ class _Row:
         length: columns that are in the cache.
         cache: its own, while it is read in portions.
         next_id: the token to feed next.
+        limit: of the answer's tokens.
     """
 
     number: int
@@ -167,6 +177,7 @@ class _Row:
     answered: int = 0
     cache: Any = None
     next_id: int = 0
+    limit: int = 0
 
     @property
     def unread(self) -> int:
@@ -309,7 +320,7 @@ class StreamingDecoder:
         if request.sampling.temperature > 0:
             generator = torch.Generator()
             seed = request.sampling.seed
-            generator.seed() if seed is None else generator.manual_seed(seed)
+            generator.seed() if seed is None else generator.manual_seed(int(seed))
         text = AnswerStream(self.chat, request.sampling.stop)
         self._numbers += 1
         return _Row(self._numbers, request, text, generator, digests, windows)
@@ -415,6 +426,10 @@ class StreamingDecoder:
         row.prompt = len(row.signature)
         row.next_id = int(row.request.segments[-1][-1])
         row.speech = torch.tensor(places, dtype=torch.long)
+        sampling = row.request.sampling
+        row.limit = sampling.max_new_tokens
+        if sampling.repeats:
+            row.limit = min(row.limit, most_written(len(places)))
         check_context(self.model, row.prompt)
         self._reuse(row)
         self._forget_speech()
@@ -543,7 +558,7 @@ class StreamingDecoder:
             text = row.text.push(token)
             if row.text.stopped:
                 finish = "stop"
-            elif row.answered >= row.request.sampling.max_new_tokens or row.length == context_of(self.model):
+            elif row.answered >= row.limit or row.length == context_of(self.model):
                 finish = "length"
         if finish is None:
             return Delta(row.number, text)
@@ -601,7 +616,9 @@ def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Ten
     """A token, of logits ``[V]``, on their device; the generator is one of the CPU."""
     uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    probabilities, order = (logits / sampling.temperature).softmax(0).to(exact), None
+    # From the likeliest down, so that no temperature makes NaN of it.
+    scaled = (logits - logits.max()).to(exact) / sampling.temperature
+    probabilities, order = scaled.softmax(0), None
     if sampling.top_k:
         probabilities, order = probabilities.topk(min(sampling.top_k, len(logits)))
     elif sampling.top_p < 1:
@@ -609,6 +626,7 @@ def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Ten
     if sampling.top_p < 1:
         # Those before which the sum has not been reached; at least the first.
         is_beyond = probabilities.cumsum(0) - probabilities >= sampling.top_p * probabilities.sum()
+        is_beyond[0] = False
         probabilities = probabilities.masked_fill(is_beyond, 0.0)
     ends = probabilities.cumsum(0)
     place = torch.searchsorted(ends, ends[-1:] * uniform, right=True).clamp(max=len(ends) - 1)

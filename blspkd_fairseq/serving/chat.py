@@ -111,7 +111,7 @@ class _Reply:
 
 def _sampling(body: ChatRequest, service: Service, index: int) -> Sampling:
     """Returns the decoding options of the answer of this index."""
-    if len(body.stops) > _MOST_STOPS:
+    if len(body.stop) > _MOST_STOPS:
         raise invalid(f"stop must be at most {_MOST_STOPS} texts", "stop")
     tokens = body.max_completion_tokens or body.max_tokens or service.limits.new_tokens
     try:
@@ -120,7 +120,7 @@ def _sampling(body: ChatRequest, service: Service, index: int) -> Sampling:
             temperature=body.temperature or 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
             seed=None if body.seed is None else (body.seed + index) % 2**63,
-            stop=tuple(body.stops),
+            stop=tuple(body.stop),
         )
     except ValueError as error:
         raise invalid(str(error)) from error

@@ -56,6 +56,8 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
 def as_invalid(errors: Sequence[Any]) -> ApiError:
     """Turns errors that pydantic found in a request into one of the API."""
     worst = max(errors, key=lambda error: len(error["loc"]))
+    if worst["type"] == "json_invalid" or worst["loc"] == ("body",):
+        return invalid("the request must be a JSON object, with Content-Type: application/json")
     names = [str(name) for name in worst["loc"] if name != "body"]
     # The kind of a part stands before its fields, and may have the name of one.
     names = [name for index, name in enumerate(names) if not index or name != names[index - 1]]
@@ -75,7 +77,9 @@ def overloaded() -> ApiError:
 def timed_out(seconds: float) -> ApiError:
     """An answer that took too long."""
     return ApiError(
-        504, f"the answer was not ready within {seconds:g} s: ask for less, or give --timeout a larger value", "timeout"
+        504,
+        f"the answer was not ready within {seconds:g} s: ask for less, or from a server with larger --answer-seconds",
+        "timeout",
     )
 
 

@@ -19,7 +19,7 @@ def _only(*neutral: Any) -> Any:
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TextPart(_Request):
@@ -60,6 +60,12 @@ class Message(_Request):
     tool_calls: _only([]) = None  # type: ignore[valid-type]
 
 
+def _as_texts(stop: Any) -> Any:
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, str) else stop
+
+
 class StreamOptions(_Request):
     """Options of a streamed answer."""
 
@@ -75,7 +81,7 @@ class ChatRequest(_Request):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1)
-    stop: str | list[str] | None = None
+    stop: Annotated[list[str], BeforeValidator(_as_texts)] = []
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -110,18 +116,15 @@ class ChatRequest(_Request):
     verbosity: _only() = None  # type: ignore[valid-type]
     web_search_options: _only() = None  # type: ignore[valid-type]
 
-    @property
-    def stops(self) -> list[str]:
-        """The texts at which the answer ends."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-
 
 ResponseFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Granularity = Literal["word", "segment"]
 
 
 class SpeechRequest(_Request):
-    """The fields of ``POST /v1/audio/transcriptions`` and ``/translations`` beside the file."""
+    """The fields of ``POST /v1/audio/transcriptions`` and ``/translations`` beside the file, which all are texts."""
+
+    model_config = ConfigDict(strict=False)
 
     model: str
     language: str | None = None

@@ -138,7 +138,8 @@ async def _read_form(request: Request) -> tuple[SpeechRequest, bytes]:
 
 def _ask(service: Service, windows: Sequence[Window], prompt: str, temperature: float) -> Answers:
     """Asks for the text of each window."""
-    sampling = Sampling(max_new_tokens=service.limits.new_tokens, temperature=temperature)
+    repeats = temperature == 0 and service.model.repeats_by(prompt)
+    sampling = Sampling(max_new_tokens=service.limits.new_tokens, temperature=temperature, repeats=repeats)
     before, _, after = prompt.partition(SPEECH_SLOT)
     texts = [{"type": "text", "text": text} for text in (before, after)]
     speeches = [{"type": "audio", "audio": (window.samples, SAMPLE_RATE)} for window in windows]
