@@ -10,7 +10,7 @@ from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from blspkd_fairseq.data.conversation import CUT_CHARACTER, Conversation, Segment, Speech, Turn, is_cut, one_turn
+from blspkd_fairseq.data.conversation import CUT, CUT_CHARACTER, Conversation, Segment, Speech, Turn, one_turn
 from blspkd_fairseq.data.prompts import SPEECH_SLOT
 from blspkd_fairseq.data.reasoning import BEGINS, ENDS, without_reasoning
 
@@ -202,8 +202,9 @@ class ChatFormat:
 
     def _encode_as_is(self, text: str) -> list[int]:
         """What the tokenizer gives by itself, control tokens included."""
-        if is_cut(text):
-            raise ChatError(f"the text {text[:80]!r} holds {CUT_CHARACTER}: write it anew, in UTF-8")
+        if cut := CUT.search(text):
+            around = text[max(0, cut.start() - 40) : cut.end() + 40]
+            raise ChatError(f"the text {around!r} holds {CUT_CHARACTER}: write it anew, in UTF-8")
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False))
 
     def _spell(self, text: str) -> list[int]:

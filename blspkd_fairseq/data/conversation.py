@@ -13,6 +13,7 @@ shape of chat LLMs' messages::
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,12 +68,9 @@ Conversation = tuple[Turn, ...]
 TAUGHT_TWICE = "teacher_text stands for one piece of speech, and the row has a conversation: empty one of them"
 
 
+CUT = re.compile("[\ud800-\udfff]")
+"""Half of a character, as JSON that was cut and terminals of another encoding give it."""
 CUT_CHARACTER = "half of a surrogate pair, which is no character"
-
-
-def is_cut(text: str) -> bool:
-    """Whether a text holds half of a character, as JSON that was cut and terminals of another encoding give it."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def one_turn(prompt: str) -> Conversation:
@@ -161,7 +159,7 @@ def _read_turn(number: int, message: Any, pieces: list[AudioPart]) -> Turn:
 
 def _read_part(where: str, part: Any, pieces: list[AudioPart]) -> str | Speech:
     kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(part, dict) and isinstance(part.get("text"), str) and is_cut(part["text"]):
+    if isinstance(part, dict) and isinstance(part.get("text"), str) and CUT.search(part["text"]):
         raise ConversationError(f"{where} holds {CUT_CHARACTER}: write its text anew")
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
