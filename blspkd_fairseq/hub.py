@@ -232,7 +232,7 @@ class BlspKd:
         """
         options, audio = DecodingOptions(**generation), _as_list(audio)
         _check_batch_size(batch_size)
-        resolve_prompt(prompt)
+        prompt = resolve_prompt(prompt)
         found: list[list[Segment]] = [[] for _ in audio]
         lengths = [0.0] * len(audio)
         parts = ((index, window) for index, one in enumerate(audio) for window in self._stream(one))
@@ -253,14 +253,13 @@ class BlspKd:
         return [Transcript(seconds, tuple(one)) for seconds, one in zip(lengths, found, strict=True)]
 
     def _write_down(self, windows: Sequence[np.ndarray], prompt: str, options: DecodingOptions) -> list[str]:
-        """The texts of ``[samples]``, which do not depend on what is heard together."""
+        """The texts of ``[samples]``, asked for by a resolved prompt; they do not depend on what is heard together."""
         heard = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
         limits = [options.max_new_tokens] * len(windows)
-        if options.takes_the_likeliest and self.repeats_by(resolve_prompt(prompt)):
+        if options.takes_the_likeliest and self.repeats_by(prompt):
             limits = [min(limit, most_written(count)) for limit, count in zip(limits, heard[1], strict=True)]
             options = dataclasses.replace(options, max_new_tokens=max(limits))
-        asked = [resolve_prompt(prompt)] * len(windows)
-        groups = answer_heard(self.model, self.chat_format, heard, asked, options)
+        groups = answer_heard(self.model, self.chat_format, heard, [prompt] * len(windows), options)
         return [
             self.chat_format.decode_answer(group[0].ids[:limit]) for group, limit in zip(groups, limits, strict=True)
         ]
