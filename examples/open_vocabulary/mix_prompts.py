@@ -5,11 +5,17 @@
 DIR/asked/train.tsv, valid.tsv, ... are rows of DIR's manifests in a random order, with the columns ``prompt`` (drawn
 with these shares: the student answers well what it learns to answer) and ``teacher_text``; audio is relative to DIR.
 DIR/asked/nothing.tsv are clips without speech that training does not have.
+
+    python examples/open_vocabulary/mix_prompts.py --data DIR --repeats 8000
+
+Afterwards, when DIR/asked/responses has the LLM's responses: DIR/asked/distilled has them and so many other rows to
+"repeat", whose response is their own transcript, so that no LLM need write one.
 """
 
 import argparse
 import hashlib
 import random
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -78,6 +84,25 @@ def make(data: Path, rows: int, held_out: int, nothing: int, mix: Mapping[str, f
     write_manifest(data / "asked" / "nothing.tsv", [asked(row, "chat", False) for row in clips], COLUMNS)
 
 
+def add_repeats(data: Path, count: int) -> None:
+    """The rows that the LLM answered, and ``count`` others to repeat, in ``asked/distilled``.
+
+    Raises:
+        ValueError: there are fewer others.
+    """
+    answered = list(Manifest.load(data / "asked" / "responses" / "train.tsv"))
+    ids = {row["id"] for row in answered}
+    rest = chosen([row for row in Manifest.load(data / "train.tsv") if row["id"] not in ids], count)
+    if len(rest) < count:
+        raise ValueError(f"--repeats {count}: {data / 'train.tsv'} has {len(rest)} rows that were not answered")
+    repeats = [{**asked(row, "repeat", True), "tgt_text": row["src_text"], "cut": "0"} for row in rest]
+    target = data / "asked" / "distilled"
+    target.mkdir(exist_ok=True)
+    shutil.copy(data / "asked" / "responses" / "valid.tsv", target)
+    write_manifest(target / "train.tsv", [*answered, *repeats], (*COLUMNS, "tgt_text", "cut"))
+    print(f"{target / 'train.tsv'}: {len(answered)} answered rows and {len(repeats)} to repeat")
+
+
 def read_mix(texts: Sequence[str]) -> dict[str, float]:
     """Shares of prompts from ``NAME:SHARE``.
 
@@ -106,9 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=0, help="rows of each other split (default: all)")
     parser.add_argument("--nothing", type=int, default=400, help="clips without speech in training")
     parser.add_argument("--mix", nargs="+", default=[f"{name}:{share}" for name, share in MIX.items()])
+    parser.add_argument("--repeats", type=int, default=0, help="only add so many rows to the answered ones")
     args = parser.parse_args(arguments)
-    if min(args.rows, args.held_out, args.nothing) < 0:
-        parser.error("--rows, --held-out and --nothing must not be negative")
+    if min(args.rows, args.held_out, args.nothing, args.repeats) < 0:
+        parser.error("--rows, --held-out, --nothing and --repeats must not be negative")
+    if args.repeats:
+        return add_repeats(args.data, args.repeats)
     make(args.data, args.rows, args.held_out, args.nothing, read_mix(args.mix))
 
 

@@ -2,14 +2,15 @@
 # An LLM that hears open English: from sentences that people typed to a model that answers speech, in stages that resume.
 #
 #   bash examples/open_vocabulary/run.sh [--speech DIR] [--train N] [--rows N] [--warm-up-updates N] [--updates N]
-#       [--mix "chat:0.5 continue:0.3 repeat:0.2"] [--augment KINDS] [--augment-variants N] [--pretrained DIR]
+#       [--mix "chat:0.5 continue:0.3 repeat:0.2"] [--repeats N] [--augment KINDS] [--augment-variants N] [--pretrained DIR]
 #       [--speech-encoder NAME] [--llm NAME] [--voices "slt rms awb kal16 joe"] [--batch N]
 #       [--test-rows N] [--processes N] [--quick] [--stage N] [--stop-stage N] [--out DIR] [--cache DIR]
 #
 #   1 models         Whisper tiny.en and SmolLM2-135M-Instruct, as in the quickstart
 #   2 sentences      chats and WordNet's examples, filtered; what was left out is counted
 #   3 speech         --train sentences in the voices of flite and joe, beside the speech of --speech
-#   4 responses      what the LLM says to --rows transcripts, asked as --mix says, and to clips in which nobody speaks
+#   4 responses      what the LLM says to --rows transcripts, asked as --mix says, and to clips in which nobody speaks;
+#                    --repeats rows more are to be repeated, and their response is their own transcript
 #   5 warm-up        each speech embedding is told its token
 #   6 distillation   BLSP-KD on the responses
 #   7 recordings     real speech to test on, fetched
@@ -25,14 +26,14 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/examples/common.sh"
 
-stage=0 stop_stage=9 speech="" train=36000 rows=12000 warm_up_updates=8000 updates=4000 test_rows=200 quick=""
+stage=0 stop_stage=9 speech="" train=36000 rows=12000 repeats=0 warm_up_updates=8000 updates=4000 test_rows=200 quick=""
 mix="chat:0.5 continue:0.3 repeat:0.2" augment="" augment_variants=0 batch=16 voices="slt rms awb kal16 joe" speech_encoder="" llm="" processes=$(nproc)
 pretrained="$root/blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m"
 out="$root/out/open_vocabulary" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
-usage() { sed -n '2,25s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-parse_options stage stop-stage speech train rows warm-up-updates updates test-rows quick mix augment augment-variants speech-encoder llm \
+usage() { sed -n '2,26s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+parse_options stage stop-stage speech train rows repeats warm-up-updates updates test-rows quick mix augment augment-variants speech-encoder llm \
     processes pretrained out cache batch voices -- "$@"
-whole_numbers stage stop_stage train rows warm_up_updates updates test_rows processes batch augment_variants
+whole_numbers stage stop_stage train rows repeats warm_up_updates updates test_rows processes batch augment_variants
 out=$(realpath -m "$out") cache=$(realpath -m "$cache")
 from_here speech speech_encoder llm pretrained
 [ -z "$speech" ] || [ -f "$speech/train.tsv" ] || fail "--speech $speech holds no train.tsv: speak.py says what it needs"
@@ -42,7 +43,7 @@ if [ -n "$quick" ]; then
     train=24 rows=24 warm_up_updates=4 updates=4 test_rows=4 valid=6 nothing=4 tokens=8 sentence_limit=200 most_ready=12
     conditions=(white:10) voices="kal16 awb"
 fi
-one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --augment-variants $augment_variants --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows${quick:+ --quick}"
+one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --augment-variants $augment_variants --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows$([ "$repeats" -eq 0 ] || echo " --repeats $repeats")${quick:+ --quick}"
 use_environment quickstart,recordings
 speech_encoder=${speech_encoder:-$cache/whisper-tiny.en}
 llm=${llm:-$cache/smollm2-135m-instruct}
@@ -70,6 +71,7 @@ respond() {
         python scripts/generate_responses.py --llm "$llm" --input "$asked/$split.tsv" \
             --output "$asked/responses/$split.tsv" --max-new-tokens "$tokens" --batch-size "$size"
     done
+    [ "$repeats" -eq 0 ] || python $here/mix_prompts.py --data "$data" --repeats "$repeats"
 }
 
 # train_part FOLDER DATA OPTIONS: goes on from the checkpoint in FOLDER, if there is one
@@ -99,11 +101,12 @@ warm_up() {
 }
 
 distil() {
-    local start="warm-up-updates=$warm_up_updates" folder=$model/distillation
+    local start="warm-up-updates=$warm_up_updates" folder=$model/distillation part=$asked/responses
+    [ "$repeats" -eq 0 ] || part=$asked/distilled
     # On top of another warm-up it begins anew.
     [ "$(cat "$folder.start" 2>/dev/null)" = "$start" ] || rm -rf "$folder" "$folder.log"
     printf '%s' "$start" >"$folder.start"
-    train_part "$folder" "$asked/responses" --finetune-from-model "$model/warm-up/checkpoint_last.pt" \
+    train_part "$folder" "$part" --finetune-from-model "$model/warm-up/checkpoint_last.pt" \
         "${by_distances[@]}" --token-ce-weight 0.3 --token-mse-weight 0.1 \
         --batch-size "$batch" --lr 3e-4 --warmup-updates $((updates / 20)) --total-num-update "$updates" \
         --max-update "$updates"
