@@ -116,6 +116,18 @@ def test_rows_that_training_would_refuse_as_too_long_are_counted(data: Path) -> 
 def test_no_manifest_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no manifest"):
         validate(tmp_path)
+    with pytest.raises(ValueError, match="away does not exist"):
+        validate(tmp_path / "away")
+
+
+def test_one_manifest_by_itself(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(data / "train.tsv", 2, src_text=" ")
+    assert main([str(data / "valid.tsv")]) == 0
+    printed = capsys.readouterr().out
+    assert "valid: audio of 6 rows decoded" in printed and "train" not in printed
+    assert main([str(data / "train.tsv")]) == 1
+    (data / "notes.txt").write_text("no table")
+    assert main([str(data / "notes.txt")]) == 1
 
 
 def test_sentences_are_compared_as_they_sound() -> None:

@@ -2,6 +2,8 @@
 
     blspkd validate DATA [--audio all|sample|none]
 
+DATA is a folder, whose sets are compared with each other, or one manifest.
+
 Problems (a manifest or audio that training could not use, empty texts, audio of the training set in another set) make
 it end with status 1; warnings (texts, audio or speakers that come twice, audio in which nothing can be heard, cells
 in a spreadsheet's quotes, unknown languages) do not, unless --strict is given.
@@ -58,10 +60,10 @@ def validate(
     audio_root: Path | None = None,
     threads: int = 4,
 ) -> Findings:
-    """Checks all manifests (``*.tsv`` but ``*.dropped.tsv``) in a folder.
+    """Checks all manifests (``*.tsv`` but ``*.dropped.tsv``) in a folder, or one of them by itself.
 
     Args:
-        data: the folder.
+        data: the folder, or the manifest.
         audio: decode ``all``, a ``sample`` of each split or ``none``.
         sample: rows in the sample.
         seed: of the sample.
@@ -71,6 +73,8 @@ def validate(
     Raises:
         ManifestError: there is no manifest.
     """
+    if not data.exists():
+        raise ManifestError(f"{data} does not exist")
     findings = Findings()
     splits = dict(_load(data, findings))
     if not splits and not findings.problems:
@@ -88,7 +92,7 @@ def validate(
 
 
 def _load(data: Path, findings: Findings) -> Iterator[tuple[str, Manifest]]:
-    for path in sorted(data.glob("*.tsv")):
+    for path in [data] if data.is_file() else sorted(data.glob("*.tsv")):
         if path.name.endswith(".dropped.tsv"):
             continue
         try:
@@ -362,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="blspkd validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, help="folder of manifests")
+    parser.add_argument("data", type=Path, help="folder of manifests, or one of them")
     parser.add_argument("--audio", choices=("all", "sample", "none"), default="sample", help="what to decode")
     parser.add_argument("--sample", type=int, default=200, help="rows of each split (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the sample (default: %(default)s)")
