@@ -73,6 +73,14 @@ def test_problems_are_found(data: Path, cells: dict[str, str], expected: str) ->
         ({"src_text": "this is  SENTENCE number 0"}, "1 rows repeat the sentence of another: line 4 has"),
         ({"src_text": "ANOTHER text has the number 3!"}, "shares 1 of its 6 sentences with"),
         ({"speaker": "speaker of valid"}, "shares 1 of its 1 speakers with"),
+        (
+            {
+                "conversation": '[{"role": "user", "content": '
+                '[{"type": "audio", "audio": "audio/train-2.flac", "text": "so"}]}]',
+                "prompt": "repeat",
+            },
+            "train.tsv line 4 (id train-2): its conversation says what is asked, and its prompt is not used",
+        ),
         ({"src_text": "word " * 200}, "train.tsv line 4 (id train-2): 1000 characters in 0.9 s"),
     ],
 )

@@ -210,6 +210,8 @@ def _check_cells(manifest: Manifest, index: int, row: dict[str, str], findings: 
             findings.problems.append(f"{where}: {error}")
         if row.get("teacher_text", "").strip():
             findings.problems.append(f"{where}: {TAUGHT_TWICE}")
+        if row.get("prompt"):
+            findings.warnings.append(f"{where}: its conversation says what is asked, and its prompt is not used")
     seconds = manifest.n_frames[index] / SAMPLE_RATE
     length = sum(len(piece.transcript) for piece in pieces_of(row))
     if length > _CHARACTERS_PER_SECOND * max(1.0, seconds):
