@@ -8,8 +8,8 @@ DIR/asked/nothing.tsv are clips without speech that training does not have.
 
     python examples/open_vocabulary/mix_prompts.py --data DIR --repeats 8000
 
-Afterwards, when DIR/asked/responses has the LLM's responses: DIR/asked/distilled has them and so many other rows to
-"repeat", whose response is their own transcript, so that no LLM need write one.
+Afterwards, when DIR/asked/responses has the LLM's responses: DIR/asked/distilled has them and up to so many other rows
+to "repeat", whose response is their own transcript, so that no LLM need write one.
 """
 
 import argparse
@@ -85,16 +85,10 @@ def make(data: Path, rows: int, held_out: int, nothing: int, mix: Mapping[str, f
 
 
 def add_repeats(data: Path, count: int) -> None:
-    """The rows that the LLM answered, and ``count`` others to repeat, in ``asked/distilled``.
-
-    Raises:
-        ValueError: there are fewer others.
-    """
+    """The rows that the LLM answered, and up to ``count`` others to repeat, in ``asked/distilled``."""
     answered = list(Manifest.load(data / "asked" / "responses" / "train.tsv"))
     ids = {row["id"] for row in answered}
     rest = chosen([row for row in Manifest.load(data / "train.tsv") if row["id"] not in ids], count)
-    if len(rest) < count:
-        raise ValueError(f"--repeats {count}: {data / 'train.tsv'} has {len(rest)} rows that were not answered")
     repeats = [{**asked(row, "repeat", True), "tgt_text": row["src_text"], "cut": "0"} for row in rest]
     target = data / "asked" / "distilled"
     target.mkdir(exist_ok=True)
@@ -131,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=0, help="rows of each other split (default: all)")
     parser.add_argument("--nothing", type=int, default=400, help="clips without speech in training")
     parser.add_argument("--mix", nargs="+", default=[f"{name}:{share}" for name, share in MIX.items()])
-    parser.add_argument("--repeats", type=int, default=0, help="only add so many rows to the answered ones")
+    parser.add_argument("--repeats", type=int, default=0, help="only add up to so many rows to the answered ones")
     args = parser.parse_args(arguments)
     if min(args.rows, args.held_out, args.nothing, args.repeats) < 0:
         parser.error("--rows, --held-out, --nothing and --repeats must not be negative")

@@ -10,7 +10,7 @@
 #   2 sentences      chats and WordNet's examples, filtered; what was left out is counted
 #   3 speech         --train sentences in the voices of flite and joe, beside the speech of --speech
 #   4 responses      what the LLM says to --rows transcripts, asked as --mix says, and to clips in which nobody speaks;
-#                    --repeats rows more are to be repeated, and their response is their own transcript
+#                    up to --repeats others are to be repeated, and their response is their own transcript
 #   5 warm-up        each speech embedding is told its token
 #   6 distillation   BLSP-KD on the responses
 #   7 recordings     real speech to test on, fetched
@@ -26,7 +26,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/examples/common.sh"
 
-stage=0 stop_stage=9 speech="" train=36000 rows=12000 repeats=0 warm_up_updates=8000 updates=4000 test_rows=200 quick=""
+stage=0 stop_stage=9 speech="" train=36000 rows=12000 repeats=8000 warm_up_updates=8000 updates=4000 test_rows=200 quick=""
 mix="chat:0.5 continue:0.3 repeat:0.2" augment="" augment_variants=0 batch=16 voices="slt rms awb kal16 joe" speech_encoder="" llm="" processes=$(nproc)
 pretrained="$root/blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m"
 out="$root/out/open_vocabulary" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
@@ -40,10 +40,10 @@ from_here speech speech_encoder llm pretrained
 [ -f "$pretrained/config.json" ] || fail "--pretrained $pretrained holds no config.json: give a folder of save_pretrained"
 valid=200 nothing=400 tokens=48 sentence_limit=0 most_ready=0 conditions=(white:20 white:10 white:0 babble:10 8khz)
 if [ -n "$quick" ]; then
-    train=24 rows=24 warm_up_updates=4 updates=4 test_rows=4 valid=6 nothing=4 tokens=8 sentence_limit=200 most_ready=12
+    train=24 rows=18 repeats=6 warm_up_updates=4 updates=4 test_rows=4 valid=6 nothing=4 tokens=8 sentence_limit=200 most_ready=12
     conditions=(white:10) voices="kal16 awb"
 fi
-one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --augment-variants $augment_variants --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows$([ "$repeats" -eq 0 ] || echo " --repeats $repeats")${quick:+ --quick}"
+one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --augment-variants $augment_variants --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows --repeats $repeats${quick:+ --quick}"
 use_environment quickstart,recordings
 speech_encoder=${speech_encoder:-$cache/whisper-tiny.en}
 llm=${llm:-$cache/smollm2-135m-instruct}
