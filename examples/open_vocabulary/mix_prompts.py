@@ -93,7 +93,7 @@ def add_repeats(data: Path, count: int) -> None:
     target = data / "asked" / "distilled"
     target.mkdir(exist_ok=True)
     shutil.copy(data / "asked" / "responses" / "valid.tsv", target)
-    write_manifest(target / "train.tsv", [*answered, *repeats], (*COLUMNS, "tgt_text", "cut"))
+    write_manifest(target / "train.tsv", [*answered, *repeats])
     print(f"{target / 'train.tsv'}: {len(answered)} answered rows and {len(repeats)} to repeat")
 
 
