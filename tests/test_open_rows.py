@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ OPEN = ROOT / "examples" / "open_vocabulary"
 sys.path[:0] = [str(OPEN), str(ROOT / "examples" / "comparison")]
 
 import compare_rows  # noqa: E402
+import exposures  # noqa: E402
 import hear  # noqa: E402
 import mix_prompts  # noqa: E402
 import rows as table  # noqa: E402
@@ -295,50 +297,112 @@ def test_results_without_the_text_are_refused(tmp_path: Path) -> None:
 # ---- sentences to speak next ---------------------------------------------------------------------------------------
 
 
-def spoken(said: str, heard: str, kl: float) -> select_sentences.SpokenRow:
-    return select_sentences.SpokenRow(said.split(), heard.split(), kl)
+def test_what_one_more_exposure_is_worth() -> None:
+    gains = exposures.Gains({"often": 100, "rare": 1, "never": 0}, {"often": 1000}, half=10)
+    assert gains.of("often") == pytest.approx(100 * (10 / 1010 - 10 / 1011))
+    assert gains.of("rare") == pytest.approx(1 * (1 - 10 / 11)) and gains.of("never") == gains.of("unknown") == 0
+    assert gains.missed() == pytest.approx((100 * 10 / 1010 + 1) / 101)
+    before = gains.of("rare")
+    gains.say(["rare", "rare"])
+    assert gains.said["rare"] == 2 and 0 < gains.of("rare") < before
 
 
-def test_words_are_hard_where_they_are_missed() -> None:
-    rows = [spoken("the cat sat", "the hat sat", 3.0), spoken("the cat ran", "the cat ran", 0.5)]
-    words = select_sentences.hard_words([*rows, spoken("the the dog", "the dog", 2.0)])
-    assert words["cat"] == (pytest.approx(3 / 3), 2) and words["sat"].hardness == 0
-    assert words["the"] == (pytest.approx(2 * 0.5 / 4), 3)
-    assert select_sentences.of_new_words(words) == 0  # of sat, ran and dog
-    assert select_sentences.of_new_words({}) == 0
+@pytest.mark.parametrize("half", [0.5, 12.0, 300.0])
+def test_the_half_is_found_again_from_what_was_missed(half: float) -> None:
+    rng = np.random.default_rng(0)
+    said = rng.integers(0, 1000, size=20_000)
+    missed = rng.random(20_000) < 1 / (1 + said / half)
+    assert exposures.fit_half(said.tolist(), missed.tolist()) == pytest.approx(half, rel=0.1)
+    with pytest.raises(ValueError, match="no word was said"):
+        exposures.fit_half([], [])
 
 
-def test_hard_and_frequent_words_are_picked_and_no_word_fills_the_list() -> None:
-    rows = [spoken("alpha one", "x one", 4.0), spoken("beta one", "y one", 3.9), spoken("gamma one", "gamma one", 1.0)]
-    words = select_sentences.hard_words(rows)
-    texts = ["Gamma one.", "Alpha one.", "Alpha one again?", "Alpha, one!", "Beta one.", "Beta one now."]
-    chosen = [text for _, text in select_sentences.select(texts, words, 4)]
-    assert chosen[:2] == ["Alpha one.", "Beta one."] and "Gamma one." not in chosen
-    scores = [score for score, _ in select_sentences.select(texts, words, 9)]
-    assert scores == sorted(scores, reverse=True) and len(scores) == len(texts)
+def test_sentences_that_teach_most_come_first_and_lists_hold_what_has_too_few() -> None:
+    words = [f"w{name}{name}" for name in "abcdefghijklmnopqrst"]
+    texts = [f"{a} {b} {a}." for a, b in zip(words, words[1:], strict=False)] + ["The the the."] * 30
+    frequencies = dict.fromkeys(words, 10.0) | {"the": 1.0, "scarce": 2.0, "missing": 50.0}
+    chosen = list(exposures.choices(texts, exposures.Gains(frequencies, {}, half=5)))
+    sentences, lists = ([one for one in chosen if one.is_list is kind] for kind in (False, True))
+    assert sorted(one.text for one in sentences) == sorted(texts) and len(lists) == len(texts) // 3
+    assert all("the" not in one.text for one in sentences[:19]) and chosen[3].is_list
+    # A word without a sentence is in every list until others are worth more; one that people rarely say is in none.
+    assert all("missing" in one.text.split() for one in lists[:3]) and all("scarce" not in one.text for one in lists)
+    assert all(len(set(one.text.split())) == exposures.LIST_WORDS for one in lists)
+    values = [one.gain for one in sentences]
+    assert all(later <= earlier / exposures.SLACK**2 for earlier, later in zip(values, values[1:], strict=False))
+
+
+def test_every_choice_is_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against counting all sentences anew for every choice."""
+    monkeypatch.setattr(exposures, "SLACK", 1.0)
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(list("abcdefgh"), size=rng.integers(1, 6))) for _ in range(60)]
+    frequencies = exposures.count_words(texts)
+    said: Counter[str] = Counter()
+    left = list(texts)
+    for one in exposures.choices(texts, exposures.Gains(frequencies, {}, half=3)):
+
+        def gain(text: str) -> float:
+            fall = sum(frequencies[w] * (3 / (3 + said[w]) - 3 / (4 + said[w])) for w in set(text.split()))
+            return fall / (exposures.CLIP_COST + len(text.split()))
+
+        assert one.gain == pytest.approx(gain(one.text)) == pytest.approx(max(map(gain, left)))
+        left.remove(one.text)
+        said.update(one.text.split())
+
+
+def test_words_are_missed_by_how_often_training_said_them() -> None:
+    rows = [select_sentences.SpokenRow(["the", "the", "cat", "sat"], ["the", "hat", "sat"], 1.0)]
+    pairs = select_sentences.misses(rows, {"the": 500, "sat": 2})
+    assert pairs == [(500, False), (500, True), (0, True), (2, False)]
+    lines = select_sentences.by_exposures(pairs, half=2)
+    assert lines == [("0", 1, "1.000", "1.000"), ("1 to 3", 1, "0.000", "0.500"), ("301 to 1000", 2, "0.500", "0.004")]
 
 
 def test_a_model_picks_what_is_spoken_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_split(tmp_path / "data", "train", 8, speaker="x")
+    write_split(tmp_path / "data", "valid", 8, speaker="x")
+    trained = ["The light was on."] * 3
+    write_split(tmp_path / "data", "train", 3, texts=trained, speaker="x")
     config = SpeechLlmConfig(
         speech_encoder=str(save_whisper(tmp_path / "whisper")), llm=str(save_llm(tmp_path / "llm")),
         llm_dtype="float32", adapter_pre_layers=1, adapter_post_layers=1, adapter_heads=2, lora_rank=2,
     )  # fmt: skip
     torch.manual_seed(0)
     BlspKd(*build_speech_llm(config), config).save_pretrained(tmp_path / "model")
-    said = [row["src_text"] for row in Manifest.load(tmp_path / "data" / "train.tsv")]
+    said = [row["src_text"] for row in Manifest.load(tmp_path / "data" / "valid.tsv")]
     new = ["Turn the light on.", "Play music in Paris.", "The weather is cold.", "Unheard things happen."]
-    (tmp_path / "sentences.txt").write_text("\n".join([*said, *new]) + "\n")
-    given = ["--checkpoint", tmp_path / "model", "--rows", tmp_path / "data" / "train.tsv"]
-    given += ["--sentences", tmp_path / "sentences.txt", "--count", 3, "--out", tmp_path / "next.txt"]
+    folder = tmp_path / "sentences"
+    folder.mkdir()
+    for name, texts in {"train": [*said, *trained, *new], "valid": ["One."], "test": ["Two."]}.items():
+        (folder / f"{name}.txt").write_text("\n".join(texts) + "\n")
+    exposures.write_frequencies(folder / "frequencies.tsv", exposures.count_words([*said, *new, *new, *new]))
+    given = ["--checkpoint", tmp_path / "model", "--rows", tmp_path / "data" / "valid.tsv"]
+    given += [
+        "--spoken",
+        tmp_path / "data" / "train.tsv",
+        "--sentences",
+        folder,
+        "--count",
+        4,
+        "--out",
+        tmp_path / "next",
+    ]
     select_sentences.main(list(map(str, given)))
-    chosen = (tmp_path / "next.txt").read_text().splitlines()
+    next_folder = tmp_path / "next"
+    chosen = (next_folder / "train.txt").read_text().splitlines()
     assert len(chosen) == 3 and set(chosen) < set(new)
-    ranked = [line.split("\t") for line in (tmp_path / "next.txt.rows.tsv").read_text().splitlines()]
+    (listed,) = (next_folder / "lists.txt").read_text().splitlines()
+    assert len(listed.split()) == exposures.LIST_WORDS
+    assert all(
+        (next_folder / name).read_bytes() == (folder / name).read_bytes() for name in ("valid.txt", "frequencies.tsv")
+    )
+    ranked = [line.split("\t") for line in (next_folder / "rows.tsv").read_text().splitlines()]
     assert ranked[0] == ["kl", "id", "said", "heard"] and {line[2] for line in ranked[1:]} == set(said)
     assert [float(line[0]) for line in ranked[1:]] == sorted((float(line[0]) for line in ranked[1:]), reverse=True)
-    assert "3 of 4 sentences" in capsys.readouterr().out
-    (tmp_path / "sentences.txt").write_text("\n".join(said))
+    assert (next_folder / "exposures.tsv").read_text().startswith("exposures\twords\tmissed\texpected\n0\t")
+    printed = capsys.readouterr().out
+    assert "4 clips, 1 of them lists, from 4 sentences" in printed and "expected to be missed: " in printed
+    (folder / "train.txt").write_text("\n".join(said))
     with pytest.raises(ValueError, match="has no sentence that nobody said yet"):
         select_sentences.main(list(map(str, given)))
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPEN = ROOT / "examples" / "open_vocabulary"
 sys.path[:0] = [str(OPEN), str(ROOT / "examples" / "quickstart")]
 
+import exposures  # noqa: E402
 import gather_sentences as gather  # noqa: E402
 import mix_prompts  # noqa: E402
 import no_speech  # noqa: E402
@@ -92,6 +93,23 @@ def test_words_and_examples_are_read_from_wordnet(tmp_path: Path) -> None:
     (tmp_path / "data.noun").write_text(f"00001740 03 n 01 dog 0 | {gloss}\n", encoding="latin-1")
     assert gather.read_lemmas(tmp_path) == {"dog", "ice_cream", "ran"}
     assert list(gather.read_examples(tmp_path)) == ["the dog ran", "a café was open"]
+    gloss = '(zoology) a domestic  animal (of man) that barks; one of many; "the dog ran; away"'
+    (tmp_path / "data.noun").write_text(f"00001740 03 n 01 dog 0 | {gloss}\n", encoding="latin-1")
+    assert list(gather.read_definitions(tmp_path)) == ["a domestic animal that barks", "one of many"]
+
+
+def test_sentences_of_training_come_by_what_they_teach(tmp_path: Path) -> None:
+    said = ["The dog runs in a city.", "The dog runs in the city.", "A big fly."]
+    frequencies = gather.frequencies_of(said, ["A fly that flies."] * 4)
+    assert frequencies["dog"] == 2 and frequencies["fly"] == 2 and frequencies["flies"] == 1
+    exposures.write_frequencies(tmp_path / "frequencies.tsv", frequencies)
+    assert exposures.read_frequencies(tmp_path / "frequencies.tsv") == frequencies
+    texts = [*said, *(f"Word{i} is said." for i in range(9))]
+    often = {word: 5.0 * count for word, count in exposures.count_words(texts).items()}
+    every, lists = gather.teaching(texts, often, 0)
+    assert sorted(every) == sorted(texts) and len(lists) == len(texts) // 3
+    assert lists[0][0].isupper() and lists[0].endswith(".") and len(lists[0].split()) == exposures.LIST_WORDS
+    assert gather.teaching(texts, often, 3) == (every[:3], lists[:1])
 
 
 # ---- speech --------------------------------------------------------------------------------------------------------
@@ -141,6 +159,11 @@ def test_speech_that_is_there_is_joined_with_what_is_spoken_and_no_sentence_is_i
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.flac")}
     speak.make(sentences, out, tmp_path, counts, ready, ["slt", "rms"], processes=1)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.flac")} == before
+    (sentences / "lists.txt").write_text("Words of lists\nAnd more words\n")
+    speak.make(sentences, out, tmp_path, counts, ready, ["slt", "rms"], processes=1, lists=1)
+    (listed,) = (row for row in Manifest.load(out / "train.tsv") if row["id"].startswith(speak.LIST_ID))
+    assert listed["src_text"] == "Words of lists"
+    assert len(load_audio(listed["audio"], out, int(listed["n_frames"]))) == int(listed["n_frames"])
     with pytest.raises(ValueError, match=r"train\.txt has 9 sentences .* not 10: ask for fewer"):
         speak.make(sentences, out, tmp_path, counts | {"train": 10}, ready, ["slt"], processes=1)
 
@@ -180,6 +203,18 @@ def test_rows_in_which_nobody_speaks_have_another_text_for_the_teacher(tmp_path:
         path.unlink()
     mix_prompts.make(tmp_path, 6, 0, 4, {"chat": 1.0, "transcribe": 1.0})
     assert all(np.array_equal(load_audio(row["audio"], tmp_path), first[row["id"]]) for row in silent)
+
+
+def test_lists_of_words_are_asked_nothing(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        write_split(tmp_path, split, 8, speaker="x", src_lang="en")
+    rows = list(Manifest.load(tmp_path / "train.tsv"))
+    for row in rows[:3]:
+        row["id"] = f"{speak.LIST_ID}{row['id']}"
+    write_manifest(tmp_path / "train.tsv", rows)
+    mix_prompts.make(tmp_path, 0, 0, 0, {"chat": 1.0})
+    asked = [row["id"] for row in Manifest.load(tmp_path / "asked" / "train.tsv")]
+    assert sorted(asked) == sorted(row["id"] for row in rows[3:])
 
 
 def test_rows_to_repeat_need_no_llm_and_are_never_the_answered_ones(tmp_path: Path) -> None:
@@ -272,6 +307,17 @@ def test_another_archive_is_refused(data: bytes, message: str) -> None:
         recordings.spoken_lines(data)
 
 
+def test_the_sentences_of_the_audio_book_are_those_with_a_recording(tmp_path: Path) -> None:
+    lines = ["<s> he was a young man </s> (sense_64kb-0880)", "<s> nobody recorded it </s> (sense_64kb-1)", ""]
+    (tmp_path / "transcription").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="no recording with a text"):
+        recordings.book_rows(tmp_path)
+    soundfile.write(tmp_path / "sense_64kb-0880.wav", np.zeros(1600, np.float32), 16_000)
+    (row,) = recordings.book_rows(tmp_path)
+    assert row["src_text"] == "he was a young man" and row["n_frames"] == "1600"
+    assert len(load_audio(row["audio"])) == 1600
+
+
 def test_recordings_are_copied_so_that_they_may_be_moved(tmp_path: Path) -> None:
     write_split(tmp_path / "cache", "recordings", 2)
     rows = [{**row, "audio": str(tmp_path / "cache" / row["audio"])}
@@ -336,7 +382,7 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     text = {"id": ["a", "b"], "said": said, "heard": said, "repeat": said, "chat": ["Fine, thank you all.", "Seven."]}
     model = text | {
         "heard": ["the dog runs hope", said[1]], "chat": text["chat"], "counted": [5, 4], "tokens": [4, 4],
-        "response_kl": [1.0, 3.0], "response_tokens": [2, 2],
+        "response_kl": [1.0, 3.0], "response_tokens": [2, 2], "boundary_ms": [[10.0, -30.0], []],
     }  # fmt: skip
     silent = {"id": ["n"], "said": ["..."], "heard": ["you"], "repeat": ["you"], "chat": ["Thank you."]}
     (tmp_path / "results").mkdir()
@@ -351,6 +397,7 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     figures = {name: found["score"] for name, found in report["sets"]["phone"]["model"].items()}
     assert figures["WER heard"] == 12.5 and figures["WER repeat"] == 0 and figures["response KL"] == 1.0
+    assert figures["boundary error, ms"] == 20
     assert figures["token-count error, %"] == 12.5 and figures["Self-BLEU of answers"] == pytest.approx(100)
     assert report["false_answers"] == {"model": "1 of 1"}
     assert [point["valid_token_ce"] for point in report["curves"]["warm-up"]] == [4.5, 3.5]
@@ -444,7 +491,8 @@ def test_all_stages_run_on_a_few_rows_and_a_second_run_skips_them(tmp_path: Path
     first = command("run.sh", "--quick", "--processes", 1, "--out", tmp_path / "out")
     assert first.returncode == 0, (first.stdout + first.stderr)[-4000:]
     report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
-    assert {"test", "phone", "game", "test white:10"} <= set(report["sets"])
+    assert {"test", "phone", "game", "book", "test white:10"} <= set(report["sets"])
+    assert "boundary error, ms" in report["sets"]["phone"]["model"]
     assert set(report["sets"]["phone"]) == {"before", "cascade", "model", "text", "warm-up"}
     assert set(report["false_answers"]) == {"before", "cascade", "model"}
     again = command("run.sh", "--quick", "--processes", 1, "--out", tmp_path / "out")
@@ -457,7 +505,11 @@ def test_all_stages_run_on_a_few_rows_and_a_second_run_skips_them(tmp_path: Path
     measured = command("evaluate.sh", *options)
     assert measured.returncode == 0, (measured.stdout + measured.stderr)[-4000:]
     report = json.loads((tmp_path / "real" / "report" / "report.json").read_text())
-    assert set(report["sets"]) == {"phone", "game"} and set(report["sets"]["phone"]) == {"cascade", "model", "text"}
+    assert set(report["sets"]) == {"phone", "game", "book"} and set(report["sets"]["phone"]) == {
+        "cascade",
+        "model",
+        "text",
+    }
     assert report["false_answers"]["model"].endswith(" of 2")
     (tmp_path / "training.md").write_text("Four updates.")
     example = next((tmp_path / "real" / "sets" / "audio").glob("*.flac"))

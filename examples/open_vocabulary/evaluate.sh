@@ -4,16 +4,17 @@
 #   bash examples/open_vocabulary/evaluate.sh [--model MODEL] [--rows N] [--speech DIR] [--speech-encoder NAME]
 #       [--llm NAME] [--out DIR] [--cache DIR]
 #
-# MODEL is a checkpoint or a folder of save_pretrained (default: the published one). Telephone prompts and a game's actors
-# are fetched, clips in which nobody speaks are made; --speech adds test.tsv and test_unheard.tsv of a folder of speech made
-# before (speak.py says what it holds). What was measured with the same options is kept; OUT/report/report.md has it all.
+# MODEL is a checkpoint or a folder of save_pretrained (default: the published one). Telephone prompts, a game's actors and
+# five sentences of an audio book are fetched, clips in which nobody speaks are made; --speech adds test.tsv and
+# test_unheard.tsv of a folder of speech made before (speak.py says what it holds). What was measured with the same options
+# is kept; OUT/report/report.md has it all.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/examples/common.sh"
 
 model="$root/blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m" rows=100 speech="" speech_encoder="" llm=""
 out="$root/out/evaluate" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
-usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 parse_options model rows speech speech-encoder llm out cache -- "$@"
 whole_numbers rows
 out=$(realpath -m "$out") cache=$(realpath -m "$cache")
@@ -27,10 +28,10 @@ llm=${llm:-$cache/smollm2-135m-instruct}
 here=examples/open_vocabulary
 
 python examples/quickstart/fetch_models.py --cache "$cache"
-[ -f "$out/sets/game.tsv" ] ||
+[ -f "$out/sets/book.tsv" ] ||
     python $here/recordings.py --out "$out/sets" --cache "$cache" --whisper "$speech_encoder" --rows "$rows"
 [ -f "$out/sets/nothing.tsv" ] || python $here/no_speech.py --out "$out/sets" --count 100 --voices "$out/sets/phone.tsv"
-sets=(--set "phone=$out/sets/phone.tsv" --set "game=$out/sets/game.tsv")
+sets=(--set "phone=$out/sets/phone.tsv" --set "game=$out/sets/game.tsv" --set "book=$out/sets/book.tsv")
 for split in test test_unheard; do
     [ ! -f "$speech/$split.tsv" ] || sets+=(--set "$split=$speech/$split.tsv")
 done
@@ -39,7 +40,7 @@ for system in text cascade model; do
     case $system in
         text) options=(--llm "$llm") ;;
         cascade) options=(--llm "$llm" --cascade "$speech_encoder" --nothing "$out/sets/nothing.tsv") ;;
-        model) options=(--checkpoint "$model" --nothing "$out/sets/nothing.tsv") ;;
+        model) options=(--checkpoint "$model" --nothing "$out/sets/nothing.tsv" --boundaries "$speech_encoder") ;;
     esac
     echo; echo "== $system ($(date +%H:%M:%S))"
     [ -f "$out/results/$system.json" ] ||

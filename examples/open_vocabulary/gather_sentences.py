@@ -2,9 +2,12 @@
 
     python examples/open_vocabulary/gather_sentences.py --out DIR [--limit N]
 
-DIR/train.txt, valid.txt and test.txt have a sentence a line, in a random order that does not depend on how many there
-are: what people typed to each other (chitchat-dataset: Myers 2020, MIT) and the usage examples of WordNet.
-DIR/filter.json counts what was left out and why. A sentence belongs to one split for ever.
+DIR/train.txt, valid.txt and test.txt have a sentence a line: what people typed to each other (chitchat-dataset: Myers
+2020, MIT) and the usage examples of WordNet; train.txt its definitions, too. Those of training come in the order in
+which they teach most words (exposures.py), so that the first N are those to speak; DIR/lists.txt has lists of words
+that have too few sentences, of which the first belongs to the first three sentences, and so on. Those of validation and
+test are in a random order. DIR/frequencies.tsv has how often words are said, DIR/filter.json counts what was left out
+and why. A sentence belongs to one split for ever.
 """
 
 import argparse
@@ -13,14 +16,17 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts"))
+sys.path += [str(ROOT / "scripts"), str(Path(__file__).resolve().parent)]
 
+import exposures  # noqa: E402
 import fetch_recordings  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from blspkd_fairseq.base_models import Source, fetch  # noqa: E402
 from blspkd_fairseq.cache import default_cache  # noqa: E402
@@ -30,6 +36,7 @@ from blspkd_fairseq.files import write_whole  # noqa: E402
 SHORTEST, LONGEST = 4, 18  # words
 FREQUENT = 400  # words of the chats that are known without a dictionary: "hi", "okay", "I'm"
 SPLITS = {"valid": 1, "test": 1}  # percent; the rest is for training
+DEFINITION_WEIGHT = 0.25  # of a word in a definition, beside one in what people say
 
 # Frequent in chats, and nothing that a voice reads as it is meant.
 _SLANG = """
@@ -177,10 +184,35 @@ def read_examples(wordnet: Path) -> Iterator[str]:
             yield from (found.strip() for found in re.findall(r'"([^"]+)"', line.partition("|")[2]))
 
 
+def read_definitions(wordnet: Path) -> Iterator[str]:
+    """The parts of WordNet's glosses before the examples, without what stands in brackets."""
+    for path in sorted(wordnet.glob("data.*")):
+        for line in path.read_text(encoding="latin-1").splitlines():
+            gloss = re.sub(r"\([^)]*\)", "", line.partition("|")[2].partition('"')[0])
+            yield from (" ".join(part.split()) for part in gloss.split(";") if part.strip())
+
+
 def frequent_words(texts: Iterable[str], count: int = FREQUENT) -> frozenset[str]:
     """The most frequent words."""
     words = Counter(word.lower().strip("'") for text in texts for word in _WORD.findall(text))
     return frozenset(word for word, _ in words.most_common(count))
+
+
+def frequencies_of(said: Iterable[str], defined: Iterable[str]) -> dict[str, float]:
+    """How often each word is said, those in definitions counted less."""
+    weighted = {word: float(count) for word, count in exposures.count_words(said).items()}
+    for word, count in exposures.count_words(defined).items():
+        weighted[word] = weighted.get(word, 0) + DEFINITION_WEIGHT * count
+    return weighted
+
+
+def teaching(texts: Sequence[str], frequencies: Mapping[str, float], limit: int) -> tuple[list[str], list[str]]:
+    """Sentences in the order in which they teach most words, ``limit`` of them (0: all), and the lists between them."""
+    gains = exposures.Gains(frequencies, {}, exposures.HALF)
+    count = min(limit or len(texts), len(texts))
+    count += count // exposures.SENTENCES_PER_LIST
+    chosen = list(tqdm(islice(exposures.choices(texts, gains), count), "choosing", count, unit="clip"))
+    return [one.text for one in chosen if not one.is_list], [tidy(one.text) for one in chosen if one.is_list]
 
 
 # ---- command -------------------------------------------------------------------------------------------------------
@@ -194,17 +226,22 @@ def make(out: Path, cache: Path, limit: int) -> None:
     profane = frozenset((profanity / "words.txt").read_text(encoding="utf-8").split())
     dictionary = Dictionary(read_lemmas(wordnet), frequent_words(typed), profane)
     seen: set[str] = set()
-    counts: dict[str, Counter[str]] = {"chats": Counter(), "WordNet": Counter()}
-    kept = [
+    counts: dict[str, Counter[str]] = {"chats": Counter(), "WordNet": Counter(), "WordNet's definitions": Counter()}
+    said = [
         *sift(typed, dictionary, seen, counts["chats"]),
         *sift(read_examples(wordnet), dictionary, seen, counts["WordNet"]),
     ]
+    definitions = sift(read_definitions(wordnet), dictionary, seen, counts["WordNet's definitions"])
+    spoken, defined = ([text for text in texts if split_of(text) == "train"] for texts in (said, definitions))
+    frequencies = frequencies_of(spoken, defined)
+    train, lists = teaching([*spoken, *defined], frequencies, limit)
+    written = {"train": train, "lists": lists}
+    written |= {split: shuffled(text for text in said if split_of(text) == split)[: limit or None] for split in SPLITS}
     out.mkdir(parents=True, exist_ok=True)
-    for split in ("train", *SPLITS):
-        texts = shuffled(text for text in kept if split_of(text) == split)
-        texts = texts[: limit or None]
-        write_whole(out / f"{split}.txt", "".join(f"{text}\n" for text in texts))
-        print(f"{out / split}.txt: {len(texts)} sentences")
+    for name, texts in written.items():
+        write_whole(out / f"{name}.txt", "".join(f"{text}\n" for text in texts))
+        print(f"{out / name}.txt: {len(texts)} {'lists' if name == 'lists' else 'sentences'}")
+    exposures.write_frequencies(out / "frequencies.tsv", frequencies)
     write_whole(out / "filter.json", json.dumps(counts, indent=1) + "\n")
     for source, found in counts.items():
         print(f"{source}: " + ", ".join(f"{count} {reason}" for reason, count in found.most_common()))

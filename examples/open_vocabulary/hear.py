@@ -8,7 +8,8 @@ Of each set, for each row: its id and transcript, what was heard (of a checkpoin
 as many as it counts by itself; of the cascade Whisper's transcript), the answers to "repeat", to the speech alone
 ("chat"; "long": longer ones) and to "continue", of a checkpoint the counted and the true tokens, and where the manifest
 has responses the response KL.
---nothing is a set in which nobody speaks.
+--nothing is a set in which nobody speaks. --boundaries asks a Whisper where each word of the clean sets ends: of each
+row the milliseconds by which CIF ends it later, with as many tokens as the transcript has.
 """
 
 import argparse
@@ -26,17 +27,18 @@ import torch
 from tqdm import tqdm
 
 from blspkd_fairseq import BlspKd
-from blspkd_fairseq.data.audio import load_audio
+from blspkd_fairseq.data.audio import MAX_SECONDS, SAMPLE_RATE, load_audio
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.dataset import SpeechTextDataset
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
+from blspkd_fairseq.evaluation.alignment import boundary_differences
 from blspkd_fairseq.evaluation.robustness import Voices, degrade, parse_condition
 from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, hear
 from blspkd_fairseq.generation.teacher_forced import collate, teacher_forced
 from blspkd_fairseq.modules.build import SpeechLlmConfig
-from blspkd_fairseq.systems.systems import CascadeSystem, TextSystem, Utterance
+from blspkd_fairseq.systems.systems import CascadeSystem, TextSystem, Utterance, WhisperTranscriber
 
 ANSWERS = {"repeat": ("repeat", 48), "chat": ("chat", 40), "continue": ("continue", 48), "long": ("chat", 160)}
 """What is asked for, and how many tokens an answer may have."""
@@ -117,6 +119,19 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
     return found
 
 
+def boundary_errors(model: BlspKd, whisper: WhisperTranscriber, rows: Rows) -> list[list[float]]:
+    """Milliseconds by which CIF's tokens end later than Whisper's words, of each row; of speech over 30 s, none."""
+    found = []
+    for index in tqdm(range(rows.count), desc=f"{rows.title}, boundaries", unit="row"):
+        waveform, text = rows.waveform(index), rows.manifest[index]["src_text"]
+        late: Sequence[float] = ()
+        if len(waveform) <= MAX_SECONDS * SAMPLE_RATE:
+            tokens = [(token.token, token.end) for token in model.align((waveform, SAMPLE_RATE), transcript=text)]
+            late = boundary_differences(tokens, whisper.word_ends(waveform, text)).differences_ms.tolist()
+        found.append([round(ms, 1) for ms in late])
+    return found
+
+
 def _add(found: Found, **columns: Sequence[Any]) -> None:
     for name, values in columns.items():
         found.setdefault(name, []).extend(values)
@@ -162,6 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for rows in (*sets, *silent):
             asked = answers if rows.condition == "clean" else {}
             results["sets"][rows.title] = measure_checkpoint(model, rows, args.batch_size, asked)
+        if args.boundaries and model.model.adapter.one_to_one:
+            whisper = WhisperTranscriber(args.boundaries)
+            for rows in (rows for rows in sets if rows.condition == "clean"):
+                results["sets"][rows.title]["boundary_ms"] = boundary_errors(model, whisper, rows)
     else:
         config = SpeechLlmConfig(llm=args.llm)
         system = CascadeSystem(args.cascade, config) if args.cascade else TextSystem(config)
@@ -178,6 +197,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of training or a folder of save_pretrained")
     parser.add_argument("--window-seconds", type=float, help="of the checkpoint; longer speech is cut in pauses")
+    parser.add_argument(
+        "--boundaries", default="", metavar="WHISPER", help="of a checkpoint: that says where words end"
+    )
     parser.add_argument("--cascade", default="", help="Whisper before the LLM")
     parser.add_argument("--llm", default="", help="of the cascade, or that reads the transcripts")
     parser.add_argument("--set", action="append", required=True, metavar="NAME=MANIFEST", type=_named)
@@ -192,6 +214,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.checkpoint) == bool(args.llm):
         parser.error("give --checkpoint, or --llm with or without --cascade")
+    if args.boundaries and not args.checkpoint:
+        parser.error("--boundaries are those of a --checkpoint")
     if args.rows < 0 or min(args.batch_size, args.most_tokens) < 1:
         parser.error("--rows must not be negative, --batch-size and --most-tokens at least 1")
     return args

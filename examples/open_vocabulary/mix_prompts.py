@@ -2,8 +2,9 @@
 
     python examples/open_vocabulary/mix_prompts.py --data DIR --rows 8000 --mix chat:0.5 continue:0.3 repeat:0.2
 
-DIR/asked/train.tsv, valid.tsv, ... are rows of DIR's manifests in a random order, with the columns ``prompt`` (drawn
-with these shares: the student answers well what it learns to answer) and ``teacher_text``; audio is relative to DIR.
+DIR/asked/train.tsv, valid.tsv, ... are sentences of DIR's manifests in a random order, with the columns ``prompt``
+(drawn with these shares: the student answers well what it learns to answer) and ``teacher_text``; audio is relative to
+DIR. Lists of words are asked nothing.
 DIR/asked/nothing.tsv are clips without speech that training does not have.
 
     python examples/open_vocabulary/mix_prompts.py --data DIR --repeats 8000
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from no_speech import COLUMNS as SPOKEN
 from no_speech import TEACHER_TEXTS, write_clips
+from speak import LIST_ID
 
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.data.prompts import PROMPTS, resolve_prompt
@@ -68,7 +70,8 @@ def make(data: Path, rows: int, held_out: int, nothing: int, mix: Mapping[str, f
     for split in ("train", *HELD_OUT):
         if split in HELD_OUT and not (data / f"{split}.tsv").exists():
             continue
-        found: list[Mapping[str, object]] = list(Manifest.load(data / f"{split}.tsv"))
+        spoken = Manifest.load(data / f"{split}.tsv")
+        found: list[Mapping[str, object]] = [row for row in spoken if not row["id"].startswith(LIST_ID)]
         made = [
             asked(row, prompt_of(str(row["id"]), mix), True)
             for row in chosen(found, held_out if split in HELD_OUT else rows)

@@ -28,6 +28,7 @@ TITLES = {
     "test_unheard": "four voices never heard",
     "phone": "telephone prompts (a person)",
     "game": "a game's actors",
+    "book": "five sentences of an audio book",
     "nothing": "clips in which nobody speaks",
 }
 

@@ -1,11 +1,12 @@
-"""Real speech to test on, fetched when it is used: telephone prompts, and the actors of a computer game.
+"""Real speech to test on, fetched when it is used: telephone prompts, the actors of a computer game, an audio book.
 
     python examples/open_vocabulary/recordings.py --out DIR --whisper WHISPER --rows 200
 
 DIR/phone.tsv are prompts of the Asterisk project (one voice, CC-BY-SA-3.0), DIR/game.tsv lines of "Flight of the
 Amazon Queen" (may be distributed and changed, not sold alone), of four words or more. The game has singing and
 monsters, too: a line of which Whisper gets more than 30 % of the words wrong is left out, and DIR/game-filter.json
-counts them. Neither is part of this repository. It needs apt-get and dpkg, but no root.
+counts them. DIR/book.tsv are the five sentences of "Sense and Sensibility" (LibriVox, public domain) that PocketSphinx
+is tested with. None is part of this repository. It needs apt-get and dpkg, but no root.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from blspkd_fairseq.evaluation.metrics import word_errors  # noqa: E402
 from blspkd_fairseq.files import write_whole  # noqa: E402
 from blspkd_fairseq.systems.systems import WhisperTranscriber  # noqa: E402
 
+BOOK = "pocketsphinx-testdata"
+BOOK_FOLDER = "usr/share/pocketsphinx/test/data/librivox"
 GAME = "flight-of-the-amazon-queen"
 ARCHIVE = "usr/share/scummvm/flight-of-the-amazon-queen/queen.1c"
 MOST_ERRORS = 0.3  # of Whisper's words, of a line that is kept
@@ -165,6 +168,24 @@ def fetch_game(cache: Path) -> Path:
     return folder
 
 
+def book_rows(folder: Path) -> list[dict[str, str]]:
+    """The recordings of a folder with ``transcription``, each line of which is ``<s> TEXT </s> (NAME)``.
+
+    Raises:
+        ValueError: no line has a recording.
+    """
+    rows = []
+    for line in (folder / "transcription").read_text(encoding="utf-8").splitlines():
+        found = re.fullmatch(r"<s> (.+) </s> \(([\w-]+)\)", line.strip())
+        path = folder / f"{found[2]}.wav" if found else None
+        if found and path is not None and path.is_file():
+            cells = (found[2], path.resolve(), soundfile.info(path).frames, found[1], "librivox", "en")
+            rows.append({name: str(cell) for name, cell in zip(COLUMNS, cells, strict=True)})
+    if not rows:
+        raise ValueError(f"{folder} has no recording with a text: another version of {BOOK}")
+    return rows
+
+
 def draw(folder: Path, count: int) -> list[dict[str, str]]:
     """``count`` random sentences (0: all) of a folder with recordings.tsv; their audio by its whole path."""
     rows = fetch_recordings.spoken(Manifest.load(folder / "recordings.tsv"))
@@ -209,6 +230,8 @@ def make(out: Path, cache: Path, whisper: str, rows: int, copy: bool = False) ->
     drawn = draw(fetch_game(cache), rows)
     kept = heard_by_whisper(drawn, whisper)
     write_manifest(out / "game.tsv", copied(kept, out) if copy else kept, COLUMNS)
+    book = book_rows(fetch_recordings.fetch_debian(cache / BOOK, (BOOK,)) / BOOK_FOLDER)
+    write_manifest(out / "book.tsv", copied(book, out) if copy else book, COLUMNS)
     counts = {
         "drawn": len(drawn),
         "kept": len(kept),

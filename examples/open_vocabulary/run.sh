@@ -7,8 +7,9 @@
 #       [--test-rows N] [--processes N] [--quick] [--stage N] [--stop-stage N] [--out DIR] [--cache DIR]
 #
 #   1 models         Whisper tiny.en and SmolLM2-135M-Instruct, as in the quickstart
-#   2 sentences      chats and WordNet's examples, filtered; what was left out is counted
-#   3 speech         --train sentences in the voices of flite and joe, beside the speech of --speech
+#   2 sentences      chats, WordNet's examples and definitions, filtered; what was left out is counted
+#   3 speech         the --train sentences that teach most words, and a third as many lists of words, in the voices of
+#                    flite and joe, beside the speech of --speech
 #   4 responses      what the LLM says to --rows transcripts, asked as --mix says, and to clips in which nobody speaks;
 #                    up to --repeats others are to be repeated, and their response is their own transcript
 #   5 warm-up        each speech embedding is told its token
@@ -30,7 +31,7 @@ stage=0 stop_stage=9 speech="" train=36000 rows=12000 repeats=8000 warm_up_updat
 mix="chat:0.5 continue:0.3 repeat:0.2" augment="" augment_variants=0 batch=16 voices="slt rms awb kal16 joe" speech_encoder="" llm="" processes=$(nproc)
 pretrained="$root/blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m"
 out="$root/out/open_vocabulary" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
-usage() { sed -n '2,26s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,27s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 parse_options stage stop-stage speech train rows repeats warm-up-updates updates test-rows quick mix augment augment-variants speech-encoder llm \
     processes pretrained out cache batch voices -- "$@"
 whole_numbers stage stop_stage train rows repeats warm_up_updates updates test_rows processes batch augment_variants
@@ -56,8 +57,8 @@ gather_sentences() {
 
 speak() {
     # shellcheck disable=SC2086  # several voices are several words
-    python $here/speak.py --sentences "$out/sentences" --out "$data" --cache "$cache" --train "$train" --valid "$valid" \
-        --test "$valid" --voices $voices --most-ready "$most_ready" --processes "$processes" \
+    python $here/speak.py --sentences "$out/sentences" --out "$data" --cache "$cache" --train "$train" \
+        --lists $((train / 3)) --valid "$valid" --test "$valid" --voices $voices --most-ready "$most_ready" --processes "$processes" \
         ${speech:+--speech "$speech"}
 }
 
@@ -121,8 +122,8 @@ evaluate() {
     for split in test test_unheard; do
         [ ! -f "$asked/responses/$split.tsv" ] || sets+=(--set "$split=$asked/responses/$split.tsv")
     done
-    for split in phone game; do
-        [ "$(wc -l <"$out/sets/$split.tsv")" -lt 2 ] || sets+=(--set "$split=$out/sets/$split.tsv")
+    for split in phone game book; do
+        [ "$(cat "$out/sets/$split.tsv" 2>/dev/null | wc -l)" -lt 2 ] || sets+=(--set "$split=$out/sets/$split.tsv")
     done
     common=("${sets[@]}" --audio-root "$data" --rows "$test_rows")
     hear text --llm "$llm"
@@ -130,7 +131,7 @@ evaluate() {
     hear before --checkpoint "$pretrained" --nothing "$asked/nothing.tsv"
     hear warm-up --checkpoint "$model/warm-up/checkpoint_last.pt"
     hear model --checkpoint "$model/distillation/checkpoint_last.pt" --nothing "$asked/nothing.tsv" \
-        --conditions "${conditions[@]}"
+        --boundaries "$speech_encoder" --conditions "${conditions[@]}"
 }
 
 # hear NAME OPTIONS: measures a system, unless it was measured and has not been trained since

@@ -1,10 +1,11 @@
 """Speaks sentences in fast voices, each with its own tempo and pitch, and writes the manifests.
 
-    python examples/open_vocabulary/speak.py --sentences DIR --out DIR --train 36000 [--speech DIR]
+    python examples/open_vocabulary/speak.py --sentences DIR --out DIR --train 36000 --lists 12000 [--speech DIR]
 
-OUT/train.tsv, valid.tsv and test.tsv have sentences of their own in the voices of flite and joe; OUT/audio holds the
-clips, which are kept when they are there already. --speech adds speech made before: a folder with the manifests
-train.tsv, valid.tsv, test.tsv and test_unheard.tsv, in voices that training never hears, and the archives they name.
+OUT/train.tsv, valid.tsv and test.tsv have sentences of their own in the voices of flite and joe, train.tsv lists of
+words, too; OUT/audio holds the clips, which are kept when they are there already. --speech adds speech made before: a
+folder with the manifests train.tsv, valid.tsv, test.tsv and test_unheard.tsv, in voices that training never hears, and
+the archives they name.
 """
 
 import argparse
@@ -32,6 +33,7 @@ VOICES = (*voices.FLITE_VOICES, "joe")
 TEMPO = (0.8, 1.25)  # length scales, evenly on a logarithmic scale
 PITCH = (0.85, 1.18)
 READY_SPLITS = ("train", "valid", "test", "test_unheard")
+LIST_ID = "train-list-"  # with which the ids of lists of words begin, which nobody would say to an LLM
 COLUMNS = ("id", "audio", "n_frames", "src_text", "speaker", "src_lang")
 
 
@@ -94,7 +96,7 @@ def read_sentences(path: Path, count: int, taken: set[str]) -> list[str]:
 
 def make(
     sentences: Path, out: Path, cache: Path, counts: dict[str, int], speech: Path | None, names: Sequence[str],
-    processes: int, most_ready: int = 0,
+    processes: int, most_ready: int = 0, lists: int = 0,
 ) -> None:  # fmt: skip
     """Everything in the module's text."""
     ready = {split: ready_rows(speech, split)[: most_ready or None] for split in READY_SPLITS}
@@ -103,12 +105,15 @@ def make(
     for split, count in counts.items():
         elsewhere = set().union(*(found for other, found in keys.items() if other != split))
         clips[split] = [clip_of(text, names) for text in read_sentences(sentences / f"{split}.txt", count, elsewhere)]
+    listed = [clip_of(text, names) for text in read_sentences(sentences / "lists.txt", lists, set())] if lists else []
     everything = [clip for part in clips.values() for clip in part]
-    make_speech.speak_missing(everything, out / "audio", processes, speakers(cache, names))
+    make_speech.speak_missing([*everything, *listed], out / "audio", processes, speakers(cache, names))
     if speech is not None:
         copy_archives(speech, out, [row for rows in ready.values() for row in rows])
     for split in READY_SPLITS:
         spoken = [make_speech._row(f"{split}-spoken-{i:06d}", c, out) for i, c in enumerate(clips.get(split, []))]
+        if split == "train":
+            spoken += [make_speech._row(f"{LIST_ID}{i:06d}", clip, out) for i, clip in enumerate(listed)]
         rows = [*ready[split], *({name: row[name] for name in COLUMNS} for row in spoken)]
         if rows:
             write_manifest(out / f"{split}.tsv", rows, COLUMNS)
@@ -123,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--speech", type=Path, help="folder of speech made before")
     parser.add_argument("--train", type=int, default=36_000, help="sentences to speak (36,000 are about 30 hours)")
+    parser.add_argument("--lists", type=int, default=0, help="lists of words to speak, a third as many fit them")
     parser.add_argument("--valid", type=int, default=200)
     parser.add_argument("--test", type=int, default=200)
     parser.add_argument("--voices", nargs="+", choices=VOICES, default=list(VOICES))
@@ -130,7 +136,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(arguments)
     counts = {"train": args.train, "valid": args.valid, "test": args.test}
-    make(args.sentences, args.out, args.cache, counts, args.speech, args.voices, args.processes, args.most_ready)
+    make(
+        args.sentences,
+        args.out,
+        args.cache,
+        counts,
+        args.speech,
+        args.voices,
+        args.processes,
+        args.most_ready,
+        args.lists,
+    )
 
 
 if __name__ == "__main__":

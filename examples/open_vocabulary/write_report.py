@@ -48,6 +48,9 @@ def scores_of(found: Found, text: Found | None) -> dict[str, Interval]:
     if "counted" in found:
         wrong = [abs(a - b) for a, b in zip(found["counted"], found["tokens"], strict=True)]
         measured["token-count error, %"] = ratio("token-count error", wrong, found["tokens"], 100)
+    if any(found.get("boundary_ms", ())):
+        late = [[abs(ms) for ms in row] for row in found["boundary_ms"]]
+        measured["boundary error, ms"] = ratio("boundary error", [sum(row) for row in late], [len(row) for row in late])
     return {name: bootstrap_interval(one.statistics, one.score_of) for name, one in measured.items()}
 
 

@@ -1,0 +1,164 @@
+"""How often words were said in training, and which sentences are worth saying next.
+
+A word that training said n times is missed with the probability ``1 / (1 + n / half)`` (measured: README, "A sixth
+part"). What one more exposure is worth is how much less often the word is then missed, times how often people say it:
+most for words that were said now and then.
+"""
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+from blspkd_fairseq.files import write_whole
+
+HALF = 30.0  # exposures after which a word is heard every second time, of the published model's trainings
+LIST_WORDS = 8
+SENTENCES_PER_LIST = 3
+CLIP_COST = 3  # words that a clip costs beside its own, so that not only the shortest are chosen
+SLACK = 0.99  # of the best one's value is good enough, which takes a fraction of the time
+
+_NORMALIZER = BasicTextNormalizer()
+
+
+class Choice(NamedTuple):
+    """What is said next.
+
+    Attributes:
+        gain: words less that are expected to be missed, for each word that is said and three more for the clip.
+        text: a sentence, or the words of a list.
+        is_list: words that have nothing to do with each other.
+    """
+
+    gain: float
+    text: str
+    is_list: bool
+
+
+def words_of(text: str) -> list[str]:
+    """In lower case, without punctuation."""
+    words: list[str] = _NORMALIZER(text).split()
+    return words
+
+
+def count_words(texts: Iterable[str]) -> Counter[str]:
+    """How often each word is said."""
+    return Counter(word for text in texts for word in words_of(text))
+
+
+def write_frequencies(path: Path, frequencies: Mapping[str, float]) -> None:
+    """For :func:`read_frequencies`, the most frequent words first."""
+    ranked = sorted(frequencies.items(), key=lambda pair: (-pair[1], pair[0]))
+    write_whole(path, "".join(f"{word}\t{times:g}\n" for word, times in ranked))
+
+
+def read_frequencies(path: Path) -> dict[str, float]:
+    """What :func:`write_frequencies` wrote."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {word: float(times) for word, times in (line.split("\t") for line in lines)}
+
+
+def miss_rate(exposures: float, half: float = HALF) -> float:
+    """How probably a word is missed that was said ``exposures`` times."""
+    return 1 / (1 + exposures / half)
+
+
+def fit_half(exposures: Sequence[int], missed: Sequence[bool]) -> float:
+    """The ``half`` under which what was missed is most probable, of 200 from .1 to 10,000.
+
+    Args:
+        exposures: of each word of the utterances that were heard, how often training said it.
+        missed: whether it was not heard.
+
+    Raises:
+        ValueError: no word was said.
+    """
+    if not exposures:
+        raise ValueError("no word was said, so that nothing can be fitted")
+    pairs = Counter(zip(exposures, missed, strict=True))
+
+    def likelihood(half: float) -> float:
+        total = 0.0
+        for (count, was_missed), times in pairs.items():
+            rate = min(max(miss_rate(count, half), 1e-6), 1 - 1e-6)
+            total += times * math.log(rate if was_missed else 1 - rate)
+        return total
+
+    return max((10 ** (-1 + 5 * step / 199) for step in range(200)), key=likelihood)
+
+
+class Gains:
+    """What one more exposure of each word is worth, in words less that are missed."""
+
+    def __init__(self, frequencies: Mapping[str, float], said: Mapping[str, int], half: float) -> None:
+        self.frequencies, self.half = frequencies, half
+        self.said = Counter(said)
+        self._of: dict[str, float] = {}
+
+    def of(self, word: str) -> float:
+        """Of a word; it falls with every exposure."""
+        if word not in self._of:
+            count = self.said[word]
+            fall = miss_rate(count, self.half) - miss_rate(count + 1, self.half)
+            self._of[word] = self.frequencies.get(word, 0) * fall
+        return self._of[word]
+
+    def say(self, words: Iterable[str]) -> None:
+        """Counts what is said."""
+        for word in words:
+            self.said[word] += 1
+            self._of.pop(word, None)
+
+    def missed(self) -> float:
+        """The share of words, by their frequencies, that is expected to be missed."""
+        missed = sum(times * miss_rate(self.said[word], self.half) for word, times in self.frequencies.items())
+        return missed / sum(self.frequencies.values())
+
+
+def choices(texts: Sequence[str], gains: Gains, rarest: float = 3) -> Iterator[Choice]:
+    """All texts, the one of the largest gain first, and after every third a list of eight words.
+
+    ``gains`` counts what was chosen. Lists hold the words of the largest gains that ``frequencies`` has ``rarest``
+    times or more: those of which there are too few sentences. Every prefix is what is best to say in so many clips.
+    """
+    split = [words_of(text) for text in texts]
+    each = [set(words) for words in split]
+    frequent = sorted(word for word, times in gains.frequencies.items() if times >= rarest and len(word) > 2)
+    sentences = _Falling(len(texts), lambda index: sum(map(gains.of, each[index])) / (CLIP_COST + len(split[index])))
+    words = _Falling(len(frequent), lambda index: gains.of(frequent[index]))
+    for number in range(1, len(texts) + 1):
+        value, index = sentences.pop()
+        gains.say(split[index])
+        yield Choice(value, texts[index], False)
+        if number % SENTENCES_PER_LIST == 0 and len(frequent) >= LIST_WORDS:
+            listed = [words.pop() for _ in range(LIST_WORDS)]
+            gains.say(frequent[place] for _, place in listed)
+            for _, place in listed:
+                words.push(place)
+            text = " ".join(frequent[place] for _, place in listed)
+            yield Choice(sum(value for value, _ in listed) / (CLIP_COST + LIST_WORDS), text, True)
+
+
+class _Falling:
+    """Numbers from 0 on, of which one of the largest value comes first; values may only fall."""
+
+    def __init__(self, count: int, value: Callable[[int], float]) -> None:
+        self._value = value
+        self._heap = [(-value(index), index) for index in range(count)]
+        heapq.heapify(self._heap)
+
+    def push(self, index: int) -> None:
+        heapq.heappush(self._heap, (-self._value(index), index))
+
+    def pop(self) -> tuple[float, int]:
+        """A largest value and whose it is: who is still the best when it is counted again is the best of all."""
+        while True:
+            index = heapq.heappop(self._heap)[1]
+            now = self._value(index)
+            if not self._heap or now >= SLACK * -self._heap[0][0]:
+                return now, index
+            heapq.heappush(self._heap, (-now, index))
