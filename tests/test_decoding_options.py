@@ -10,6 +10,7 @@ from blspkd_fairseq.generation.decoding import DecodingOptions
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"beam": 100_000}, "beam must be 1 to 1024 .* got 100000"),
         ({"beam": 1.5}, "beam must be a whole number, got 1.5"),
         ({"beam": "2"}, "beam must be a whole number, got '2'"),
         ({"max_new_tokens": True}, "max_new_tokens must be a whole number"),

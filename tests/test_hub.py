@@ -75,7 +75,7 @@ def test_instructions_and_decoding_options(model: BlspKd, trained: Trained) -> N
         ({"audio": (samples, 0.5)}, "whole number of Hz"),
         ({"audio": audio, "instruction": None}, "a prompt is a name or a text, not None"),
         ({"audio": audio, "batch_size": 0}, "batch size must be a whole number of at least 1, got 0"),
-        ({"audio": audio, "beam": 0}, "beam must be at least 1"),
+        ({"audio": audio, "beam": 0}, "beam must be 1 to 1024"),
         ({"audio": audio, "beam": 2, "length_penalty": float("nan")}, "length penalty finite"),
     ):
         with pytest.raises(ValueError, match=message):

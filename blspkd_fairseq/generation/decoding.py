@@ -26,6 +26,8 @@ from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, Spe
 from blspkd_fairseq.modules.speech_llm import ChatLLM, SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import frame_counts
 
+WIDEST_BEAM = 1024
+"""The most hypotheses of an utterance: some gigabytes of keys and values of a small LLM already."""
 COLDEST = 1e-4
 """The lowest temperature to draw at: float32 holds the logits divided by it."""
 
@@ -56,9 +58,10 @@ class DecodingOptions:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.beam < 1 or not math.isfinite(self.length_penalty):
+        if not 1 <= self.beam <= WIDEST_BEAM or not math.isfinite(self.length_penalty):
             raise ValueError(
-                f"the beam must be at least 1 and the length penalty finite, got {self.beam}, {self.length_penalty}"
+                f"the beam must be 1 to {WIDEST_BEAM} (each hypothesis has keys and values of its own) and the length "
+                f"penalty finite, got {self.beam}, {self.length_penalty}"
             )
         if not 1 <= self.n_best <= self.beam:
             raise ValueError(f"n-best must be between 1 and the beam size ({self.beam}), got {self.n_best}")
