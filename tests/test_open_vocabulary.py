@@ -434,6 +434,7 @@ def command(name: str, *options: object, environment: dict[str, str] | None = No
         ("run.sh", ["--trian", "5"], "unknown option --trian"),
         ("run.sh", ["--train", "many"], "--train must be a whole number"),
         ("run.sh", ["--speech", "/nowhere"], "--speech /nowhere holds no train.tsv"),
+        ("run.sh", ["--sentences", "/nowhere"], "--sentences /nowhere holds no train.txt"),
         ("run.sh", ["--pretrained", "/nowhere"], "--pretrained /nowhere holds no config.json"),
         ("evaluate.sh", ["--model", "/nowhere"], "--model /nowhere does not exist"),
         ("evaluate.sh", ["--rows", "all"], "--rows must be a whole number"),
