@@ -297,6 +297,13 @@ def test_results_without_the_text_are_refused(tmp_path: Path) -> None:
 # ---- sentences to speak next ---------------------------------------------------------------------------------------
 
 
+def test_words_are_what_is_between_blanks_and_marks() -> None:
+    assert exposures.words_of("Don’t say 'no', e.g. twenty-one!") == ["don't", "say", "no", "e", "g", "twenty", "one"]
+    assert (
+        exposures.words_of("Où est-ce, 2 fois?") == ["où", "est", "ce", "2", "fois"] and exposures.words_of("...") == []
+    )
+
+
 def test_what_one_more_exposure_is_worth() -> None:
     gains = exposures.Gains({"often": 100, "rare": 1, "never": 0}, {"often": 1000}, half=10)
     assert gains.of("often") == pytest.approx(100 * (10 / 1010 - 10 / 1011))

@@ -7,12 +7,11 @@ most for words that were said now and then.
 
 import heapq
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from blspkd_fairseq.files import write_whole
 
@@ -22,7 +21,7 @@ SENTENCES_PER_LIST = 3
 CLIP_COST = 3  # words that a clip costs beside its own, so that not only the shortest are chosen
 SLACK = 0.99  # of the best one's value is good enough, which takes a fraction of the time
 
-_NORMALIZER = BasicTextNormalizer()
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 class Choice(NamedTuple):
@@ -40,9 +39,8 @@ class Choice(NamedTuple):
 
 
 def words_of(text: str) -> list[str]:
-    """In lower case, without punctuation."""
-    words: list[str] = _NORMALIZER(text).split()
-    return words
+    """In lower case, without punctuation; "don't" is one word."""
+    return _WORD.findall(text.lower().replace("’", "'"))
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
