@@ -305,7 +305,7 @@ def test_words_are_what_is_between_blanks_and_marks() -> None:
 
 
 def test_what_one_more_exposure_is_worth() -> None:
-    gains = exposures.Gains({"often": 100, "rare": 1, "never": 0}, {"often": 1000}, half=10)
+    gains = exposures.Gains({"often": 100, "rare": 1, "never": 0}, {"often": 1000}, exposures.MissRate(10))
     assert gains.of("often") == pytest.approx(100 * (10 / 1010 - 10 / 1011))
     assert gains.of("rare") == pytest.approx(1 * (1 - 10 / 11)) and gains.of("never") == gains.of("unknown") == 0
     assert gains.missed() == pytest.approx((100 * 10 / 1010 + 1) / 101)
@@ -314,21 +314,23 @@ def test_what_one_more_exposure_is_worth() -> None:
     assert gains.said["rare"] == 2 and 0 < gains.of("rare") < before
 
 
-@pytest.mark.parametrize("half", [0.5, 12.0, 300.0])
-def test_the_half_is_found_again_from_what_was_missed(half: float) -> None:
+@pytest.mark.parametrize(("half", "floor"), [(0.5, 0.0), (12.0, 0.1), (300.0, 0.0)])
+def test_the_rate_is_found_again_from_what_was_missed(half: float, floor: float) -> None:
     rng = np.random.default_rng(0)
-    said = rng.integers(0, 1000, size=20_000)
-    missed = rng.random(20_000) < 1 / (1 + said / half)
-    assert exposures.fit_half(said.tolist(), missed.tolist()) == pytest.approx(half, rel=0.1)
+    said = (10 ** rng.uniform(0, 3.5, size=20_000)).astype(int) - 1
+    missed = rng.random(20_000) < floor + (1 - floor) / (1 + said / half)
+    found = exposures.MissRate.fit(said.tolist(), missed.tolist())
+    assert found.half == pytest.approx(half, rel=0.15) and found.floor == pytest.approx(floor, abs=0.021)
+    assert found(0) == 1 and found(half) == pytest.approx((1 + floor) / 2, abs=0.05)
     with pytest.raises(ValueError, match="no word was said"):
-        exposures.fit_half([], [])
+        exposures.MissRate.fit([], [])
 
 
 def test_sentences_that_teach_most_come_first_and_lists_hold_what_has_too_few() -> None:
     words = [f"w{name}{name}" for name in "abcdefghijklmnopqrst"]
     texts = [f"{a} {b} {a}." for a, b in zip(words, words[1:], strict=False)] + ["The the the."] * 30
     frequencies = dict.fromkeys(words, 10.0) | {"the": 1.0, "scarce": 2.0, "missing": 50.0}
-    chosen = list(exposures.choices(texts, exposures.Gains(frequencies, {}, half=5)))
+    chosen = list(exposures.choices(texts, exposures.Gains(frequencies, {}, exposures.MissRate(5))))
     sentences, lists = ([one for one in chosen if one.is_list is kind] for kind in (False, True))
     assert sorted(one.text for one in sentences) == sorted(texts) and len(lists) == len(texts) // 3
     assert all("the" not in one.text for one in sentences[:19]) and chosen[3].is_list
@@ -347,7 +349,7 @@ def test_every_choice_is_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> N
     frequencies = exposures.count_words(texts)
     said: Counter[str] = Counter()
     left = list(texts)
-    for one in exposures.choices(texts, exposures.Gains(frequencies, {}, half=3)):
+    for one in exposures.choices(texts, exposures.Gains(frequencies, {}, exposures.MissRate(3))):
 
         def gain(text: str) -> float:
             fall = sum(frequencies[w] * (3 / (3 + said[w]) - 3 / (4 + said[w])) for w in set(text.split()))
@@ -362,7 +364,7 @@ def test_words_are_missed_by_how_often_training_said_them() -> None:
     rows = [select_sentences.SpokenRow(["the", "the", "cat", "sat"], ["the", "hat", "sat"], 1.0)]
     pairs = select_sentences.misses(rows, {"the": 500, "sat": 2})
     assert pairs == [(500, False), (500, True), (0, True), (2, False)]
-    lines = select_sentences.by_exposures(pairs, half=2)
+    lines = select_sentences.by_exposures(pairs, exposures.MissRate(2))
     assert lines == [("0", 1, "1.000", "1.000"), ("1 to 3", 1, "0.000", "0.500"), ("301 to 1000", 2, "0.500", "0.004")]
 
 

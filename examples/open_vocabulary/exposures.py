@@ -1,21 +1,21 @@
 """How often words were said in training, and which sentences are worth saying next.
 
-A word that training said n times is missed with the probability ``1 / (1 + n / half)`` (measured: README, "A sixth
-part"). What one more exposure is worth is how much less often the word is then missed, times how often people say it:
-most for words that were said now and then.
+A word that training said n times is missed with the probability ``floor + (1 - floor) / (1 + n / half)`` (measured:
+README, "A sixth part"). What one more exposure is worth is how much less often the word is then missed, times how often
+people say it: most for words that were said now and then.
 """
 
 import heapq
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from blspkd_fairseq.files import write_whole
 
-HALF = 30.0  # exposures after which a word is heard every second time, of the published model's trainings
 LIST_WORDS = 8
 SENTENCES_PER_LIST = 3
 CLIP_COST = 3  # words that a clip costs beside its own, so that not only the shortest are chosen
@@ -60,40 +60,49 @@ def read_frequencies(path: Path) -> dict[str, float]:
     return {word: float(times) for word, times in (line.split("\t") for line in lines)}
 
 
-def miss_rate(exposures: float, half: float = HALF) -> float:
-    """How probably a word is missed that was said ``exposures`` times."""
-    return 1 / (1 + exposures / half)
+class MissRate(NamedTuple):
+    """How probably a word is missed.
 
-
-def fit_half(exposures: Sequence[int], missed: Sequence[bool]) -> float:
-    """The ``half`` under which what was missed is most probable, of 200 from .1 to 10,000.
-
-    Args:
-        exposures: of each word of the utterances that were heard, how often training said it.
-        missed: whether it was not heard.
-
-    Raises:
-        ValueError: no word was said.
+    Attributes:
+        half: exposures after which half of what can be learnt is learnt (20: measured, README).
+        floor: what is missed however often it was said.
     """
-    if not exposures:
-        raise ValueError("no word was said, so that nothing can be fitted")
-    pairs = Counter(zip(exposures, missed, strict=True))
 
-    def likelihood(half: float) -> float:
-        total = 0.0
-        for (count, was_missed), times in pairs.items():
-            rate = min(max(miss_rate(count, half), 1e-6), 1 - 1e-6)
-            total += times * math.log(rate if was_missed else 1 - rate)
-        return total
+    half: float = 20.0
+    floor: float = 0.0
 
-    return max((10 ** (-1 + 5 * step / 199) for step in range(200)), key=likelihood)
+    def __call__(self, exposures: float) -> float:
+        """Of a word that was said so often."""
+        return self.floor + (1 - self.floor) / (1 + exposures / self.half)
+
+    @classmethod
+    def fit(cls, exposures: Sequence[int], missed: Sequence[bool]) -> "MissRate":
+        """The rate under which what was missed is most probable: half from .1 to 10,000, floor from 0 to .5.
+
+        Args:
+            exposures: of each word of the utterances that were heard, how often training said it.
+            missed: whether it was not heard.
+
+        Raises:
+            ValueError: no word was said.
+        """
+        if not exposures:
+            raise ValueError("no word was said, so that nothing can be fitted")
+        counts, was_missed = np.asarray(exposures, dtype=float), np.asarray(missed, dtype=bool)
+
+        def likelihood(rate: "MissRate") -> float:
+            missing = np.clip(rate(counts), 1e-6, 1 - 1e-6)  # type: ignore[arg-type]
+            return float(np.log(np.where(was_missed, missing, 1 - missing)).sum())
+
+        halves, floors = np.geomspace(0.1, 10_000, 151), np.linspace(0, 0.5, 51)
+        return max((cls(float(half), float(floor)) for half in halves for floor in floors), key=likelihood)
 
 
 class Gains:
     """What one more exposure of each word is worth, in words less that are missed."""
 
-    def __init__(self, frequencies: Mapping[str, float], said: Mapping[str, int], half: float) -> None:
-        self.frequencies, self.half = frequencies, half
+    def __init__(self, frequencies: Mapping[str, float], said: Mapping[str, int], rate: MissRate) -> None:
+        self.frequencies, self.rate = frequencies, rate
         self.said = Counter(said)
         self._of: dict[str, float] = {}
 
@@ -101,8 +110,7 @@ class Gains:
         """Of a word; it falls with every exposure."""
         if word not in self._of:
             count = self.said[word]
-            fall = miss_rate(count, self.half) - miss_rate(count + 1, self.half)
-            self._of[word] = self.frequencies.get(word, 0) * fall
+            self._of[word] = self.frequencies.get(word, 0) * (self.rate(count) - self.rate(count + 1))
         return self._of[word]
 
     def say(self, words: Iterable[str]) -> None:
@@ -113,7 +121,7 @@ class Gains:
 
     def missed(self) -> float:
         """The share of words, by their frequencies, that is expected to be missed."""
-        missed = sum(times * miss_rate(self.said[word], self.half) for word, times in self.frequencies.items())
+        missed = sum(times * self.rate(self.said[word]) for word, times in self.frequencies.items())
         return missed / sum(self.frequencies.values())
 
 

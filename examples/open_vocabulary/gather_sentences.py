@@ -208,7 +208,7 @@ def frequencies_of(said: Iterable[str], defined: Iterable[str]) -> dict[str, flo
 
 def teaching(texts: Sequence[str], frequencies: Mapping[str, float], limit: int) -> tuple[list[str], list[str]]:
     """Sentences in the order in which they teach most words, ``limit`` of them (0: all), and the lists between them."""
-    gains = exposures.Gains(frequencies, {}, exposures.HALF)
+    gains = exposures.Gains(frequencies, {}, exposures.MissRate())
     count = min(limit or len(texts), len(texts))
     count += count // exposures.SENTENCES_PER_LIST
     chosen = list(tqdm(islice(exposures.choices(texts, gains), count), "choosing", count, unit="clip"))

@@ -4,7 +4,7 @@
         --audio-root DIR --spoken DIR/train.tsv --sentences sentences --count 20000 --out next
 
 The model hears --rows, which it was not trained on, and its misses are held against how often the manifests of
---spoken, which it was trained on, say each word: the half of exposures.py is fitted. By that the sentences of
+--spoken, which it was trained on, say each word: the rate of exposures.py is fitted. By that the sentences of
 gather_sentences.py that nobody said yet come in the order in which they teach most, and between them lists of words
 that have too few.
 
@@ -64,15 +64,15 @@ def misses(rows: Sequence[SpokenRow], said: Mapping[str, int]) -> list[tuple[int
     return pairs
 
 
-def by_exposures(pairs: Sequence[tuple[int, bool]], half: float) -> list[tuple[str, int, str, str]]:
-    """For each bin: exposures, words, the share that was missed and the share that ``half`` makes one expect."""
+def by_exposures(pairs: Sequence[tuple[int, bool]], rate: exposures.MissRate) -> list[tuple[str, int, str, str]]:
+    """For each bin: exposures, words, the share that was missed and the share that is expected."""
     lines = []
     for low, high in zip(BINS, (*BINS[1:], float("inf")), strict=True):
         inside = [(count, missed) for count, missed in pairs if low <= count < high]
         if inside:
             name = f"{low} or more" if high == float("inf") else str(low) if high == low + 1 else f"{low} to {high - 1}"
             missed = sum(was_missed for _, was_missed in inside) / len(inside)
-            expected = sum(exposures.miss_rate(count, half) for count, _ in inside) / len(inside)
+            expected = sum(rate(count) for count, _ in inside) / len(inside)
             lines.append((name, len(inside), f"{missed:.3f}", f"{expected:.3f}"))
     return lines
 
@@ -97,22 +97,22 @@ def make(args: argparse.Namespace) -> None:
     found = hear.measure_checkpoint(model, to_hear, args.batch_size, {})
     rows, said = spoken_rows(found), exposures.count_words(trained)
     pairs = misses(rows, said)
-    half = exposures.fit_half(*zip(*pairs, strict=True))
-    gains = exposures.Gains(exposures.read_frequencies(args.sentences / "frequencies.tsv"), said, half)
+    rate = exposures.MissRate.fit(*zip(*pairs, strict=True))
+    gains = exposures.Gains(exposures.read_frequencies(args.sentences / "frequencies.tsv"), said, rate)
     before, worth = gains.missed(), {word: gains.of(word) for word in gains.frequencies}
     chosen = list(islice(exposures.choices(free, gains), args.count))
 
     args.out.mkdir(parents=True, exist_ok=True)
     hardest = sorted(zip(rows, found["id"], found["said"], found["heard"], strict=True), key=lambda row: -row[0].kl)
     ranked = sorted(worth.items(), key=lambda pair: (-pair[1], pair[0]))
-    write_whole(args.out / "exposures.tsv", _tsv("exposures words missed expected", by_exposures(pairs, half)))
+    write_whole(args.out / "exposures.tsv", _tsv("exposures words missed expected", by_exposures(pairs, rate)))
     write_whole(args.out / "words.tsv", _tsv("gain exposures word", [(f"{v:.5f}", said[w], w) for w, v in ranked]))
     write_whole(args.out / "rows.tsv", _tsv("kl id said heard", [(f"{row.kl:.4f}", *rest) for row, *rest in hardest]))
     for name in (*(f"{split}.txt" for split in SPLITS), "frequencies.tsv"):
         shutil.copyfile(args.sentences / name, args.out / name)
     write_whole(args.out / "lists.txt", "".join(f"{tidy(one.text)}\n" for one in chosen if one.is_list))
     write_whole(args.out / "train.txt", "".join(f"{one.text}\n" for one in chosen if not one.is_list))
-    print(f"a word is heard every second time after {half:.1f} exposures")
+    print(f"missed: {100 * rate.floor:.0f} % of the words always, of the rest half of those said {rate.half:.1f} times")
     lists = sum(one.is_list for one in chosen)
     print(f"{args.out}: {len(chosen)} clips, {lists} of them lists, from {len(free)} sentences")
     print(
