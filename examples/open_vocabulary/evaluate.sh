@@ -40,7 +40,10 @@ for system in text cascade model; do
     case $system in
         text) options=(--llm "$llm") ;;
         cascade) options=(--llm "$llm" --cascade "$speech_encoder" --nothing "$out/sets/nothing.tsv") ;;
-        model) options=(--checkpoint "$model" --nothing "$out/sets/nothing.tsv" --boundaries "$speech_encoder") ;;
+        model)
+            options=(--checkpoint "$model" --nothing "$out/sets/nothing.tsv")
+            options+=(--boundaries "$speech_encoder" --boundary-rows 30)
+            ;;
     esac
     echo; echo "== $system ($(date +%H:%M:%S))"
     [ -f "$out/results/$system.json" ] ||

@@ -119,16 +119,16 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
     return found
 
 
-def boundary_errors(model: BlspKd, whisper: WhisperTranscriber, rows: Rows) -> list[list[float]]:
-    """Milliseconds by which CIF's tokens end later than Whisper's words, of each row; of speech over 30 s, none."""
-    found = []
-    for index in tqdm(range(rows.count), desc=f"{rows.title}, boundaries", unit="row"):
+def boundary_errors(model: BlspKd, whisper: WhisperTranscriber, rows: Rows, most: int) -> list[list[float]]:
+    """Milliseconds by which tokens end later than Whisper's words, of the first rows; of speech over 30 s, none."""
+    found: list[list[float]] = [[]] * rows.count
+    for index in tqdm(range(min(rows.count, most or rows.count)), desc=f"{rows.title}, boundaries", unit="row"):
         waveform, text = rows.waveform(index), rows.manifest[index]["src_text"]
         late: Sequence[float] = ()
         if len(waveform) <= MAX_SECONDS * SAMPLE_RATE:
             tokens = [(token.token, token.end) for token in model.align((waveform, SAMPLE_RATE), transcript=text)]
             late = boundary_differences(tokens, whisper.word_ends(waveform, text)).differences_ms.tolist()
-        found.append([round(ms, 1) for ms in late])
+        found[index] = [round(ms, 1) for ms in late]
     return found
 
 
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.boundaries and model.model.adapter.one_to_one:
             whisper = WhisperTranscriber(args.boundaries)
             for rows in (rows for rows in sets if rows.condition == "clean"):
-                results["sets"][rows.title]["boundary_ms"] = boundary_errors(model, whisper, rows)
+                results["sets"][rows.title]["boundary_ms"] = boundary_errors(model, whisper, rows, args.boundary_rows)
     else:
         config = SpeechLlmConfig(llm=args.llm)
         system = CascadeSystem(args.cascade, config) if args.cascade else TextSystem(config)
@@ -200,6 +200,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--boundaries", default="", metavar="WHISPER", help="of a checkpoint: that says where words end"
     )
+    parser.add_argument("--boundary-rows", type=int, default=0, help="first rows of each set for that (default: all)")
     parser.add_argument("--cascade", default="", help="Whisper before the LLM")
     parser.add_argument("--llm", default="", help="of the cascade, or that reads the transcripts")
     parser.add_argument("--set", action="append", required=True, metavar="NAME=MANIFEST", type=_named)
@@ -216,8 +217,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give --checkpoint, or --llm with or without --cascade")
     if args.boundaries and not args.checkpoint:
         parser.error("--boundaries are those of a --checkpoint")
-    if args.rows < 0 or min(args.batch_size, args.most_tokens) < 1:
-        parser.error("--rows must not be negative, --batch-size and --most-tokens at least 1")
+    if min(args.rows, args.boundary_rows) < 0 or min(args.batch_size, args.most_tokens) < 1:
+        parser.error("--rows and --boundary-rows must not be negative, --batch-size and --most-tokens at least 1")
     return args
 
 
