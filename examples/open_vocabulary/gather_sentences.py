@@ -212,6 +212,11 @@ def teaching(texts: Sequence[str], frequencies: Mapping[str, float], limit: int)
     count = min(limit or len(texts), len(texts))
     count += count // exposures.SENTENCES_PER_LIST
     chosen = list(tqdm(islice(exposures.choices(texts, gains), count), "choosing", count, unit="clip"))
+    return separated(chosen)
+
+
+def separated(chosen: Sequence[exposures.Choice]) -> tuple[list[str], list[str]]:
+    """The sentences, and the lists as they are spoken."""
     return [one.text for one in chosen if not one.is_list], [tidy(one.text) for one in chosen if one.is_list]
 
 

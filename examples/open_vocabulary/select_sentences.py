@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 
 import exposures  # noqa: E402
 import hear  # noqa: E402
-from gather_sentences import SPLITS, tidy  # noqa: E402
+from gather_sentences import SPLITS, separated  # noqa: E402
 
 from blspkd_fairseq import BlspKd  # noqa: E402
 from blspkd_fairseq.data.manifest import Manifest  # noqa: E402
@@ -101,6 +101,7 @@ def make(args: argparse.Namespace) -> None:
     gains = exposures.Gains(exposures.read_frequencies(args.sentences / "frequencies.tsv"), said, rate)
     before, worth = gains.missed(), {word: gains.of(word) for word in gains.frequencies}
     chosen = list(islice(exposures.choices(free, gains), args.count))
+    sentences, lists = separated(chosen)
 
     args.out.mkdir(parents=True, exist_ok=True)
     hardest = sorted(zip(rows, found["id"], found["said"], found["heard"], strict=True), key=lambda row: -row[0].kl)
@@ -110,11 +111,10 @@ def make(args: argparse.Namespace) -> None:
     write_whole(args.out / "rows.tsv", _tsv("kl id said heard", [(f"{row.kl:.4f}", *rest) for row, *rest in hardest]))
     for name in (*(f"{split}.txt" for split in SPLITS), "frequencies.tsv"):
         shutil.copyfile(args.sentences / name, args.out / name)
-    write_whole(args.out / "lists.txt", "".join(f"{tidy(one.text)}\n" for one in chosen if one.is_list))
-    write_whole(args.out / "train.txt", "".join(f"{one.text}\n" for one in chosen if not one.is_list))
+    for name, texts in (("train", sentences), ("lists", lists)):
+        write_whole(args.out / f"{name}.txt", "".join(f"{text}\n" for text in texts))
     print(f"missed: {100 * rate.floor:.0f} % of the words always, of the rest half of those said {rate.half:.1f} times")
-    lists = sum(one.is_list for one in chosen)
-    print(f"{args.out}: {len(chosen)} clips, {lists} of them lists, from {len(free)} sentences")
+    print(f"{args.out}: {len(chosen)} clips, {len(lists)} of them lists, from {len(free)} sentences")
     print(
         f"expected to be missed: {100 * before:.1f} % of the words, and {100 * gains.missed():.1f} % with these clips"
     )
