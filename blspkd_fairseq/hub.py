@@ -281,7 +281,7 @@ class BlspKd:
         end = window.start + len(window.samples) / SAMPLE_RATE
         if not with_words or not getattr(self.model.adapter, "one_to_one", False):
             return Segment(window.start, end, text, ())
-        ids = self.chat_format.encode_text(text)
+        ids = self.chat_format.encode_transcript(text)
         boundaries = self.adapt((window.samples, SAMPLE_RATE), len(ids)).boundaries
         assert boundaries is not None
         spans = self._spans(window, boundaries[0])
@@ -403,7 +403,7 @@ class BlspKd:
 
     def _align(self, audio: Audio, transcript: str | None, vad: str | None) -> list[AlignedToken]:
         windows = self.timed_windows(audio, vad)
-        ids = None if transcript is None else self.chat_format.encode_text(transcript)
+        ids = None if transcript is None else self.chat_format.encode_transcript(transcript)
         counts: Sequence[int | None] = [None] * len(windows)
         if ids is not None:
             counts = [len(ids)] if len(windows) == 1 else self._share([one.samples for one in windows], len(ids))

@@ -120,7 +120,7 @@ run_stage() {
 sizes_of() {
     python -c 'import json, sys
 for name, value in json.load(open(f"{sys.argv[1]}/config.json")).items():
-    if name.startswith(("adapter", "lora")) and value not in ("", 0):
+    if name.startswith(("adapter", "lora", "transcript")) and value not in ("", 0):
         print("--" + name.replace("_", "-"), value, sep="\n")' "$1"
 }
 

@@ -57,6 +57,8 @@ class PlanRow:
         response: ids.
         pieces: the numbers of the row's pieces in the batch.
         taught: ids that the teacher reads in place of each transcript; None: it reads the transcripts.
+        alike: of each piece the places (of the transcript's ids, of the taught ids) up to which both say the same; None:
+            all places where the teacher reads the transcript's ids, and else none.
     """
 
     segments: Sequence[Segment]
@@ -65,6 +67,7 @@ class PlanRow:
     response: Sequence[int]
     pieces: Sequence[int]
     taught: Sequence[Sequence[int]] | None = None
+    alike: Sequence[Sequence[tuple[int, int]]] | None = None
 
     @property
     def read(self) -> Sequence[Sequence[int]]:
@@ -171,11 +174,11 @@ class Labels(NamedTuple):
 
 @dataclass(frozen=True)
 class Alike:
-    """The speech positions at which student and teacher can be compared: the teacher reads what is said there.
+    """The speech positions at which student and teacher can be compared: both have been told the same.
 
     Attributes:
         student, teacher: ``[N]`` their places in either layout.
-        labels: of the tokens.
+        labels: of the tokens that the teacher reads there.
     """
 
     student: Tensor
@@ -199,7 +202,7 @@ class Batch:
         pieces: embeddings of each piece.
         tokens: tokens of all transcripts.
         nrows: sequences; several of them may share pieces of speech (roll-outs).
-        alike: where the teacher reads the transcript; None: everywhere.
+        alike: where student and teacher are told the same; None: everywhere.
     """
 
     student: Layout
@@ -291,10 +294,12 @@ def plan_batch(
     transcripts: dict[int, Sequence[int]] = {}
     taught: dict[int, Sequence[int]] = {}
     samples: dict[int, int] = {}
+    alike: dict[int, Sequence[tuple[int, int]]] = {}
     owner: dict[int, int] = {}
     for number, row in enumerate(rows):
         transcripts |= zip(row.pieces, row.transcripts, strict=True)
         taught |= zip(row.pieces, row.read, strict=True)
+        alike |= zip(row.pieces, row.alike or (), strict=row.alike is not None)
         samples |= zip(row.pieces, row.samples, strict=True)
         for piece in row.pieces:
             owner.setdefault(piece, number)
@@ -327,7 +332,7 @@ def plan_batch(
         Rows(_int64(counts), tuple(counts), causal=False),
         sum(tokens),
         len(rows),
-        None if taught == transcripts else _alike(written, counts, taught),
+        None if taught == transcripts else _alike(written, counts, taught, alike),
     )
 
 
@@ -442,8 +447,13 @@ def _layout(
     )
 
 
-def _alike(rows: Sequence[_Written], counts: Sequence[int], taught: Mapping[int, Sequence[int]]) -> Alike:
-    """The places of the pieces that the teacher reads as they are said; ``counts`` are the student's."""
+def _alike(
+    rows: Sequence[_Written],
+    counts: Sequence[int],
+    taught: Mapping[int, Sequence[int]],
+    alike: Mapping[int, Sequence[tuple[int, int]]],
+) -> Alike:
+    """The places of the pieces up to which the teacher reads what is said; ``counts`` are the student's."""
     student: list[int] = []
     teacher: list[int] = []
     spoken: list[list[int]] = []
@@ -453,10 +463,11 @@ def _alike(rows: Sequence[_Written], counts: Sequence[int], taught: Mapping[int,
         for piece, ids in row.parts:
             if piece is None:
                 continue
-            if list(ids) == list(taught[piece]):
-                student += range(heard, heard + len(ids))
-                teacher += range(read, read + len(ids))
-                spoken[-1] += ids
+            same = [(place, place) for place in range(len(ids))] if list(ids) == list(taught[piece]) else []
+            for said, told in alike.get(piece, same):
+                student.append(heard + said)
+                teacher.append(read + told)
+                spoken[-1].append(taught[piece][told])
             heard += counts[piece]
             read += len(taught[piece])
     return Alike(_int64(student), _int64(teacher), _labels(spoken))

@@ -10,6 +10,7 @@ from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from blspkd_fairseq.data.bpe import common_ends, with_fewer_merges
 from blspkd_fairseq.data.conversation import CUT, CUT_CHARACTER, Conversation, Segment, Speech, Turn, one_turn
 from blspkd_fairseq.data.prompts import SPEECH_SLOT
 from blspkd_fairseq.data.reasoning import BEGINS, ENDS, without_reasoning
@@ -73,6 +74,7 @@ class ChatFormat:
         tokenizer: a Hugging Face tokenizer.
         system: system message; None: the template's default, if it has one.
         chat_template: Jinja text in place of the tokenizer's own.
+        transcript_merges: how many merges of a BPE tokenizer what is heard is written with; 0: all of them.
 
     Attributes:
         tokenizer: as given.
@@ -82,12 +84,16 @@ class ChatFormat:
         eos_ids: tokens at which generation stops: ``end_of_turn_id`` first.
 
     Raises:
-        ChatError: there is no chat template, it has no place for a user or a system message, nothing ends a turn, or it
-            opens a block of reasoning that it does not close.
+        ChatError: there is no chat template, it has no place for a user or a system message, nothing ends a turn, it
+            opens a block of reasoning that it does not close, or the tokenizer has not so many merges.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, system: str | None = None, chat_template: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        system: str | None = None,
+        chat_template: str | None = None,
+        transcript_merges: int = 0,
     ) -> None:
         if not (chat_template or tokenizer.chat_template):
             raise ChatError(
@@ -97,6 +103,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.system = system
         self.chat_template = chat_template
+        self.transcript_merges = transcript_merges
         self._dated_template = _with_fixed_date(str(tokenizer.get_chat_template(chat_template)))
         control = _control_tokens(tokenizer)
         self.control_ids = frozenset(control)
@@ -114,13 +121,14 @@ class ChatFormat:
         # An unknown character is no control token, unless the tokenizer uses one token for both.
         self._unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self.eos_ids else None
         self._warned = False
+        self._transcriber = self._with_fewer_merges()
         self._opening = self._find_opening()
         self._cached_render = lru_cache(maxsize=1024)(self._render_turns)
         self.prompt_ids(SPEECH_SLOT)  # a template that cannot be used is said now
 
     def __reduce__(self) -> tuple[type[ChatFormat], tuple[Any, ...]]:
         """A spawned worker builds it again: a cache of a method cannot be pickled."""
-        return ChatFormat, (self.tokenizer, self.system, self.chat_template)
+        return ChatFormat, (self.tokenizer, self.system, self.chat_template, self.transcript_merges)
 
     # --- texts ------------------------------------------------------------------------------------
 
@@ -130,10 +138,21 @@ class ChatFormat:
         Raises:
             ChatError: the tokenizer makes a control token of this text in every way, or it holds half of a character.
         """
-        ids = self._encode_as_is(text)
+        return self._encode(text, self.tokenizer)
+
+    def encode_transcript(self, text: str) -> list[int]:
+        """As :meth:`encode_text`, of what is heard: with ``transcript_merges``, rarer words are several tokens."""
+        return self._encode(text, self._transcriber)
+
+    def common_ends(self, first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int]]:
+        """The pairs of places up to which two sequences of ids of one text have written the same."""
+        return common_ends(*map(self.tokenizer.convert_ids_to_tokens, (list(first), list(second))))
+
+    def _encode(self, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        ids = self._encode_as_is(text, tokenizer)
         if self.control_ids.isdisjoint(ids) and not self._byte_piece.search(text):
             return ids
-        ids = self._spell(text)
+        ids = self._spell(text, tokenizer)
         controls = self.control_ids.intersection(ids)
         if self._unknown_id in controls:
             self._warn_unknown(text)
@@ -200,22 +219,24 @@ class ChatFormat:
         end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
         return list(ids[:end])
 
-    def _encode_as_is(self, text: str) -> list[int]:
+    def _encode_as_is(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
         """What the tokenizer gives by itself, control tokens included."""
         if cut := CUT.search(text):
             around = text[max(0, cut.start() - 40) : cut.end() + 40]
             raise ChatError(f"the text {around!r} holds {CUT_CHARACTER}: write it anew, in UTF-8")
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False))
+        tokenizer = tokenizer or self.tokenizer
+        return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False))
 
-    def _spell(self, text: str) -> list[int]:
+    def _spell(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
         """Ids without the tokenizer's added tokens.
 
         `split_special_tokens` of a fast tokenizer splits special tokens but not other added ones, so its steps are
         taken one by one. The model knows some control tokens as ordinary pieces too: their names are cut in two.
         """
-        if not self.tokenizer.is_fast:
-            return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-        backend = self.tokenizer.backend_tokenizer
+        tokenizer = tokenizer or self.tokenizer
+        if not tokenizer.is_fast:
+            return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        backend = tokenizer.backend_tokenizer
         if backend.normalizer is not None:
             text = backend.normalizer.normalize_str(text)
         words = [text]
@@ -240,6 +261,14 @@ class ChatFormat:
         """
         line_break, ids = encode("\n"), encode("\n" + text)
         return ids[len(line_break) :] if ids[: len(line_break)] == line_break else encode(text)
+
+    def _with_fewer_merges(self) -> PreTrainedTokenizerBase:
+        if not self.transcript_merges:
+            return self.tokenizer
+        try:
+            return with_fewer_merges(self.tokenizer, self.transcript_merges)
+        except ValueError as error:
+            raise ChatError(f"--transcript-merges {self.transcript_merges}: {error}") from error
 
     def _warn_unknown(self, text: str) -> None:
         if not self._warned:

@@ -64,7 +64,8 @@ class Utterance(NamedTuple):
         keys: of each piece in the store of frames, if there is one.
         stored: the frames of each piece, if all of them are stored.
         shortened: what to say of a response that was cut.
-        taught: ids that the teacher reads in place of the transcripts, if the row says so.
+        taught: ids that the teacher reads in place of the transcripts, if it reads others.
+        alike: of each piece the places of both up to which they say the same, where they are of the same text.
     """
 
     place: int
@@ -79,6 +80,7 @@ class Utterance(NamedTuple):
     stored: list[Stored]
     shortened: Shortened | None = None
     taught: list[list[int]] | None = None
+    alike: list[list[tuple[int, int]]] | None = None
 
 
 class _OtherText(ManifestError):
@@ -198,7 +200,7 @@ class SpeechTextDataset(FairseqDataset):
             waveforms = [] if stored else self._changed(self._load(pieces, n_frames), index, row)
         except AudioError as error:
             raise AudioError(f"{where}: {error}", error.reason) from error
-        transcripts = [self.chat.encode_text(piece.transcript) for piece in pieces]
+        transcripts = [self.chat.encode_transcript(piece.transcript) for piece in pieces]
         samples = [one.samples for one in stored] or [len(waveform) for waveform in waveforms]
         for count, transcript in zip(samples, transcripts, strict=True):
             if len(transcript) > max(_ANY_TOKENS, _TOKENS_PER_SECOND * count / SAMPLE_RATE):
@@ -208,6 +210,10 @@ class SpeechTextDataset(FairseqDataset):
                 )
         response, shortened = self._response(index, row.get("tgt_text", ""), is_cut)
         segments = self.chat.render(conversation)
+        taught, alike = self._taught(row, where), None
+        if taught is None and self.chat.transcript_merges:
+            taught = [self.chat.encode_text(piece.transcript) for piece in pieces]
+            alike = [self.chat.common_ends(*both) for both in zip(transcripts, taught, strict=True)]
         return Utterance(
             index,
             row,
@@ -220,7 +226,8 @@ class SpeechTextDataset(FairseqDataset):
             keys,
             stored,
             shortened,
-            self._taught(row, where),
+            taught,
+            alike,
         )
 
     def _response(self, index: int, text: str, is_cut: bool) -> tuple[list[int], Shortened | None]:
@@ -491,7 +498,7 @@ def _plan_rows(utterances: Sequence[Utterance]) -> list[PlanRow]:
     rows, first = [], 0
     for u in utterances:
         pieces = range(first, first + len(u.samples))
-        rows.append(PlanRow(u.segments, u.transcripts, u.samples, u.response, pieces, u.taught))
+        rows.append(PlanRow(u.segments, u.transcripts, u.samples, u.response, pieces, u.taught, u.alike))
         first += len(u.samples)
     return rows
 

@@ -76,6 +76,11 @@ class AdapterOptions:
     adapter_alignment: str = _option(
         "cif", "frames to tokens in the cformer: cif, or pif, a smooth alignment (after E-Paraformer)"
     )
+    transcript_merges: int = _option(
+        0,
+        "write what is heard with so many of the merges of the LLM's BPE tokenizer: rarer words become several "
+        "frequent tokens, which are learnt from fewer hours (0: with all)",
+    )
     adapter_conv_layers: int = _option(3, "convolutions of the cnn adapter, each of which halves the frames")
     adapter_kernel_size: int = _option(5, "kernel size of the cnn adapter")
     adapter_bottleneck: int = _option(512, "width of the cnn adapter's bottleneck")
@@ -117,6 +122,7 @@ SHAPING_OPTIONS = (
     "adapter_heads",
     "adapter_ffn_dim",
     "adapter_alignment",
+    "transcript_merges",
     "adapter_conv_layers",
     "adapter_kernel_size",
     "adapter_bottleneck",
@@ -218,8 +224,12 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
 
 def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:
     """The chat format of the LLM that the options name, without loading the LLM."""
-    template = read_chat_template(config)
-    return ChatFormat(load_tokenizer(config), system=config.system_prompt or None, chat_template=template)
+    return ChatFormat(
+        load_tokenizer(config),
+        system=config.system_prompt or None,
+        chat_template=read_chat_template(config),
+        transcript_merges=config.transcript_merges,
+    )
 
 
 def read_chat_template(config: SpeechLlmConfig) -> str | None:

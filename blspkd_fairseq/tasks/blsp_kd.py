@@ -275,7 +275,7 @@ class BlspKdTask(AnsweringTask):
         for folder in utils.split_paths(self.cfg.data):
             for row in Manifest.load(Path(folder) / f"{split}.tsv"):
                 for transcript in transcripts_of(row):
-                    tokens.update(self.chat.encode_text(transcript))
+                    tokens.update(self.chat.encode_transcript(transcript))
         return torch.tensor(sorted(tokens), dtype=torch.long)
 
     def get_batch_iterator(self, *args: Any, **options: Any) -> Any:
