@@ -57,8 +57,8 @@ class PlanRow:
         response: ids.
         pieces: the numbers of the row's pieces in the batch.
         taught: ids that the teacher reads in place of each transcript; None: it reads the transcripts.
-        alike: of each piece the places (of the transcript's ids, of the taught ids) up to which both say the same; None:
-            all places where the teacher reads the transcript's ids, and else none.
+        alike: of each piece the places (of the transcript's ids, of the taught ids) up to which both say the same;
+            None: all places where the teacher reads the transcript's ids, and else none.
     """
 
     segments: Sequence[Segment]

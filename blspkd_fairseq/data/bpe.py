@@ -1,9 +1,9 @@
 """Byte-pair encoding with fewer merges: the same tokens, of which rarer words need several.
 
-An adapter that makes an embedding for each token must have heard every token some dozens of times; a tokenizer of 50,000
-tokens has thousands of words that hundreds of hours of speech say now and then. BPE learns its merges in the order of
-their frequency (Sennrich et al. 2016), so that with the first few thousand of them frequent words stay whole, rarer ones
-become pieces that other words have, too, and the LLM has an embedding for all of them.
+An adapter that makes an embedding for each token must have heard every token some dozens of times; a tokenizer of
+50,000 tokens has thousands of words that hundreds of hours of speech say now and then. BPE learns its merges in the
+order of their frequency (Sennrich et al. 2016), so that with the first few thousand of them frequent words stay whole,
+rarer ones become pieces that other words have, too, and the LLM has an embedding for all of them.
 """
 
 from __future__ import annotations
