@@ -49,6 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def in_half_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests say of half precisions they say on every CPU; the real models take too long where it emulates them."""
+    from blspkd_fairseq.modules import precision
+
+    if request.node.get_closest_marker("real") is None:
+        monkeypatch.setattr(precision, "_cpu_has_bfloat16", lambda: True)
+
+
+@pytest.fixture(autouse=True)
 def repeatable(request: pytest.FixtureRequest) -> None:
     """Seeds every generator; tests on the real models get all cores."""
     import numpy

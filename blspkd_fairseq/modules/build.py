@@ -16,6 +16,7 @@ from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.partial_lora import add_partial_lora
+from blspkd_fairseq.modules.precision import usable_dtype
 from blspkd_fairseq.modules.pretrained import load_pretrained, load_unquantized
 from blspkd_fairseq.modules.quantized import QUANTIZATIONS, quantize_linears
 from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM
@@ -268,6 +269,8 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
             f"the tokenizer of {config.llm} has {len(chat.tokenizer)} words but the LLM embeds only "
             f"{llm.get_input_embeddings().num_embeddings}: the files of two models are mixed in one directory"
         )
+    if not torch.cuda.is_available():  # where there is a GPU, the LLM is on its way there
+        llm.to(usable_dtype(llm.dtype, torch.device("cpu")))
     # What Hugging Face ships as defaults (sampling, repetition penalty) would change results without anyone asking.
     llm.generation_config = GenerationConfig(eos_token_id=chat.eos_ids, pad_token_id=chat.eos_ids[0])
     compat.use_fast_cpu_attention(llm)

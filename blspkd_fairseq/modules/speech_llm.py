@@ -31,6 +31,7 @@ from blspkd_fairseq.modules.partial_lora import (
     lora_alpha,
     speech_positions,
 )
+from blspkd_fairseq.modules.precision import has_bfloat16, usable_dtype
 from blspkd_fairseq.modules.ragged import Ragged, pad, rows_of
 from blspkd_fairseq.modules.whisper_encoder import (
     SAMPLE_RATE,
@@ -220,10 +221,8 @@ class SpeechLLM(ChatLLM):
     def products(self) -> torch.dtype:
         """The dtype of matrix products on the device where the model is."""
         if self.product_dtype is not None:
-            return self.product_dtype
-        # On cards before Ampere (T4, V100) CUDA emulates it, which torch calls supported, too.
-        has_bfloat16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bfloat16 else torch.float32
+            return usable_dtype(self.product_dtype, self.device)
+        return torch.bfloat16 if self.device.type == "cuda" and has_bfloat16(self.device) else torch.float32
 
     def settle_precision(self) -> None:
         """Brings the frozen encoder and LoRA's products to the precision that :attr:`products` says."""
@@ -231,7 +230,7 @@ class SpeechLLM(ChatLLM):
         chosen = self.products if self.product_dtype is not None or self.products != torch.float32 else None
         encoder_dtype = self.speech_encoder_dtype or chosen
         if encoder_dtype is not None and not self.train_speech_encoder:
-            self.speech_encoder.to(encoder_dtype)
+            self.speech_encoder.to(usable_dtype(encoder_dtype, self.device))
         state = getattr(self.llm, "partial_lora_state", None)
         if state is not None:
             state.products = chosen
