@@ -70,8 +70,7 @@ def compare_boundaries(
         samples_of_row, text = read_waveform(questions, index), manifest[index]["src_text"]
         if index == rows[0] and model.adapt((samples_of_row, SAMPLE_RATE)).boundaries is None:
             return None
-        aligned = model.align((samples_of_row, SAMPLE_RATE), transcript=text)
-        tokens = [(token.token, token.end) for token in aligned]
+        tokens = token_ends(model, samples_of_row, text)
         words = whisper.word_ends(samples_of_row, text)
         found.append(boundary_differences(tokens, words))
         if len(found[-1].differences_ms) and len(words) > len(example[1]):
@@ -82,6 +81,11 @@ def compare_boundaries(
     plot_boundaries(differences, *example, picture)
     interval = bootstrap_interval(measured.statistics, measured.score_of, samples, seed)
     return BoundaryComparison(summarize(found), interval, whisper_itself)
+
+
+def token_ends(model: BlspKd, waveform: np.ndarray, transcript: str) -> list[tuple[str, float]]:
+    """The tokens of a transcript and the second at which CIF ends each, of ``[S]`` samples at 16 kHz."""
+    return [(token.token, token.end) for token in model.align((waveform, SAMPLE_RATE), transcript=transcript)]
 
 
 def _timed_rows(manifest: Manifest) -> list[int]:

@@ -31,6 +31,7 @@ from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
 from blspkd_fairseq.generation.teacher_forced import collate, sums_of_rows, teacher_forced
 from blspkd_fairseq.generation.teacher_forced import text_kl as teacher_forced_text_kl
 from blspkd_fairseq.modules.build import SpeechLlmConfig
+from blspkd_fairseq.systems.boundaries import token_ends
 from blspkd_fairseq.systems.systems import CascadeSystem, System, TextSystem, Utterance, WhisperTranscriber
 
 # What is asked, and how long the answer may be. Training sees "continue" alone.
@@ -219,8 +220,7 @@ class WordEnds:
     ) -> list[float]:
         utterance = data[index]
         assert utterance is not None
-        aligned = model.align((utterance.waveforms[0].numpy(), 16_000), transcript=utterance.row["src_text"])
-        tokens = [(token.token, token.end) for token in aligned]
+        tokens = token_ends(model, utterance.waveforms[0].numpy(), utterance.row["src_text"])
         differences = boundary_differences(tokens, [(word, end) for word, end in ends]).differences_ms
         return [round(float(ms), 1) for ms in differences]
 

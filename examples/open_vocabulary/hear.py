@@ -38,6 +38,7 @@ from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, hear
 from blspkd_fairseq.generation.teacher_forced import collate, teacher_forced
 from blspkd_fairseq.modules.build import SpeechLlmConfig
+from blspkd_fairseq.systems.boundaries import token_ends
 from blspkd_fairseq.systems.systems import CascadeSystem, TextSystem, Utterance, WhisperTranscriber
 
 ANSWERS = {"repeat": ("repeat", 48), "chat": ("chat", 40), "continue": ("continue", 48), "long": ("chat", 160)}
@@ -126,8 +127,8 @@ def boundary_errors(model: BlspKd, whisper: WhisperTranscriber, rows: Rows, most
         waveform, text = rows.waveform(index), rows.manifest[index]["src_text"]
         late: Sequence[float] = ()
         if len(waveform) <= MAX_SECONDS * SAMPLE_RATE:
-            tokens = [(token.token, token.end) for token in model.align((waveform, SAMPLE_RATE), transcript=text)]
-            late = boundary_differences(tokens, whisper.word_ends(waveform, text)).differences_ms.tolist()
+            ends = token_ends(model, waveform, text), whisper.word_ends(waveform, text)
+            late = boundary_differences(*ends).differences_ms.tolist()
         found[index] = [round(ms, 1) for ms in late]
     return found
 
