@@ -15,12 +15,15 @@ from tiny import SENTENCES, save_llm, save_whisper, write_split
 from tokenizers_util import bpe_tokenizer, sentencepiece_tokenizer
 
 from blspkd_fairseq import BlspKd
+from blspkd_fairseq.data.batch import Layout
 from blspkd_fairseq.data.bpe import common_ends, with_fewer_merges
 from blspkd_fairseq.data.chat import ChatError, ChatFormat
 from blspkd_fairseq.data.conversation import Speech
 from blspkd_fairseq.data.dataset import SpeechTextDataset
 from blspkd_fairseq.data.manifest import Manifest
+from blspkd_fairseq.generation.teacher_forced import teacher_forced
 from blspkd_fairseq.modules.build import SpeechLlmConfig, adopt_options, build_speech_llm
+from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
 MERGES = 12
 
@@ -105,7 +108,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def test_the_teacher_reads_the_llms_own_tokens_and_words_are_compared_where_they_end(world: Path) -> None:
+def test_the_teacher_reads_the_llms_own_tokens_and_words_are_compared_where_they_end(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = SpeechLlmConfig(
         speech_encoder=str(world / "whisper"), llm=str(world / "llm"), llm_dtype="float32", adapter_heads=2,
         adapter_pre_layers=1, adapter_post_layers=1, transcript_merges=MERGES,
@@ -141,6 +146,18 @@ def test_the_teacher_reads_the_llms_own_tokens_and_words_are_compared_where_they
     ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert output.input.targets.tolist() == targets
+    # Where the adapter counts by itself, the teacher reads the same.
+    by_hand = SpeechLLM.teach
+    read: list[list[int]] = []
+
+    def teach(self: SpeechLLM, layout: Layout) -> torch.Tensor:
+        read.append(layout.ids[: layout.speech].tolist())
+        return by_hand(self, layout)
+
+    monkeypatch.setattr(SpeechLLM, "teach", teach)
+    measured = teacher_forced(speech_llm, sample)
+    assert read == [targets, targets] and len(measured["free_response_kl"]) == 3
+    assert measured["input_tokens"] == [len(row.taught[0]) for row in sample["plan_rows"]]
     # Each embedding stands for a token of the transcript as it is written for the adapter.
     written = [token for row in sample["plan_rows"] for token in row.transcripts[0]]
     assert output.batch.transcript.targets.tolist() == written

@@ -61,7 +61,7 @@ def _texts(batch: dict[str, Any]) -> dict[str, Tensor]:
         raise ValueError("a conversation of several turns cannot be measured: keep to single turns")
     parts = {
         "before": [row.segments[0] for row in rows],
-        "transcript": [row.transcripts[0] for row in rows],
+        "transcript": [row.read[0] for row in rows],  # the student hears as many as the adapter counts
         "after": [row.segments[2] for row in rows],
         "response": [row.response for row in rows],
     }
