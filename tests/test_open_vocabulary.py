@@ -433,6 +433,7 @@ def command(name: str, *options: object, environment: dict[str, str] | None = No
     [
         ("run.sh", ["--trian", "5"], "unknown option --trian"),
         ("run.sh", ["--train", "many"], "--train must be a whole number"),
+        ("run.sh", ["--transcript-merges", "all"], "--transcript-merges must be a whole number"),
         ("run.sh", ["--speech", "/nowhere"], "--speech /nowhere holds no train.tsv"),
         ("run.sh", ["--sentences", "/nowhere"], "--sentences /nowhere holds no train.txt"),
         ("run.sh", ["--pretrained", "/nowhere"], "--pretrained /nowhere holds no config.json"),
@@ -489,19 +490,21 @@ def test_a_damaged_piece_is_refused_and_the_last_one_unpacks(tmp_path: Path) -> 
 @pytest.mark.real
 @pytest.mark.recordings
 def test_all_stages_run_on_a_few_rows_and_a_second_run_skips_them(tmp_path: Path) -> None:
-    first = command("run.sh", "--quick", "--processes", 1, "--out", tmp_path / "out")
+    few = ["--quick", "--processes", 1, "--transcript-merges", 8000, "--out", tmp_path / "out"]
+    first = command("run.sh", *few)
     assert first.returncode == 0, (first.stdout + first.stderr)[-4000:]
     report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
     assert {"test", "phone", "game", "book", "test white:10"} <= set(report["sets"])
     assert "boundary error, ms" in report["sets"]["phone"]["model"]
     assert set(report["sets"]["phone"]) == {"before", "cascade", "model", "text", "warm-up"}
     assert set(report["false_answers"]) == {"before", "cascade", "model"}
-    again = command("run.sh", "--quick", "--processes", 1, "--out", tmp_path / "out")
+    again = command("run.sh", *few)
     assert again.returncode == 0 and again.stdout.count("done before") == 8
     refused = command("run.sh", "--out", tmp_path / "out")
     assert refused.returncode == 2 and "other options" in refused.stderr
 
     model = tmp_path / "out" / "model" / "distillation" / "checkpoint_last.pt"
+    assert read_trained(model)[0]["transcript_merges"] == 8000
     options = ["--rows", 2, "--model", model, "--out", tmp_path / "real"]
     measured = command("evaluate.sh", *options)
     assert measured.returncode == 0, (measured.stdout + measured.stderr)[-4000:]

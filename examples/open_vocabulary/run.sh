@@ -3,8 +3,8 @@
 #
 #   bash examples/open_vocabulary/run.sh [--speech DIR] [--sentences DIR] [--train N] [--rows N] [--warm-up-updates N]
 #       [--updates N] [--mix "chat:0.5 continue:0.3 repeat:0.2"] [--repeats N] [--augment KINDS] [--augment-variants N]
-#       [--pretrained DIR] [--speech-encoder NAME] [--llm NAME] [--voices "slt rms awb kal16 joe"] [--batch N]
-#       [--test-rows N] [--processes N] [--quick] [--stage N] [--stop-stage N] [--out DIR] [--cache DIR]
+#       [--pretrained DIR] [--transcript-merges N] [--speech-encoder NAME] [--llm NAME] [--voices "slt rms awb kal16 joe"]
+#       [--batch N] [--test-rows N] [--processes N] [--quick] [--stage N] [--stop-stage N] [--out DIR] [--cache DIR]
 #
 #   1 models         Whisper tiny.en and SmolLM2-135M-Instruct, as in the quickstart
 #   2 sentences      chats, WordNet's examples and definitions, filtered; what was left out is counted
@@ -21,21 +21,23 @@
 # --speech adds speech made before (speak.py says what the folder holds), --sentences takes the place of stage 2 (the folder
 # of select_sentences.py). With more --warm-up-updates or --updates, training goes on from where it was; everything else
 # belongs to OUT, which refuses other options. --augment makes the sound anew in every epoch, or, with --augment-variants,
-# so many versions of each clip, whose features are stored. --batch is that of distillation, the warm-up's is three times
-# as large. --quick runs every stage on a few rows. Killed, a run goes on with the same command.
+# so many versions of each clip, whose features are stored. --transcript-merges writes what is heard with so many merges of
+# the LLM's tokenizer (default: as many as --pretrained). --batch is that of distillation, the warm-up's is three times as
+# large. --quick runs every stage on a few rows. Killed, a run goes on with the same command.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/examples/common.sh"
 
 stage=0 stop_stage=9 speech="" sentences="" train=36000 rows=12000 repeats=8000 warm_up_updates=8000 updates=4000 test_rows=200 quick=""
-mix="chat:0.5 continue:0.3 repeat:0.2" augment="" augment_variants=0 batch=16 voices="slt rms awb kal16 joe" speech_encoder="" llm="" processes=$(nproc)
+mix="chat:0.5 continue:0.3 repeat:0.2" transcript_merges="" augment="" augment_variants=0 batch=16 voices="slt rms awb kal16 joe" speech_encoder="" llm="" processes=$(nproc)
 pretrained="$root/blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m"
 out="$root/out/open_vocabulary" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
-usage() { sed -n '2,27s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,28s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 parse_options stage stop-stage speech sentences train rows repeats warm-up-updates updates test-rows quick mix augment \
-    augment-variants speech-encoder llm processes pretrained out cache batch voices -- "$@"
+    augment-variants transcript-merges speech-encoder llm processes pretrained out cache batch voices -- "$@"
 whole_numbers stage stop_stage train rows repeats warm_up_updates updates test_rows processes batch augment_variants
 out=$(realpath -m "$out") cache=$(realpath -m "$cache")
+[ -z "$transcript_merges" ] || whole_numbers transcript_merges
 from_here speech sentences speech_encoder llm pretrained
 [ -z "$speech" ] || [ -f "$speech/train.tsv" ] || fail "--speech $speech holds no train.tsv: speak.py says what it needs"
 [ -z "$sentences" ] || [ -f "$sentences/train.txt" ] || fail "--sentences $sentences holds no train.txt: give a folder of select_sentences.py"
@@ -45,7 +47,7 @@ if [ -n "$quick" ]; then
     train=24 rows=18 repeats=6 warm_up_updates=4 updates=4 test_rows=4 valid=6 nothing=4 tokens=8 sentence_limit=200 most_ready=12
     conditions=(white:10) voices="kal16 awb"
 fi
-one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --augment-variants $augment_variants --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows --repeats $repeats${sentences:+ --sentences $sentences}${quick:+ --quick}"
+one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --augment-variants $augment_variants --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows --repeats $repeats${sentences:+ --sentences $sentences}${transcript_merges:+ --transcript-merges $transcript_merges}${quick:+ --quick}"
 use_environment quickstart,recordings
 speech_encoder=${speech_encoder:-$cache/whisper-tiny.en}
 llm=${llm:-$cache/smollm2-135m-instruct}
@@ -94,7 +96,7 @@ train_part() {
         --product-dtype bfloat16 --criterion kl_distillation --optimizer adamw --adam-betas "(0.9, 0.98)" --clip-norm 1.0 \
         --lr-scheduler polynomial_decay --num-workers 0 --seed 1 --log-format json --log-interval 20 \
         --no-epoch-checkpoints --save-interval-updates 200 --keep-interval-updates 1 --validate-interval-updates 200 \
-        "${sizes[@]}" "${features[@]}" --save-dir "$folder" "${@:3}" 2>&1 | tee -a "$folder.log"
+        "${sizes[@]}" ${transcript_merges:+--transcript-merges "$transcript_merges"} "${features[@]}" --save-dir "$folder" "${@:3}" 2>&1 | tee -a "$folder.log"
 }
 
 by_distances=(--token-ce-scale 20 --token-vocabulary train)
