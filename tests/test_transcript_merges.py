@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,16 @@ from commands import fairseq, load, train
 from tiny import SENTENCES, save_llm, save_whisper, write_split
 from tokenizers_util import bpe_tokenizer, sentencepiece_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples/open_vocabulary"))
-
-import choose_merges  # noqa: E402
-import exposures  # noqa: E402
-
-from blspkd_fairseq import BlspKd  # noqa: E402
-from blspkd_fairseq.data.batch import Layout  # noqa: E402
-from blspkd_fairseq.data.bpe import common_ends, with_fewer_merges  # noqa: E402
-from blspkd_fairseq.data.chat import ChatError, ChatFormat  # noqa: E402
-from blspkd_fairseq.data.conversation import Speech  # noqa: E402
-from blspkd_fairseq.data.dataset import SpeechTextDataset  # noqa: E402
-from blspkd_fairseq.data.manifest import Manifest  # noqa: E402
-from blspkd_fairseq.generation.teacher_forced import teacher_forced  # noqa: E402
-from blspkd_fairseq.modules.build import SpeechLlmConfig, adopt_options, build_speech_llm  # noqa: E402
-from blspkd_fairseq.modules.speech_llm import SpeechLLM  # noqa: E402
+from blspkd_fairseq import BlspKd
+from blspkd_fairseq.data.batch import Layout
+from blspkd_fairseq.data.bpe import common_ends, with_fewer_merges
+from blspkd_fairseq.data.chat import ChatError, ChatFormat
+from blspkd_fairseq.data.conversation import Speech
+from blspkd_fairseq.data.dataset import SpeechTextDataset
+from blspkd_fairseq.data.manifest import Manifest
+from blspkd_fairseq.generation.teacher_forced import teacher_forced
+from blspkd_fairseq.modules.build import SpeechLlmConfig, adopt_options, build_speech_llm
+from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
 MERGES = 12
 
@@ -203,27 +196,3 @@ def test_it_trains_resumes_and_is_used(world: Path, tmp_path: Path, warm_up: boo
     fairseq("generate", world / "data", "--path", whole / "checkpoint_last.pt", "--gen-subset", "valid",
             "--results-path", tmp_path / "results", "--max-len-b", 4)  # fmt: skip
     assert (tmp_path / "results/generate-valid.txt").read_text(encoding="utf-8").count("\nD-") == 8
-
-
-# ---- how many ------------------------------------------------------------------------------------------------------
-
-
-def test_a_word_is_missed_where_one_of_its_tokens_is() -> None:
-    rate = exposures.MissRate(half=1, floor=0)  # 1 / (1 + n)
-    found = choose_merges.expected(["aab", "ab"], ["ab c"], lambda text: [ord(letter) for letter in text], rate)
-    # "ab": a was said 3 times and b twice; " c": never.
-    assert found == choose_merges.Hearing(2, 2, pytest.approx((1 - 3 / 4 * 2 / 3 + 1) / 2))
-
-
-def test_the_table_says_what_is_heard_better_and_read_worse(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = str(world / "data/train.tsv")
-    given = ["--llm", str(world / "llm"), "--spoken", rows, "--rows", rows, "--half", "1", "--floor", "0"]
-    choose_merges.main([*given, "--merges", "1", str(MERGES), "--read", "3"])
-    head, whole, some, few = (line.split("\t") for line in capsys.readouterr().out.splitlines()[-4:])
-    assert head == choose_merges.COLUMNS.split() and [whole[0], some[0], few[0]] == ["all", str(MERGES), "1"]
-    assert float(whole[2]) < float(some[2]) < float(few[2]) and float(whole[3]) > float(few[3])
-    assert float(whole[5]) == 100 and all(line[4] and line[5] for line in (some, few))
-    with pytest.raises(ChatError, match="--transcript-merges 100000"):
-        choose_merges.main([*given, "--merges", "100000"])
-    with pytest.raises(SystemExit):
-        choose_merges.main([*given, "--merges", "0"])

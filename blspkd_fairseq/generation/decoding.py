@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -215,17 +215,14 @@ def answer_text(
     prompts: Sequence[Instruction],
     options: DecodingOptions = DecodingOptions(),
     with_scores: bool = False,
-    encode: Callable[[str], Sequence[int]] | None = None,
 ) -> list[list[Hypothesis]]:
     """The teacher's answers: as :func:`answer_speech`, with the transcript in place of the speech.
-
-    ``encode`` says how transcripts become ids; by default as the LLM's own.
 
     Raises:
         ContextError: as of :func:`answer_heard`.
     """
     conversations = [render_prompt(chat, prompt) for prompt in prompts]
-    ids = [list((encode or chat.encode_text)(text)) for text in transcripts]
+    ids = [chat.encode_text(text) for text in transcripts]
     asked = build_prompts(model, conversations, transcripts=ids, student=False)
     return _answer(model, chat, asked, options, with_scores)
 
