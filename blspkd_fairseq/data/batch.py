@@ -74,6 +74,14 @@ class PlanRow:
         """Ids that the teacher reads at each piece."""
         return self.transcripts if self.taught is None else self.taught
 
+    @property
+    def told_alike(self) -> Sequence[Sequence[tuple[int, int]]]:
+        """Of each piece the places (of the transcript's ids, of those read) up to which both say the same."""
+        if self.alike is not None:
+            return self.alike
+        both = zip(self.transcripts, self.read, strict=True)
+        return [[(i, i) for i in range(len(said))] if list(said) == list(told) else [] for said, told in both]
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -294,12 +302,10 @@ def plan_batch(
     transcripts: dict[int, Sequence[int]] = {}
     taught: dict[int, Sequence[int]] = {}
     samples: dict[int, int] = {}
-    alike: dict[int, Sequence[tuple[int, int]]] = {}
     owner: dict[int, int] = {}
     for number, row in enumerate(rows):
         transcripts |= zip(row.pieces, row.transcripts, strict=True)
         taught |= zip(row.pieces, row.read, strict=True)
-        alike |= zip(row.pieces, row.alike or (), strict=row.alike is not None)
         samples |= zip(row.pieces, row.samples, strict=True)
         for piece in row.pieces:
             owner.setdefault(piece, number)
@@ -332,7 +338,7 @@ def plan_batch(
         Rows(_int64(counts), tuple(counts), causal=False),
         sum(tokens),
         len(rows),
-        None if taught == transcripts else _alike(written, counts, taught, alike),
+        None if taught == transcripts else _alike(written, counts, taught, rows),
     )
 
 
@@ -448,23 +454,20 @@ def _layout(
 
 
 def _alike(
-    rows: Sequence[_Written],
-    counts: Sequence[int],
-    taught: Mapping[int, Sequence[int]],
-    alike: Mapping[int, Sequence[tuple[int, int]]],
+    written: Sequence[_Written], counts: Sequence[int], taught: Mapping[int, Sequence[int]], rows: Sequence[PlanRow]
 ) -> Alike:
     """The places of the pieces up to which the teacher reads what is said; ``counts`` are the student's."""
+    alike = {piece: places for row in rows for piece, places in zip(row.pieces, row.told_alike, strict=True)}
     student: list[int] = []
     teacher: list[int] = []
     spoken: list[list[int]] = []
     heard = read = 0
-    for row in rows:
+    for row in written:
         spoken.append([])
-        for piece, ids in row.parts:
+        for piece, _ in row.parts:
             if piece is None:
                 continue
-            same = [(place, place) for place in range(len(ids))] if list(ids) == list(taught[piece]) else []
-            for said, told in alike.get(piece, same):
+            for said, told in alike[piece]:
                 student.append(heard + said)
                 teacher.append(read + told)
                 spoken[-1].append(taught[piece][told])

@@ -34,15 +34,14 @@ def with_fewer_merges(tokenizer: PreTrainedTokenizerBase, merges: int) -> PreTra
     """A tokenizer that makes the first ``merges`` merges only; ids and everything else are those of the other.
 
     Raises:
-        ValueError: it is no BPE of the tokenizers library, or has not so many.
+        ValueError: it is no BPE of the tokenizers library, or has not so many; the message goes on from its name.
     """
-    name = tokenizer.name_or_path or "the LLM"
     layout = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {}}
     model = layout["model"]
     if model.get("type") != "BPE":
-        raise ValueError(f"the tokenizer of {name} has no merges ({model.get('type', 'no fast tokenizer')}, not BPE)")
+        raise ValueError(f"has no merges ({model.get('type', 'no fast tokenizer')}, not BPE)")
     if not 0 < merges <= len(model["merges"]):
-        raise ValueError(f"the tokenizer of {name} has {len(model['merges'])} merges: give 1 to so many, or 0 for all")
+        raise ValueError(f"has {len(model['merges'])} merges: give 1 to so many, or 0 for all")
     model["merges"] = model["merges"][:merges]
     model["ignore_merges"] = False  # else a word of the vocabulary is one token, whatever the merges
     fewer = copy.deepcopy(tokenizer)

@@ -224,7 +224,7 @@ class ChatFormat:
         if cut := CUT.search(text):
             around = text[max(0, cut.start() - 40) : cut.end() + 40]
             raise ChatError(f"the text {around!r} holds {CUT_CHARACTER}: write it anew, in UTF-8")
-        tokenizer = tokenizer or self.tokenizer
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer  # `or` would count its words
         return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False))
 
     def _spell(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
@@ -233,7 +233,7 @@ class ChatFormat:
         `split_special_tokens` of a fast tokenizer splits special tokens but not other added ones, so its steps are
         taken one by one. The model knows some control tokens as ordinary pieces too: their names are cut in two.
         """
-        tokenizer = tokenizer or self.tokenizer
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer  # `or` would count its words
         if not tokenizer.is_fast:
             return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
         backend = tokenizer.backend_tokenizer
@@ -268,7 +268,8 @@ class ChatFormat:
         try:
             return with_fewer_merges(self.tokenizer, self.transcript_merges)
         except ValueError as error:
-            raise ChatError(f"--transcript-merges {self.transcript_merges}: {error}") from error
+            where = f"--transcript-merges {self.transcript_merges}: the tokenizer of {_name(self.tokenizer)}"
+            raise ChatError(f"{where} {error}") from error
 
     def _warn_unknown(self, text: str) -> None:
         if not self._warned:

@@ -211,7 +211,7 @@ class SpeechTextDataset(FairseqDataset):
         response, shortened = self._response(index, row.get("tgt_text", ""), is_cut)
         segments = self.chat.render(conversation)
         taught, alike = self._taught(row, where), None
-        if taught is None and self.chat.transcript_merges:
+        if taught is None and self.chat.transcript_merges:  # then the teacher goes on reading the LLM's own tokens
             taught = [self.chat.encode_text(piece.transcript) for piece in pieces]
             alike = [self.chat.common_ends(*both) for both in zip(transcripts, taught, strict=True)]
         return Utterance(
