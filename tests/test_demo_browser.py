@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from browser_util import Visit, chromium, expect, needs_chromium, record
 from serving_util import Served, as_file, noise, served, tiny_model
 
-from blspkd_fairseq.cache import default_cache
 from blspkd_fairseq.demo.routes import add_demo
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra dev")
-expect, Page = playwright.expect, playwright.Page
-
-_FETCHED = default_cache() / "chromium" / "run.sh"
-CHROMIUM = str(_FETCHED) if _FETCHED.exists() else shutil.which("chromium") or shutil.which("google-chrome")
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: python scripts/fetch_chromium.py"),
-]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 
 class _Whisper:
@@ -45,56 +35,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     microphone = tmp_path_factory.mktemp("microphone") / "voice.wav"
     soundfile.write(microphone, np.tile(noise(4), 3), 48_000, subtype="PCM_16")
-    options = [
-        "--no-sandbox",  # which a container does not let it have
-        "--use-fake-ui-for-media-stream",
-        "--use-fake-device-for-media-stream",
-        f"--use-file-for-fake-audio-capture={microphone}",
-        "--autoplay-policy=no-user-gesture-required",
-    ]
-    with playwright.sync_playwright() as one:
-        chromium = one.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield chromium
-        chromium.close()
-
-
-class _Visit:
-    """A page, all that it asked for, and all that went wrong on it."""
-
-    def __init__(self, page: Page, url: str) -> None:
-        self.page, self.url = page, url
-        self.asked: list[str] = []
-        self.problems: list[str] = []
-        self.bodies: list[dict[str, object]] = []
-        page.on("request", self._note)
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("console", lambda said: self.problems.append(said.text) if said.type == "error" else None)
-        page.goto(url)
-
-    def _note(self, request: playwright.Request) -> None:
-        self.asked.append(request.url)
-        if request.url.endswith("/completions"):
-            self.bodies.append(request.post_data_json)
+    with chromium(microphone) as one:
+        yield one
 
 
 @pytest.fixture(params=[(1100, 800), (360, 740)], ids=["desk", "phone"])
-def visit(request: pytest.FixtureRequest, browser: object, server: Served) -> Iterator[_Visit]:
+def visit(request: pytest.FixtureRequest, browser: object, server: Served) -> Iterator[Visit]:
     width, height = request.param
     context = browser.new_context(viewport={"width": width, "height": height}, permissions=["microphone"])
     context.set_default_timeout(60_000)
     expect.set_options(timeout=60_000)
-    yield _Visit(context.new_page(), f"{server.url}/")
+    yield Visit(context.new_page(), f"{server.url}/")
     context.close()
 
 
-def record(page: Page, milliseconds: int = 1200) -> None:
-    page.locator("#record").click()
-    expect(page.locator("#record")).to_have_attribute("aria-pressed", "true")
-    page.wait_for_timeout(milliseconds)
-    page.locator("#record").click()
-
-
-def test_one_speaks_reads_the_answers_hears_a_token_and_goes_on(visit: _Visit) -> None:
+def test_one_speaks_reads_the_answers_hears_a_token_and_goes_on(visit: Visit) -> None:
     page = visit.page
     expect(page.locator("#about")).to_contain_text("whisper-of-the-test writes")
     record(page)
@@ -122,7 +77,7 @@ def test_one_speaks_reads_the_answers_hears_a_token_and_goes_on(visit: _Visit) -
     assert all(url.startswith((visit.url, f"blob:{visit.url}", "data:")) for url in visit.asked)
 
 
-def test_a_file_an_instruction_and_the_keyboard_alone(visit: _Visit, tmp_path: Path) -> None:
+def test_a_file_an_instruction_and_the_keyboard_alone(visit: Visit, tmp_path: Path) -> None:
     page = visit.page
     (tmp_path / "voice.flac").write_bytes(as_file(noise(3), "FLAC"))
     page.locator("#preset").select_option("own")
@@ -149,7 +104,7 @@ def test_a_file_an_instruction_and_the_keyboard_alone(visit: _Visit, tmp_path: P
     assert not visit.problems
 
 
-def test_everything_has_a_name_and_fits_the_screen(visit: _Visit, tmp_path: Path) -> None:
+def test_everything_has_a_name_and_fits_the_screen(visit: Visit, tmp_path: Path) -> None:
     page = visit.page
     (tmp_path / "long.wav").write_bytes(as_file(noise(6)))
     page.locator("#file").set_input_files(tmp_path / "long.wav")
@@ -171,7 +126,7 @@ def test_everything_has_a_name_and_fits_the_screen(visit: _Visit, tmp_path: Path
 
 
 @pytest.mark.parametrize("content", [b"no sound", as_file(noise(9))], ids=["no sound", "too long"])
-def test_what_cannot_be_heard_is_said(visit: _Visit, tmp_path: Path, content: bytes) -> None:
+def test_what_cannot_be_heard_is_said(visit: Visit, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "thing.wav").write_bytes(content)
     page = visit.page
     page.locator("#file").set_input_files(tmp_path / "thing.wav")
