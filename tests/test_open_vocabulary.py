@@ -412,9 +412,39 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     assert "| WER heard | this model | 12.5 [0.0, 25.0] | 12.5 [0.0, 25.0] | – |" in card
     assert "| WER heard | Whisper tiny.en, then the LLM | – | 12.5 [0.0, 25.0] | – |" in card
     assert "| answered as if somebody spoke | this model | – | – | 1 of 1 |" in card
+    cascade = {"phone": {**text, "heard": ["a dog runs home", said[1]]}}
+    shown = publish.front({**results, "cascade": cascade})
+    assert "| telephone prompts (a person) | 2 | 12.5 [0.0, 25.0] | 12.5 [0.0, 25.0] | 0.0 [0.0, 0.0] | 0.0 " in shown
+    assert "heard voices" not in shown and "but for 1 of 1 clips" in shown
     assert (
         text_of_report.count("| the dog runs home | the dog runs hope | Fine, thank you all. |") == 1
     )  # not of "phone"
+
+
+def test_a_readme_gets_the_figures_between_its_comments() -> None:
+    text = f"one\n{publish.BEGIN}\nold\n{publish.END}\ntwo\n"
+    assert publish.with_figures(text, "new\n") == f"one\n{publish.BEGIN}\n\nnew\n\n{publish.END}\ntwo\n"
+    with pytest.raises(ValueError, match="no part for figures"):
+        publish.with_figures("one", "new")
+
+
+def test_the_readme_shows_the_figures_of_the_card() -> None:
+    """Both come from one call of publish.py."""
+
+    def cells(line: str) -> list[str]:
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    card = (ROOT / "blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m/README.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in card.splitlines() if line.startswith("| ")]
+    columns = dict(zip(rows[0], zip(*rows[2:], strict=True), strict=True))
+    wanted = [(measure, system) for measure in ("WER heard", "WER repeat") for system in publish.MEASURED.values()]
+    places = [list(zip(columns["measure"], columns["system"], strict=True)).index(one) for one in wanted]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition(publish.BEGIN)[2].partition(publish.END)[0]
+    lines = [cells(line) for line in shown.splitlines() if line.startswith("| ")][1:]
+    found = {line[0]: line[2:] for line in lines if set(line[0]) != {"-"}}
+    assert list(found) == [publish.TITLES[name] for name in publish.FRONT]
+    assert all(figures == [columns[name][place] for place in places] for name, figures in found.items())
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Publishes a trained model: half-precision weights, options, an example, and a model card with what was measured.
 
     python examples/open_vocabulary/publish.py --checkpoint MODEL --results DIR --example CLIP.flac --said "its text" \
-        --training training.md --out blspkd_fairseq/pretrained/NAME
+        --training training.md --out blspkd_fairseq/pretrained/NAME [--readme README.md]
 
-DIR has model.json, cascade.json and text.json of hear.py; training.md says in sentences what it was trained on.
+DIR has model.json, cascade.json and text.json of hear.py; training.md says in sentences what it was trained on. The
+README gets the figures that it shows, between two comments.
 """
 
 import argparse
@@ -31,6 +32,16 @@ TITLES = {
     "book": "five sentences of an audio book",
     "nothing": "clips in which nobody speaks",
 }
+FRONT = ("test", "test_unheard", "phone", "game")  # what a README shows
+FRONT_TITLES = (
+    "",
+    "utterances",
+    "it hears",
+    "Whisper tiny.en hears",
+    "it repeats",
+    "the cascade of Whisper and the LLM repeats",
+)
+BEGIN, END = "<!-- publish.py: measured -->", "<!-- publish.py: end -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("checkpoint", "results", "example", "training", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--said", required=True, help="what is said in the example")
+    parser.add_argument("--readme", type=Path, help="also write the figures that this file shows")
     args = parser.parse_args(arguments)
     results = {name: json.loads((args.results / f"{name}.json").read_text())["sets"] for name in (TEXT, *MEASURED)}
     model = BlspKd.from_pretrained(args.checkpoint)
@@ -60,6 +72,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table=table(results),
     )
     write_whole(args.out / "README.md", text)
+    if args.readme is not None:
+        write_whole(args.readme, with_figures(args.readme.read_text(encoding="utf-8"), front(results)))
+
+
+def with_figures(text: str, figures: str) -> str:
+    """A README whose part between two comments says these figures.
+
+    Raises:
+        ValueError: it has no such part.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the README has no part for figures: write {BEGIN} and {END} where they belong")
+    return f"{before}{BEGIN}\n\n{figures}\n{END}{after}"
+
+
+def front(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Errors in hearing and repeating, a row per set, and what is answered to silence: what a README shows."""
+    lines = []
+    for name in FRONT:
+        systems = [results[system][name] for system in MEASURED if name in results[system]]
+        if len(systems) < len(MEASURED):
+            continue
+        scores = [scores_of(found, None) for found in systems]
+        figures = [format_score(score[metric]) for metric in ("WER heard", "WER repeat") for score in scores]
+        lines.append([TITLES[name], str(len(systems[0]["id"])), *figures])
+    said = markdown_table(FRONT_TITLES, lines)
+    if "nothing" not in results["model"]:
+        return said
+    silent = false_answers(results["model"]["nothing"])
+    return f"{said}\nWhere nobody speaks it says so, but for {silent} clips of silence, hum, noise and babble.\n"
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
