@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peak_memory import PeakMemory
 from torch import Tensor
 from tqdm import tqdm
 
 from blspkd_fairseq.files import whole_file
 from blspkd_fairseq.modules.cif import continuous_integrate_and_fire
 from blspkd_fairseq.modules.distillation_loss import DEFAULT_CHUNK_SIZE, linear_kl_div
+from blspkd_fairseq.systems.peak_memory import PeakMemory
 from blspkd_fairseq.version import __version__
 
 OURS = "blspkd_fairseq"
@@ -257,14 +257,14 @@ def serve(
 def run_once(loss_of: Callable[[Any], Tensor], inputs: Any, device: str) -> Run:
     for tensor in inputs:
         tensor.grad = None
-    with PeakMemory(device) as peak:  # waits for the GPU at both ends
-        begin, cpu_begin = time.perf_counter(), time.process_time()
-        loss = loss_of(inputs)
-        loss.backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
-    return Run(seconds, cpu_seconds, peak.mib, loss.item(), inputs[0].grad.float().norm().item())
+    peak = PeakMemory(device == "cuda")  # waits for the GPU
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    loss = loss_of(inputs)
+    loss.backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+    return Run(seconds, cpu_seconds, peak.added(), loss.item(), inputs[0].grad.float().norm().item())
 
 
 def to_rows(

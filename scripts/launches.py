@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from peak_memory import PeakMemory
 from transformers import AutoModelForCausalLM, Qwen2Config, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -20,6 +19,7 @@ from blspkd_fairseq.data.conversation import Speech
 from blspkd_fairseq.data.dataset import pad_waveforms
 from blspkd_fairseq.modules import build
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
+from blspkd_fairseq.systems.peak_memory import PeakMemory
 
 KERNELS = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 COPIES = ("cudaMemcpyAsync", "cudaMemsetAsync")
@@ -145,9 +145,10 @@ def count(update: Callable[[], Any], device: str) -> str:
 
     for _ in range(2):
         update()
-    with PeakMemory(device) as peak:
-        update()
     on_cuda = device == "cuda"
+    peak = PeakMemory(on_cuda)
+    update()
+    added = peak.added()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as profiler:
         update()
         if on_cuda:
@@ -158,6 +159,6 @@ def count(update: Callable[[], Any], device: str) -> str:
         for what, names in (("kernel launches", KERNELS), ("copies", COPIES), ("host waits", WAITS)):
             figures.append(f"{sum(calls.get(name, 0) for name in names)} {what}")
         figures.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    elif peak.mib is not None:
-        figures.append(f"peak {peak.mib / 1024:.2f} GiB above the model")
+    elif added is not None:
+        figures.append(f"peak {added / 1024:.2f} GiB above the model")
     return ", ".join(figures)

@@ -6,7 +6,6 @@ import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +15,8 @@ from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.evaluation.cost import Cost
 from blspkd_fairseq.generation.decoding import DecodingOptions
 from blspkd_fairseq.systems.answers import Questions, utterance_of
+from blspkd_fairseq.systems.peak_memory import PeakMemory
 from blspkd_fairseq.systems.systems import System, Utterance
-
-_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class _Turn(NamedTuple):
@@ -91,25 +89,3 @@ def _cost(turns: Sequence[_Turn], seconds_of_audio: Sequence[float]) -> Cost:
         turns=len(turns),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     )
-
-
-class PeakMemory:
-    """Memory that is held at most from now on: allocated on a GPU, else resident (Linux tells), weights included."""
-
-    def __init__(self) -> None:
-        self.known = True
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            return
-        try:
-            _CLEAR_REFS.write_text("5")
-        except OSError:
-            self.known = False
-
-    def mib(self) -> float | None:
-        """The peak so far; None where the system does not tell."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() / 2**20
-        lines = _STATUS.read_text().splitlines() if self.known and _STATUS.exists() else []
-        peaks = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")]
-        return peaks[0] if peaks else None
