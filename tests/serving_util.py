@@ -32,7 +32,7 @@ from fastapi import FastAPI  # noqa: E402
 
 from blspkd_fairseq.serving.app import create_app  # noqa: E402
 from blspkd_fairseq.serving.limits import Limits  # noqa: E402
-from blspkd_fairseq.serving.server import listen  # noqa: E402
+from blspkd_fairseq.serving.server import reserve  # noqa: E402
 from blspkd_fairseq.serving.service import Service  # noqa: E402
 
 NAME = "tiny"
@@ -96,7 +96,7 @@ def served(
 ) -> Iterator[Served]:
     """Serves a model until the block ends; ``change`` adds to the application."""
     service = Service(model, NAME, Limits(**limits), vad, resolve_prompt(prompt))
-    address = listen("127.0.0.1", 0)
+    address = reserve("127.0.0.1", 0)
     app = change(create_app(service, key, ["127.0.0.1", "localhost"]))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, args=([address],), daemon=True)

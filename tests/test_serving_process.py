@@ -18,6 +18,7 @@ from serving_util import as_file, input_audio, noise, openai, tiny_model
 from tiny import PATIENCE
 
 from blspkd_fairseq.cli.main import run
+from blspkd_fairseq.serving.server import listen, reserve
 
 NAME = "small"
 SAID = input_audio(as_file(noise(0.6)))
@@ -102,6 +103,18 @@ def test_a_port_that_is_taken_is_said(folder: Path, capsys: pytest.CaptureFixtur
         assert serve_with("--model", str(folder), "--port", str(port)) == 1
     error = capsys.readouterr().err
     assert f"port {port}" in error and "choose others" in error
+
+
+def test_of_two_that_load_at_once_the_later_one_says_that_the_port_is_taken() -> None:
+    first, later = reserve("127.0.0.1", 0), None
+    try:
+        later = reserve("127.0.0.1", first.getsockname()[1])  # nobody serves there yet
+        listen(first)
+        with pytest.raises(ValueError, match="choose others"):
+            listen(later)
+    finally:
+        for one in filter(None, (first, later)):
+            one.close()
 
 
 @pytest.mark.slow

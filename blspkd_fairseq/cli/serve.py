@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, make_app: Callable[[Service, str | None], Fast
     from blspkd_fairseq.serving.service import Service
 
     limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
-    address = server.listen(args.host, args.port)  # before the model is loaded, which takes a while
+    address = server.reserve(args.host, args.port)  # before the model is loaded, which takes a while
     prompt = resolve_prompt(args.prompt)
     model = load_model(args)
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace, make_app: Callable[[Service, str | None], Fast
     name = args.name or Path(args.model or PUBLISHED).name.removesuffix(".pt")
     service = Service(model, name, limits, chosen_vad(args), prompt)
     app = make_app(service, key)
+    server.listen(address)
     host, port = address.getsockname()[:2]
     print(f"{service.name} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     server.run(app, address, limits.answer_seconds)

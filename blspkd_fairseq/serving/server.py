@@ -27,8 +27,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """The socket to serve on; port 0: any that is free.
+def reserve(host: str, port: int) -> socket.socket:
+    """The address to serve on, before a model is loaded; port 0: any that is free.
 
     Raises:
         ValueError: the address cannot be used.
@@ -41,10 +41,25 @@ def listen(host: str, port: int) -> socket.socket:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(address)
     except OSError as error:
-        raise ValueError(
-            f"cannot listen on {host} port {port} ({error}): choose others with --host and --port"
-        ) from error
+        raise _unusable(host, port, error) from error
     return server
+
+
+def listen(server: socket.socket) -> None:
+    """Lets clients connect.
+
+    Raises:
+        ValueError: another server, which reserved the same address meanwhile, was first.
+    """
+    try:
+        server.listen()
+    except OSError as error:
+        host, port = server.getsockname()[:2]
+        raise _unusable(host, port, error) from error
+
+
+def _unusable(host: str, port: int, error: OSError) -> ValueError:
+    return ValueError(f"cannot listen on {host} port {port} ({error}): choose others with --host and --port")
 
 
 def run(app: FastAPI, server: socket.socket, patience: float) -> None:
