@@ -208,7 +208,7 @@ class BlspKd:
     def transcripts(
         self,
         audio: Sequence[Audio],
-        prompt: str = "transcribe",
+        prompt: str | None = "transcribe",
         vad: str | None = None,
         with_words: bool = True,
         batch_size: int = 16,
@@ -219,7 +219,8 @@ class BlspKd:
 
         Args:
             audio: recordings.
-            prompt: asks for the words; see :meth:`generate`.
+            prompt: asks the LLM for the words; see :meth:`generate`. None: it is not asked, and the tokens nearest to
+                the speech embeddings are written, which is faster and knows no grammar.
             vad: as for :meth:`generate`.
             with_words: find the time of each word, by CIF.
             batch_size: windows at a time.
@@ -229,10 +230,14 @@ class BlspKd:
 
         Raises:
             AudioError: audio that cannot be used.
+            ValueError: without a prompt, the adapter does not give one embedding for each token.
         """
         options, audio = DecodingOptions(**generation), _as_list(audio)
         _check_batch_size(batch_size)
-        prompt = resolve_prompt(prompt)
+        if prompt is not None:
+            prompt = resolve_prompt(prompt)
+        elif not self._counts_tokens:
+            raise ValueError(f"the adapter {self.config.adapter} has no embedding for each token: ask the LLM instead")
         found: list[list[Segment]] = [[] for _ in audio]
         lengths = [0.0] * len(audio)
         parts = ((index, window) for index, one in enumerate(audio) for window in self._stream(one))
@@ -252,9 +257,12 @@ class BlspKd:
                 progress(sum(len(window.samples) for _, window in batch) / SAMPLE_RATE)
         return [Transcript(seconds, tuple(one)) for seconds, one in zip(lengths, found, strict=True)]
 
-    def _write_down(self, windows: Sequence[np.ndarray], prompt: str, options: DecodingOptions) -> list[str]:
+    def _write_down(self, windows: Sequence[np.ndarray], prompt: str | None, options: DecodingOptions) -> list[str]:
         """The texts of ``[samples]``, asked for by a resolved prompt; they do not depend on what is heard together."""
         heard = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
+        if prompt is None:
+            found = [self.nearest_tokens(one[:count]) for one, count in zip(*heard, strict=True)]
+            return [self.chat_format.decode(ids) for ids in found]
         limits = [options.max_new_tokens] * len(windows)
         if options.takes_the_likeliest and self.repeats_by(prompt):
             limits = [min(limit, most_written(count)) for limit, count in zip(limits, heard[1], strict=True)]
@@ -266,8 +274,12 @@ class BlspKd:
 
     def repeats_by(self, prompt: str) -> bool:
         """Whether the answer to a resolved prompt is as long as what is heard, which CIF counts."""
-        counts = getattr(self.model.adapter, "one_to_one", False)
-        return prompt in map(PROMPTS.get, _WRITES) and counts and not self.chat_format.may_reason
+        return prompt in map(PROMPTS.get, _WRITES) and self._counts_tokens and not self.chat_format.may_reason
+
+    @property
+    def _counts_tokens(self) -> bool:
+        """Whether the adapter gives one embedding for each token."""
+        return bool(self.model.adapter.one_to_one)
 
     def _stream(self, audio: Audio) -> Iterator[Window]:
         """Windows of a recording, decoded while they are needed if it is a file."""
@@ -279,7 +291,7 @@ class BlspKd:
     def segment(self, window: Window, text: str, with_words: bool = True) -> Segment:
         """What was said in a window, with the times of its words where the adapter cuts tokens."""
         end = window.start + len(window.samples) / SAMPLE_RATE
-        if not with_words or not getattr(self.model.adapter, "one_to_one", False):
+        if not with_words or not self._counts_tokens:
             return Segment(window.start, end, text, ())
         ids = self.chat_format.encode_transcript(text)
         boundaries = self.adapt((window.samples, SAMPLE_RATE), len(ids)).boundaries

@@ -209,6 +209,23 @@ def test_transcribe_writes_what_it_is_asked_for(
     )
 
 
+def test_transcribe_can_write_what_is_heard_without_asking_the_llm(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", folder / "model", "--vad", "none"]
+    with pytest.raises(SystemExit, match="2"):
+        call("transcribe", folder / "a.wav", "--heard", "--prompt", "transcribe", *options)
+    assert "not allowed with" in capsys.readouterr().err
+    monkeypatch.setattr("blspkd_fairseq.hub.answer_heard", None)
+    assert call("transcribe", folder / "a.wav", "--heard", "--format", "json", *options) == 0
+    found = json.loads(capsys.readouterr().out)
+    tokens = BlspKd.from_pretrained(folder / "model").align(folder / "a.wav")
+    assert found["text"] == "".join(token.token for token in tokens).strip() != ""
+    words = found["words"]
+    assert " ".join(word["word"].strip() for word in words).split() == found["text"].split()
+    assert words[-1]["end"] == pytest.approx(tokens[-1].end, abs=0.3)
+
+
 def test_a_broken_file_does_not_stop_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", folder / "model", "--max-new-tokens", 2]
     assert call("transcribe", folder / "broken.wav", folder / "a.wav", *options) == 1

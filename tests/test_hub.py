@@ -10,6 +10,7 @@ from commands import train
 from tiny import save_llm, save_whisper, write_speech, write_split
 
 from blspkd_fairseq import BlspKd
+from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 
 
 class Trained:
@@ -97,6 +98,18 @@ def test_alignment_covers_the_speech_in_order(model: BlspKd, trained: Trained) -
     for audio, transcript in ((two, "Hi"), (two, ["x"]), (two[0], ["x"]), (two[0], " "), (two, ["x", ""])):
         with pytest.raises(ValueError, match="transcript"):
             model.align(audio, transcript)
+
+
+def test_without_the_llm_only_an_adapter_with_an_embedding_for_each_token_writes(tmp_path: Path) -> None:
+    config = SpeechLlmConfig(
+        speech_encoder=str(save_whisper(tmp_path / "whisper")),
+        llm=str(save_llm(tmp_path / "llm")),
+        adapter="cnn",
+        adapter_bottleneck=8,
+    )
+    model = BlspKd(*build_speech_llm(config), config)
+    with pytest.raises(ValueError, match="cnn has no embedding for each token"):
+        model.transcripts([(np.ones(8000, np.float32), 16_000)], None)
 
 
 @pytest.mark.parametrize("from_folder", [True, False])

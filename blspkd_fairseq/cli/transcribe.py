@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """\
 blspkd transcribe talk.flac
+blspkd transcribe talk.flac --heard
 blspkd transcribe lectures/*.mp3 --format srt --output subtitles --model checkpoints/checkpoint_best.pt
 """
 ENDINGS = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
@@ -32,8 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=list(FORMATS), default="text", help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="a file there for each (default: to stdout)")
     add_vad_argument(parser)
-    parser.add_argument(
+    writer = parser.add_mutually_exclusive_group()
+    writer.add_argument(
         "--prompt", default="repeat", help="asks the LLM for the words: a name or a text (default: %(default)s)"
+    )
+    writer.add_argument(
+        "--heard", action="store_true", help="do not ask the LLM: write the tokens nearest to what CIF hears, faster"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="windows at a time (default: %(default)s)")
     parser.add_argument("--beam", type=int, default=1, help="(default: %(default)s)")
@@ -92,7 +97,7 @@ def transcribe(model: BlspKd, file: str, args: argparse.Namespace) -> Transcript
     ) as bar:
         return model.transcripts(
             [file],
-            prompt=args.prompt,
+            prompt=None if args.heard else args.prompt,
             vad=chosen_vad(args),
             with_words=args.format != "text",
             batch_size=args.batch_size,
