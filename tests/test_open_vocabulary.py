@@ -41,11 +41,11 @@ from blspkd_fairseq.modules.trained_state import read_trained  # noqa: E402
 
 # ---- sentences -----------------------------------------------------------------------------------------------------
 
-WORDS = "dog run walk city box fly man big like the a stop stopped make in"
+WORDS = "dog run walk city box fly man big like the a stop stopped make in two"
 DICTIONARY = gather.Dictionary(
     frozenset(WORDS.split()),
     frozenset(["i", "hi", "don't"]),
-    frozenset(["damn"]),
+    gather.read_phrases("damn\nBig fly\nman in the box\n"),
 )
 
 
@@ -61,6 +61,12 @@ DICTIONARY = gather.Dictionary(
         ("The dog runs 2 cities", "characters other than letters"),
         ("The dog runs: the city", "characters other than letters"),
         ("The damn dog runs.", "profanity"),
+        ("the dog stops a BIG  fly", "profanity"),
+        ("a man in the box", "profanity"),
+        ("a big box, the man, in the fly", ""),  # the words of a phrase, one by one, are none
+        ("I'll stop during the man's walk", ""),
+        ("They won't stop the dog", "an unknown word"),
+        ("Dogs won't stop the dogs themselves", ""),
         ("u like the dog", "slang"),
         ("The dog likes xyzzy", "an unknown word"),
     ],
@@ -71,10 +77,30 @@ def test_a_sentence_is_kept_or_left_out_for_a_reason(text: str, reason: str) -> 
 
 def test_sentences_are_tidied_kept_once_and_counted() -> None:
     counts: Counter[str] = Counter()
-    texts = ["the dog  runs in a city", "The dog runs in a city!", "i walk the dog?", "no"]
+    texts = ["the dog  runs in a city", "The dog runs in a city!", "i walk the dog?", "no", "i stopped 2 flies"]
     kept = list(gather.sift(texts, DICTIONARY, set(), counts))
-    assert kept == ["The dog runs in a city.", "I walk the dog?"]
-    assert counts == {"kept": 2, "said before": 1, "not 4 to 18 words": 1}
+    assert kept == ["The dog runs in a city.", "I walk the dog?", "I stopped two flies."]
+    assert counts == {"kept": 3, "said before": 1, "not 4 to 18 words": 1}
+
+
+def test_frequent_words_that_a_filter_lost_are_named() -> None:
+    typed = ["She has a dog, u know", "she runs", "Some dogs run", "a dog"]
+    assert gather.unsaid(typed, ["A dog runs."]) == ["she", "has", "know", "some", "dogs", "run"]
+    assert gather.unsaid(typed, ["A dog runs."], 1) == ["she"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("2 dogs, 13 men and 40.", "two dogs, thirteen men and forty."),
+        ("the 21 boxes of 99 men", "the twenty-one boxes of ninety-nine men"),
+        ("0 or 10", "zero or ten"),
+        ("at 7:30, 2nd of 3.5 and $5, 100 or 4-6", "at 7:30, 2nd of 3.5 and $5, 100 or 4-6"),
+        ("covid19 and 5% of mp3", "covid19 and 5% of mp3"),
+    ],
+)
+def test_small_numbers_are_written_as_they_are_said(typed: str, said: str) -> None:
+    assert gather.spell_numbers(typed) == said
 
 
 def test_a_sentence_belongs_to_one_split_and_more_of_them_change_no_order() -> None:

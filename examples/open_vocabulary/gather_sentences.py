@@ -7,7 +7,7 @@ DIR/train.txt, valid.txt and test.txt have a sentence a line: what people typed 
 which they teach most words (exposures.py), so that the first N are those to speak; DIR/lists.txt has lists of words
 that have too few sentences, of which the first belongs to the first three sentences, and so on. Those of validation and
 test are in a random order. DIR/frequencies.tsv has how often words are said, DIR/filter.json counts what was left out
-and why. A sentence belongs to one split for ever.
+and why; frequent words that no kept sentence has are printed. A sentence belongs to one split for ever.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from blspkd_fairseq.data.validate import sentence_key  # noqa: E402
 from blspkd_fairseq.files import write_whole  # noqa: E402
 
 SHORTEST, LONGEST = 4, 18  # words
+LONGEST_PHRASE = 5  # words, of what is profane
 FREQUENT = 400  # words of the chats that are known without a dictionary: "hi", "okay", "I'm"
 SPLITS = {"valid": 1, "test": 1}  # percent; the rest is for training
 DEFINITION_WEIGHT = 0.25  # of a word in a definition, beside one in what people say
@@ -46,6 +47,24 @@ dunno lol lmao omg idk tbh btw imo brb ppl pls plz thx ty np ya yea haha hahaha 
 rn af irl b c k m p s t v w x y z
 """
 SLANG = frozenset(_SLANG.split())
+
+# Of the closed classes, which WordNet leaves out; the others are frequent in chats, or adverbs.
+_CLOSED_CLASS = """
+against although amid among amongst anybody aside beside besides despite during either everybody everyone hers herself
+himself his itself lest myself neither nobody nor ought ours ourselves onto per shall since somebody than theirs
+themselves though throughout till toward towards underneath unless unlike unto until upon versus via whatever whenever
+whereas wherever whether whichever whoever whom whose within won't yours yourself yourselves cannot oneself
+"""
+CLOSED_CLASS = frozenset(_CLOSED_CLASS.split())
+_CONTRACTED = re.compile(r"(n't|'(?:ll|ve|re|d|m|s))$")
+
+_NUMBERS = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+nineteen
+"""
+_ONES = _NUMBERS.split()
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_NUMBER = re.compile(r"(?<![\w.,:$£€#+-])\d{1,2}(?![\w%:/-]|[.,]\d)")  # and no part of a time, a price or a name
 
 _WORD = re.compile(r"[A-Za-z']+")
 _SENTENCE = re.compile(r"[A-Za-z',; -]+[.?!]?")
@@ -62,7 +81,7 @@ class Dictionary(NamedTuple):
     Attributes:
         lemmas: base forms, and the irregular forms of others.
         frequent: words that need no dictionary.
-        profane: words that no sentence may have.
+        profane: words and phrases that no sentence may have.
     """
 
     lemmas: frozenset[str]
@@ -70,11 +89,17 @@ class Dictionary(NamedTuple):
     profane: frozenset[str]
 
     def knows(self, word: str) -> bool:
-        """Whether a lower-case word is frequent, a base form, or a regular inflection of one."""
-        if word in self.frequent or word in self.lemmas:
+        """Whether a lower-case word is frequent, of a closed class, a base form, or made of one by rule."""
+        whole = (word, _CONTRACTED.sub("", word))
+        if any(one in self.frequent or one in self.lemmas or one in CLOSED_CLASS for one in whole):
             return True
         stems = (word.removesuffix(old) + new for old, new in _REGULAR_ENDINGS if word.endswith(old))
         return any(len(stem) > 1 and stem in self.lemmas for stem in stems)
+
+    def is_profane(self, words: Sequence[str]) -> bool:
+        """Whether words or phrases among them are profane: "hand" is not, what is made of it may be."""
+        runs = (words[i : i + size] for size in range(1, LONGEST_PHRASE + 1) for i in range(len(words) - size + 1))
+        return any(" ".join(run) in self.profane for run in runs)
 
 
 # ---- filter --------------------------------------------------------------------------------------------------------
@@ -87,13 +112,25 @@ def problem(text: str, dictionary: Dictionary) -> str:
     words = [word.lower().strip("'") for word in _WORD.findall(text)]
     if not SHORTEST <= len(words) <= LONGEST:
         return f"not {SHORTEST} to {LONGEST} words"
-    if dictionary.profane.intersection(words):
+    if dictionary.is_profane(words):
         return "profanity"
     if SLANG.intersection(words):
         return "slang"
     if not all(dictionary.knows(word) for word in words):
         return "an unknown word"
     return ""
+
+
+def spell_numbers(text: str) -> str:
+    """With whole numbers up to 99 as words: "2 dogs" is said as "two dogs"."""
+    return _NUMBER.sub(lambda found: _spelt(int(found[0])), text)
+
+
+def _spelt(number: int) -> str:
+    if number < len(_ONES):
+        return _ONES[number]
+    tens, ones = _TENS[number // 10 - 2], number % 10
+    return f"{tens}-{_ONES[ones]}" if ones else tens
 
 
 def tidy(text: str) -> str:
@@ -104,7 +141,8 @@ def tidy(text: str) -> str:
 
 def sift(texts: Iterable[str], dictionary: Dictionary, seen: set[str], counts: Counter[str]) -> Iterator[str]:
     """The sentences that pass, tidied, each once; ``counts`` says how many did not, and why."""
-    for text in texts:
+    for typed in texts:
+        text = spell_numbers(typed)
         reason = problem(text, dictionary)
         if not reason and (key := sentence_key(text)) in seen:
             reason = "said before"
@@ -167,6 +205,11 @@ PROFANITY = Source(
 )
 
 
+def read_phrases(lines: str) -> frozenset[str]:
+    """Words and phrases in lower case, one a line."""
+    return frozenset(" ".join(line.lower().split()) for line in lines.splitlines() if line.strip())
+
+
 def read_lemmas(wordnet: Path) -> frozenset[str]:
     """Single words of WordNet's index, and the irregular forms of them."""
     lemmas: set[str] = set()
@@ -196,6 +239,13 @@ def frequent_words(texts: Iterable[str], count: int = FREQUENT) -> frozenset[str
     """The most frequent words."""
     words = Counter(word.lower().strip("'") for text in texts for word in _WORD.findall(text))
     return frozenset(word for word, _ in words.most_common(count))
+
+
+def unsaid(typed: Iterable[str], kept: Iterable[str], count: int = 20) -> list[str]:
+    """The words most frequent in what people typed that no kept sentence has: what a filter should not have lost."""
+    said = exposures.count_words(kept)
+    words = exposures.count_words(typed).most_common()
+    return [word for word, _ in words if word not in said and word not in SLANG][:count]
 
 
 def frequencies_of(said: Iterable[str], defined: Iterable[str]) -> dict[str, float]:
@@ -228,7 +278,7 @@ def make(out: Path, cache: Path, limit: int) -> None:
     chats, profanity = fetch(cache, (CHATS, PROFANITY))
     wordnet = fetch_recordings.fetch_debian(cache / "wordnet", ("wordnet-base",)) / "usr/share/wordnet"
     typed = (chats / "sentences.txt").read_text(encoding="utf-8").splitlines()
-    profane = frozenset((profanity / "words.txt").read_text(encoding="utf-8").split())
+    profane = read_phrases((profanity / "words.txt").read_text(encoding="utf-8"))
     dictionary = Dictionary(read_lemmas(wordnet), frequent_words(typed), profane)
     seen: set[str] = set()
     counts: dict[str, Counter[str]] = {"chats": Counter(), "WordNet": Counter(), "WordNet's definitions": Counter()}
@@ -248,6 +298,7 @@ def make(out: Path, cache: Path, limit: int) -> None:
         print(f"{out / name}.txt: {len(texts)} {'lists' if name == 'lists' else 'sentences'}")
     exposures.write_frequencies(out / "frequencies.tsv", frequencies)
     write_whole(out / "filter.json", json.dumps(counts, indent=1) + "\n")
+    print(f"frequent words that no sentence has: {', '.join(unsaid(map(spell_numbers, typed), said))}")
     for source, found in counts.items():
         print(f"{source}: " + ", ".join(f"{count} {reason}" for reason, count in found.most_common()))
 
