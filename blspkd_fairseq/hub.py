@@ -236,7 +236,7 @@ class BlspKd:
         _check_batch_size(batch_size)
         if prompt is not None:
             prompt = resolve_prompt(prompt)
-        elif not self._counts_tokens:
+        elif not self.counts_tokens:
             raise ValueError(f"the adapter {self.config.adapter} has no embedding for each token: ask the LLM instead")
         found: list[list[Segment]] = [[] for _ in audio]
         lengths = [0.0] * len(audio)
@@ -261,8 +261,8 @@ class BlspKd:
         """The texts of ``[samples]``, asked for by a resolved prompt; they do not depend on what is heard together."""
         heard = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
         if prompt is None:
-            found = [self.nearest_tokens(one[:count]) for one, count in zip(*heard, strict=True)]
-            return [self.chat_format.decode(ids) for ids in found]
+            ids = iter(self.nearest_tokens(torch.cat([one[:count] for one, count in zip(*heard, strict=True)])))
+            return [self.chat_format.decode(list(islice(ids, count))) for count in heard[1]]
         limits = [options.max_new_tokens] * len(windows)
         if options.takes_the_likeliest and self.repeats_by(prompt):
             limits = [min(limit, most_written(count)) for limit, count in zip(limits, heard[1], strict=True)]
@@ -274,10 +274,10 @@ class BlspKd:
 
     def repeats_by(self, prompt: str) -> bool:
         """Whether the answer to a resolved prompt is as long as what is heard, which CIF counts."""
-        return prompt in map(PROMPTS.get, _WRITES) and self._counts_tokens and not self.chat_format.may_reason
+        return prompt in map(PROMPTS.get, _WRITES) and self.counts_tokens and not self.chat_format.may_reason
 
     @property
-    def _counts_tokens(self) -> bool:
+    def counts_tokens(self) -> bool:
         """Whether the adapter gives one embedding for each token."""
         return bool(self.model.adapter.one_to_one)
 
@@ -291,7 +291,7 @@ class BlspKd:
     def segment(self, window: Window, text: str, with_words: bool = True) -> Segment:
         """What was said in a window, with the times of its words where the adapter cuts tokens."""
         end = window.start + len(window.samples) / SAMPLE_RATE
-        if not with_words or not self._counts_tokens:
+        if not with_words or not self.counts_tokens:
             return Segment(window.start, end, text, ())
         ids = self.chat_format.encode_transcript(text)
         boundaries = self.adapt((window.samples, SAMPLE_RATE), len(ids)).boundaries

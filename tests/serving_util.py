@@ -8,18 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-import torch
-from tiny import save_llm, save_whisper
 
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.hub import BlspKd
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 
 REASON = "needs the extra serve, and for the client the extra dev"
 pytest.importorskip("fastapi", reason=REASON)
@@ -36,18 +32,6 @@ from blspkd_fairseq.serving.server import reserve  # noqa: E402
 from blspkd_fairseq.serving.service import Service  # noqa: E402
 
 NAME = "tiny"
-
-
-def tiny_model(folder: Path, **options: Any) -> BlspKd:
-    """A random model that hears."""
-    config = SpeechLlmConfig(
-        speech_encoder=str(save_whisper(folder / "whisper")),
-        llm=str(save_llm(folder / "llm")),
-        **{"llm_dtype": "float32", "adapter_heads": 2, **options},
-    )
-    torch.manual_seed(0)
-    model, chat = build_speech_llm(config)
-    return BlspKd(model, chat, config)
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:

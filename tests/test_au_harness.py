@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from serving_util import NAME, Served, as_file, input_audio, noise, served, tiny_model
+from serving_util import NAME, Served, as_file, input_audio, noise, served
+from tiny import tiny_model
 
 from blspkd_fairseq.base_models import PUBLISHED
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from serving_util import Served, as_file, noise, served, tiny_model
+from serving_util import Served, as_file, noise, served
+from tiny import tiny_model
 
 from blspkd_fairseq.cli.demo import _find_cascade
 from blspkd_fairseq.demo.routes import STATIC, Cascade, add_demo

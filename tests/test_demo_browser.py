@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 from browser_util import Visit, chromium, expect, needs_chromium, record
-from serving_util import Served, as_file, noise, served, tiny_model
+from serving_util import Served, as_file, noise, served
+from tiny import tiny_model
 
 from blspkd_fairseq.demo.routes import add_demo
 

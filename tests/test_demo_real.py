@@ -27,10 +27,12 @@ def demo() -> Iterator[str]:
     """The address of ``blspkd demo``, as a user starts it."""
     command = [sys.executable, "-m", "blspkd_fairseq", "demo", "--port", "0", "--device", "cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
-        yield re.search(r"http://\S+", line)[0]
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        try:
+            yield re.search(r"http://\S+", process.stdout.readline())[0]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_a_spoken_question_is_heard_and_answered(demo: str, tmp_path: Path) -> None:

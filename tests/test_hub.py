@@ -7,10 +7,9 @@ import pytest
 import soundfile
 import torch
 from commands import train
-from tiny import save_llm, save_whisper, write_speech, write_split
+from tiny import save_llm, save_whisper, tiny_model, write_speech, write_split
 
 from blspkd_fairseq import BlspKd
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 
 
 class Trained:
@@ -101,13 +100,7 @@ def test_alignment_covers_the_speech_in_order(model: BlspKd, trained: Trained) -
 
 
 def test_without_the_llm_only_an_adapter_with_an_embedding_for_each_token_writes(tmp_path: Path) -> None:
-    config = SpeechLlmConfig(
-        speech_encoder=str(save_whisper(tmp_path / "whisper")),
-        llm=str(save_llm(tmp_path / "llm")),
-        adapter="cnn",
-        adapter_bottleneck=8,
-    )
-    model = BlspKd(*build_speech_llm(config), config)
+    model = tiny_model(tmp_path, adapter="cnn", adapter_bottleneck=8)
     with pytest.raises(ValueError, match="cnn has no embedding for each token"):
         model.transcripts([(np.ones(8000, np.float32), 16_000)], None)
 

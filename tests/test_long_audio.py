@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from commands import fairseq, train
-from tiny import read_jsonl, save_llm, save_whisper, write_split
+from tiny import read_jsonl, save_llm, save_whisper, tiny_model, write_split
 
 from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, audio_seconds, load_audio, stream_audio
 from blspkd_fairseq.data.audio_stream import stream_windows
@@ -24,7 +24,6 @@ from blspkd_fairseq.data.vad import VadError, find_speech
 from blspkd_fairseq.data.windows import WindowCutter, cut_windows, quietest_place, sounding, starts
 from blspkd_fairseq.generation.decoding import answer_heard, hear_windows
 from blspkd_fairseq.hub import BlspKd
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -249,16 +248,7 @@ def test_formats() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> BlspKd:
-    root = tmp_path_factory.mktemp("long")
-    config = SpeechLlmConfig(
-        speech_encoder=str(save_whisper(root / "whisper")),
-        llm=str(save_llm(root / "llm")),
-        llm_dtype="float32",
-        adapter_heads=2,
-        window_seconds=6.0,
-    )
-    torch.manual_seed(0)
-    return BlspKd(*build_speech_llm(config), config)
+    return tiny_model(tmp_path_factory.mktemp("long"), window_seconds=6.0)
 
 
 def test_windows_are_heard_alike_whatever_they_are_batched_with(model: BlspKd) -> None:

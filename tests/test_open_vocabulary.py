@@ -433,13 +433,13 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     results = {
         name: json.loads((tmp_path / "results" / f"{name}.json").read_text())["sets"] for name in ("text", "model")
     }
-    card = publish.table({**results, "cascade": {"phone": {**text, "heard": ["a dog runs home", said[1]]}}})
+    results["cascade"] = {"phone": {**text, "heard": ["a dog runs home", said[1]]}}
+    card = publish.table(results)
     assert "heard voices, other sentences | telephone prompts (a person) | clips in which nobody speaks" in card
     assert "| WER heard | this model | 12.5 [0.0, 25.0] | 12.5 [0.0, 25.0] | – |" in card
     assert "| WER heard | Whisper tiny.en, then the LLM | – | 12.5 [0.0, 25.0] | – |" in card
     assert "| answered as if somebody spoke | this model | – | – | 1 of 1 |" in card
-    cascade = {"phone": {**text, "heard": ["a dog runs home", said[1]]}}
-    shown = publish.front({**results, "cascade": cascade})
+    shown = publish.front(results)
     assert "| telephone prompts (a person) | 2 | 12.5 [0.0, 25.0] | 12.5 [0.0, 25.0] | 0.0 [0.0, 0.0] | 0.0 " in shown
     assert "heard voices" not in shown and "but for 1 of 1 clips" in shown
     assert (

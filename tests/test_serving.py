@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from serving_util import NAME, Served, as_file, input_audio, noise, served, tiny_model
+from serving_util import NAME, Served, as_file, input_audio, noise, served
+from tiny import tiny_model
 
 from blspkd_fairseq.generation.streaming import Delta, StreamingDecoder
 from blspkd_fairseq.hub import BlspKd

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving_util import NAME, Served, as_file, input_audio, noise, openai, served, tiny_model
-from tiny import PATIENCE
+from serving_util import NAME, Served, as_file, input_audio, noise, openai, served
+from tiny import PATIENCE, tiny_model
 
 from blspkd_fairseq.hub import BlspKd
 

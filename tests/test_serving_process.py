@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from serving_util import as_file, input_audio, noise, openai, tiny_model
-from tiny import PATIENCE
+from serving_util import as_file, input_audio, noise, openai
+from tiny import PATIENCE, tiny_model
 
 from blspkd_fairseq.cli.main import run
 from blspkd_fairseq.serving.server import listen, reserve

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from serving_util import NAME, Served, as_file, noise, openai, served, tiny_model
+from serving_util import NAME, Served, as_file, noise, openai, served
+from tiny import tiny_model
 
 from blspkd_fairseq.data.chat import Marks
 from blspkd_fairseq.hub import BlspKd

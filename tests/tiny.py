@@ -12,6 +12,8 @@ from tokenizers_util import bpe_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
 from blspkd_fairseq.data.manifest import write_manifest
+from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 
 # Seconds: a guard against a deadlock, not a limit. A busy machine takes its time.
 PATIENCE = 600
@@ -70,6 +72,18 @@ def save_whisper(folder: Path, width: int = 16, layers: int = 1, seed: int = 1) 
     )
     WhisperModel(config).save_pretrained(folder)
     return folder
+
+
+def tiny_model(folder: Path, **options: Any) -> BlspKd:
+    """A random model that hears."""
+    config = SpeechLlmConfig(
+        speech_encoder=str(save_whisper(folder / "whisper")),
+        llm=str(save_llm(folder / "llm")),
+        **{"llm_dtype": "float32", "adapter_heads": 2, **options},
+    )
+    torch.manual_seed(0)
+    model, chat = build_speech_llm(config)
+    return BlspKd(model, chat, config)
 
 
 def write_speech(path: Path, seconds: float, seed: int, rate: int = 16_000) -> int:

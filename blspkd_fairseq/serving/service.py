@@ -74,7 +74,7 @@ class Service:
     @property
     def has_times(self) -> bool:
         """Whether the adapter cuts tokens."""
-        return bool(getattr(self.model.model.adapter, "one_to_one", False))
+        return self.model.counts_tokens
 
     @property
     def most_characters(self) -> int:

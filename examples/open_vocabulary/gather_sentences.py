@@ -71,7 +71,7 @@ _SENTENCE = re.compile(r"[A-Za-z',; -]+[.?!]?")
 _REGULAR_ENDINGS = (
     ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y"),
     ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", ""), ("er", ""), ("er", "e"), ("est", ""),
-    ("est", "e"), ("'s", ""),
+    ("est", "e"),
 )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, help="also write the figures that this file shows")
     args = parser.parse_args(arguments)
     results = {name: json.loads((args.results / f"{name}.json").read_text())["sets"] for name in (TEXT, *MEASURED)}
+    shown = "" if args.readme is None else with_figures(args.readme.read_text(encoding="utf-8"), front(results))
     model = BlspKd.from_pretrained(args.checkpoint)
     for option in ("llm", "speech_encoder"):
         setattr(model.config, option, f"{CACHE}/{Path(getattr(model.config, option)).name}")
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     write_whole(args.out / "README.md", text)
     if args.readme is not None:
-        write_whole(args.readme, with_figures(args.readme.read_text(encoding="utf-8"), front(results)))
+        write_whole(args.readme, shown)
 
 
 def with_figures(text: str, figures: str) -> str:
