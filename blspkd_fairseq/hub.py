@@ -30,7 +30,7 @@ from blspkd_fairseq.data.prompts import PROMPTS, resolve_prompt
 from blspkd_fairseq.data.transcript import Segment, Transcript, words_of
 from blspkd_fairseq.data.vad import speech_windows
 from blspkd_fairseq.data.windows import cut_windows, sounding, starts
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows, most_written
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows, most_written, nearest_tokens
 from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
 from blspkd_fairseq.generation.text_stream import TextStream
 from blspkd_fairseq.model_card import Card, write_card
@@ -236,8 +236,8 @@ class BlspKd:
         _check_batch_size(batch_size)
         if prompt is not None:
             prompt = resolve_prompt(prompt)
-        elif not self.counts_tokens:
-            raise ValueError(f"the adapter {self.config.adapter} has no embedding for each token: ask the LLM instead")
+        else:
+            self.check_counts_tokens()
         found: list[list[Segment]] = [[] for _ in audio]
         lengths = [0.0] * len(audio)
         parts = ((index, window) for index, one in enumerate(audio) for window in self._stream(one))
@@ -280,6 +280,11 @@ class BlspKd:
     def counts_tokens(self) -> bool:
         """Whether the adapter gives one embedding for each token."""
         return bool(self.model.adapter.one_to_one)
+
+    def check_counts_tokens(self) -> None:
+        """Raises ValueError where the tokens nearest to what is heard are none of the transcript's."""
+        if not self.counts_tokens:
+            raise ValueError(f"the adapter {self.config.adapter} has no embedding for each token: ask the LLM instead")
 
     def _stream(self, audio: Audio) -> Iterator[Window]:
         """Windows of a recording, decoded while they are needed if it is a file."""
@@ -472,12 +477,7 @@ class BlspKd:
     @torch.no_grad()
     def nearest_tokens(self, embeddings: Tensor) -> list[int]:
         """For embeddings ``[U, D]`` the ids of the nearest input embeddings (Euclidean distance)."""
-        table = self.model.llm.get_input_embeddings()
-        words = torch.arange(table.num_embeddings, device=embeddings.device)
-        vectors = table(words).float()
-        closeness = embeddings.float() @ vectors.t() - vectors.square().sum(1) / 2
-        ids: list[int] = closeness.argmax(1).tolist()
-        return ids
+        return nearest_tokens(self.model, embeddings)
 
     def _collate(self, batch: Sequence[Audio]) -> tuple[Tensor, Tensor]:
         waveforms = [torch.from_numpy(_samples(audio)) for audio in batch]

@@ -75,11 +75,11 @@ def served(
     key: str | None = None,
     vad: str | None = None,
     change: Callable[[FastAPI], FastAPI] = lambda app: app,
-    prompt: str = "transcribe",
+    prompt: str | None = "transcribe",
     **limits: Any,
 ) -> Iterator[Served]:
     """Serves a model until the block ends; ``change`` adds to the application."""
-    service = Service(model, NAME, Limits(**limits), vad, resolve_prompt(prompt))
+    service = Service(model, NAME, Limits(**limits), vad, None if prompt is None else resolve_prompt(prompt))
     address = reserve("127.0.0.1", 0)
     app = change(create_app(service, key, ["127.0.0.1", "localhost"]))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))

@@ -103,8 +103,46 @@ def test_what_is_longer_than_the_encoder_hears_is_heard_window_by_window(server:
     assert "".join(getattr(event, "delta", "") for event in streamed) == verbose.text
 
 
+def test_it_can_write_what_is_heard_without_asking_the_llm(model: BlspKd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.model.llm, "get_decoder", None)
+    monkeypatch.setattr(model.model.llm, "forward", None)
+    long = as_file(np.concatenate([noise(20, 1), np.zeros(8_000, np.float32), noise(18, 2)]), "FLAC")
+    upload = ("long.flac", long, "audio/flac")
+    with served(model, prompt=None) as server:
+        create = server.client.audio.transcriptions.create
+        expected = model.transcripts([long], prompt=None)[0]
+        verbose = create(
+            model=NAME, file=upload, response_format="verbose_json", timestamp_granularities=["word", "segment"]
+        )
+        assert verbose.text == expected.text and len(verbose.segments) == len(expected.segments) == 2
+        assert [(word.word, word.start, word.end) for word in verbose.words] == [
+            (word.text, pytest.approx(word.start, abs=1e-3), pytest.approx(word.end, abs=1e-3))
+            for segment in expected.segments for word in segment.words
+        ]  # fmt: skip
+        streamed = [event.delta for event in create(model=NAME, file=upload, stream=True) if hasattr(event, "delta")]
+        assert "".join(streamed) == expected.text and len(streamed) == 2
+        usage = create(model=NAME, file=upload).usage
+        assert usage.input_tokens == usage.output_tokens == sum(map(len, _tokens(model, long)))
+        with pytest.raises(openai.BadRequestError, match="not drawn: leave it at 0"):
+            create(model=NAME, file=upload, temperature=0.5)
+
+
+def _tokens(model: BlspKd, audio: bytes) -> list[list[int]]:
+    """What CIF counts in each window in which somebody speaks."""
+    adapted = [model.adapt((window, 16_000)) for window in model.windows(audio)]
+    return [[0] * int(one.lengths[0]) for one in adapted]
+
+
+def test_a_translation_is_asked_of_the_llm_all_the_same(model: BlspKd) -> None:
+    with served(model, new_tokens=8, prompt=None) as server:
+        english = server.client.audio.translations.create(model=NAME, file=UPLOAD)
+    assert english.text == model.translate(SPEECH, target="English", max_new_tokens=8).strip()
+
+
 def test_an_adapter_without_boundaries_gives_no_times(tmp_path_factory: pytest.TempPathFactory) -> None:
     model = tiny_model(tmp_path_factory.mktemp("cnn"), adapter="cnn")
+    with pytest.raises(ValueError, match="cnn has no embedding for each token"), served(model, prompt=None):
+        pass
     with served(model, new_tokens=4) as server:
         create = server.client.audio.transcriptions.create
         assert create(model=NAME, file=UPLOAD).text is not None

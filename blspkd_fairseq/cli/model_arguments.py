@@ -6,6 +6,8 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
+from blspkd_fairseq.data.prompts import resolve_prompt
+
 if TYPE_CHECKING:
     from blspkd_fairseq.hub import BlspKd
 
@@ -41,6 +43,26 @@ def add_vad_argument(parser: argparse.ArgumentParser) -> None:
         help="hear only where somebody speaks, found by energy or by Silero's network, so that silence has no words; "
         "none: hear everything (default: %(default)s)",
     )
+
+
+def add_writer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of who writes down what is heard: the LLM, or nobody."""
+    writer = parser.add_mutually_exclusive_group()
+    writer.add_argument(
+        "--prompt", default="repeat", help="asks the LLM for a transcript: a name or a text (default: %(default)s)"
+    )
+    writer.add_argument(
+        "--heard", action="store_true", help="do not ask the LLM: write the tokens nearest to what CIF hears, faster"
+    )
+
+
+def chosen_prompt(args: argparse.Namespace) -> str | None:
+    """The resolved prompt of :func:`add_writer_arguments`, or None with ``--heard``.
+
+    Raises:
+        ValueError: of that prompt.
+    """
+    return None if args.heard else resolve_prompt(args.prompt)
 
 
 def chosen_vad(args: argparse.Namespace) -> str | None:

@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blspkd_fairseq.base_models import PUBLISHED
-from blspkd_fairseq.cli.model_arguments import add_model_arguments, add_vad_argument, chosen_vad, load_model
-from blspkd_fairseq.data.prompts import resolve_prompt
+from blspkd_fairseq.cli.model_arguments import (
+    add_model_arguments,
+    add_vad_argument,
+    add_writer_arguments,
+    chosen_prompt,
+    chosen_vad,
+    load_model,
+)
 from blspkd_fairseq.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -54,11 +60,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--name", help="by which clients ask for the model; by default that of its file or folder")
     add_vad_argument(parser)
-    parser.add_argument(
-        "--prompt",
-        default="repeat",
-        help="asks the LLM for the words of a transcription: a name or a text (default: %(default)s)",
-    )
+    add_writer_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
     parser.add_argument(
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace, make_app: Callable[[Service, str | None], Fast
 
     limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
     address = server.reserve(args.host, args.port)  # before the model is loaded, which takes a while
-    prompt = resolve_prompt(args.prompt)
+    prompt = chosen_prompt(args)
     model = load_model(args)
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     if key is None and not server.is_loopback(args.host):

@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from blspkd_fairseq.cli.model_arguments import add_model_arguments, add_vad_argument, chosen_vad, load_model
+from blspkd_fairseq.cli.model_arguments import (
+    add_model_arguments,
+    add_vad_argument,
+    add_writer_arguments,
+    chosen_prompt,
+    chosen_vad,
+    load_model,
+)
 from blspkd_fairseq.data.audio import AudioError, audio_seconds, check_audio
-from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.transcript import FORMATS, Transcript, as_dict
 from blspkd_fairseq.files import whole_file
 
@@ -33,13 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=list(FORMATS), default="text", help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="a file there for each (default: to stdout)")
     add_vad_argument(parser)
-    writer = parser.add_mutually_exclusive_group()
-    writer.add_argument(
-        "--prompt", default="repeat", help="asks the LLM for the words: a name or a text (default: %(default)s)"
-    )
-    writer.add_argument(
-        "--heard", action="store_true", help="do not ask the LLM: write the tokens nearest to what CIF hears, faster"
-    )
+    add_writer_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=8, help="windows at a time (default: %(default)s)")
     parser.add_argument("--beam", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument(
@@ -79,7 +79,7 @@ def check_options(args: argparse.Namespace) -> None:
     from blspkd_fairseq.generation.decoding import DecodingOptions
 
     DecodingOptions(beam=args.beam, max_new_tokens=args.max_new_tokens)
-    resolve_prompt(args.prompt)
+    chosen_prompt(args)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
 
@@ -97,7 +97,7 @@ def transcribe(model: BlspKd, file: str, args: argparse.Namespace) -> Transcript
     ) as bar:
         return model.transcripts(
             [file],
-            prompt=None if args.heard else args.prompt,
+            prompt=chosen_prompt(args),
             vad=chosen_vad(args),
             with_words=args.format != "text",
             batch_size=args.batch_size,

@@ -156,6 +156,16 @@ def most_written(heard: int) -> int:
     return 2 * heard + 16
 
 
+def nearest_tokens(model: SpeechLLM, embeddings: Tensor) -> list[int]:
+    """For embeddings ``[U, D]`` the ids of the LLM's nearest input embeddings (Euclidean distance)."""
+    table = model.llm.get_input_embeddings()
+    words = torch.arange(table.num_embeddings, device=embeddings.device)
+    vectors = table(words).float()
+    closeness = embeddings.float() @ vectors.t() - vectors.square().sum(1) / 2
+    ids: list[int] = closeness.argmax(1).tolist()
+    return ids
+
+
 Instruction = str | Sequence[Segment]
 """A prompt with one ``{speech}`` slot, or a rendered conversation (:meth:`ChatFormat.render`)."""
 

@@ -36,6 +36,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ from blspkd_fairseq import compat
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
-from blspkd_fairseq.generation.decoding import check_context, context_of, most_written
+from blspkd_fairseq.generation.decoding import check_context, context_of, most_written, nearest_tokens
 from blspkd_fairseq.generation.kv_cache import (
     cache_bytes,
     can_cut,
@@ -77,6 +78,7 @@ class Sampling:
         seed: of this answer's own generator; None: another one each time.
         stop: the answer ends before the first of these strings.
         repeats: the answer is what is heard, and ends where more is written (:func:`most_written`).
+        nearest: the answer is the tokens nearest to what is heard; the LLM is not asked.
     """
 
     max_new_tokens: int = 128
@@ -86,6 +88,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     repeats: bool = False
+    nearest: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -99,6 +102,8 @@ class Sampling:
             check_number(self.seed, "seed", is_whole=True)
             if not -(2**63) <= self.seed < 2**63:
                 raise ValueError(f"seed must have at most 63 bits, got {self.seed}")
+        if self.nearest and self.temperature > 0:
+            raise ValueError("the tokens nearest to what is heard are not drawn: leave the temperature at 0")
         is_list = isinstance(self.stop, (list, tuple))
         if not is_list or not all(isinstance(one, str) and one for one in self.stop):
             raise ValueError("stop must be a list of texts that are not empty")
@@ -309,6 +314,8 @@ class StreamingDecoder:
         pieces = sum(isinstance(one, Speech) for one in request.segments)
         if pieces != len(request.speech):
             raise ValueError(f"the conversation has {pieces} pieces of speech, not {len(request.speech)}")
+        if request.sampling.nearest and not self.model.adapter.one_to_one:
+            raise ValueError("this model's adapter has no embedding for each token: ask the LLM instead")
         if not request.segments or isinstance(request.segments[-1], Speech) or not len(request.segments[-1]):
             raise ValueError("the chat template must write something between the user's speech and the answer")
         limit = self.model.speech_encoder.max_samples
@@ -353,6 +360,9 @@ class StreamingDecoder:
         self._hear(self._choose_windows(rows))
         for row in rows:
             row.unheard = {d: w for d, w in row.unheard.items() if d not in self._heard}
+        deltas += self._write_nearest([row for row in rows if row.request.sampling.nearest and not row.unheard])
+        asked = [row for row in rows if not row.request.sampling.nearest]
+        for row in asked:
             if row.request.silent:
                 self._waiting.remove(row)
                 deltas.append(Delta(row.number, "", "stop", Usage(0, 0, 0)))
@@ -362,7 +372,7 @@ class StreamingDecoder:
                 except ValueError as error:
                     self._waiting.remove(row)
                     deltas.append(Delta(row.number, "", "error", Usage(row.prompt, 0, 0), error))
-        self._read([row for row in rows if row.embeds is not None and row in self._waiting])
+        self._read([row for row in asked if row.embeds is not None and row in self._waiting])
 
     # ---- hearing -----------------------------------------------------------------------------------------------
 
@@ -392,6 +402,22 @@ class StreamingDecoder:
         counts = adapted.lengths.tolist()
         for digest, embeddings, count in zip(new, adapted.embeddings.to(self.model.llm.dtype), counts, strict=True):
             self._heard[digest] = embeddings[:count].clone()
+
+    def _write_nearest(self, rows: Sequence[_Row]) -> list[Delta]:
+        """Answers rows that do not ask the LLM, all of them with one look at its table."""
+        if not rows:
+            return []
+        heard = [[self._heard[digest] for piece in row.digests for digest in piece] for row in rows]
+        windows = [window for one in heard for window in one]
+        ids = iter(nearest_tokens(self.model, torch.cat(windows)) if windows else [])
+        deltas = []
+        for row, one in zip(rows, heard, strict=True):
+            count = sum(map(len, one))
+            text = self.chat.decode(list(islice(ids, count)))
+            deltas.append(Delta(row.number, text, "stop", Usage(count, count, 0)))
+            self._waiting.remove(row)
+        self._forget_speech()
+        return deltas
 
     def _forget_speech(self) -> None:
         """Embeddings that no waiting row needs, beyond a quarter of what may be kept."""

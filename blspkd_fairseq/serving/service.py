@@ -36,7 +36,11 @@ class Service:
         name: by which clients ask for it.
         limits: of requests.
         vad: hear only where somebody speaks: "energy" or "silero".
-        prompt: instruction of a transcription; the speech comes in place of its ``{speech}``.
+        prompt: instruction of a transcription; the speech comes in place of its ``{speech}``. None: the LLM is not
+            asked for one, and what is written are the tokens nearest to what is heard.
+
+    Raises:
+        ValueError: without a prompt, the adapter does not give one embedding for each token.
 
     Attributes:
         engine: answers. metrics: counts. created: seconds since 1970.
@@ -48,8 +52,10 @@ class Service:
         name: str,
         limits: Limits,
         vad: str | None = None,
-        prompt: str = PROMPTS["transcribe"],
+        prompt: str | None = PROMPTS["transcribe"],
     ) -> None:
+        if prompt is None:
+            model.check_counts_tokens()
         self.model = model
         self.name = name
         self.limits = limits

@@ -40,10 +40,13 @@ async def translate(request: Request) -> Response:
     return await _answer(request, "translate", resolve_prompt("translate", tgt_lang="English"))
 
 
-async def _answer(request: Request, task: str, prompt: str) -> Response:
+async def _answer(request: Request, task: str, prompt: str | None) -> Response:
     service = service_of(request)
     body, content = await _read_form(request)
     service.check_model(body.model)
+    if prompt is None and body.temperature > 0:
+        message = "this server writes the tokens nearest to what is heard, which are not drawn: leave it at 0"
+        raise invalid(message, "temperature")
     has_times = body.response_format in ("srt", "vtt", "verbose_json")
     if has_times and not service.has_times:
         message = "this model's adapter cuts no tokens, so there are no times: ask for json or text"
@@ -136,11 +139,14 @@ async def _read_form(request: Request) -> tuple[SpeechRequest, bytes]:
     return body, content
 
 
-def _ask(service: Service, windows: Sequence[Window], prompt: str, temperature: float) -> Answers:
-    """Asks for the text of each window."""
-    repeats = temperature == 0 and service.model.repeats_by(prompt)
-    sampling = Sampling(max_new_tokens=service.limits.new_tokens, temperature=temperature, repeats=repeats)
-    before, _, after = prompt.partition(SPEECH_SLOT)
+def _ask(service: Service, windows: Sequence[Window], prompt: str | None, temperature: float) -> Answers:
+    """Asks for the text of each window; without a prompt, for the tokens nearest to what is heard."""
+    if prompt is None:
+        sampling = Sampling(nearest=True)
+    else:
+        repeats = temperature == 0 and service.model.repeats_by(prompt)
+        sampling = Sampling(service.limits.new_tokens, temperature, repeats=repeats)
+    before, _, after = (prompt or SPEECH_SLOT).partition(SPEECH_SLOT)
     texts = [{"type": "text", "text": text} for text in (before, after)]
     speeches = [{"type": "audio", "audio": (window.samples, SAMPLE_RATE)} for window in windows]
     return service.ask([([{"role": "user", "content": [texts[0], speech, texts[1]]}], sampling) for speech in speeches])
