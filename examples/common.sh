@@ -28,7 +28,7 @@ whole_numbers() {
 }
 
 fail() {
-    echo "run.sh: $*" >&2
+    echo "${0##*/}: $*" >&2
     exit 2
 }
 

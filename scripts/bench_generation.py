@@ -23,7 +23,7 @@ from bench_training import PRESETS, from_files, from_preset, synchronize
 from transformers import GenerationConfig
 
 from blspkd_fairseq.data.conversation import Speech
-from blspkd_fairseq.generation.decoding import DecodingOptions, Prompts, _answer, build_prompts
+from blspkd_fairseq.generation.decoding import DecodingOptions, Prompts, answer_prompts, build_prompts
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
 PREFIX, SPEECH, AFTER = 30, 20, 6  # tokens of a prompt, on average
@@ -88,7 +88,7 @@ def measure(model: SpeechLLM, prompts: Prompts, beam: int, args: argparse.Namesp
     chat: Any = SimpleNamespace(eos_ids=[], end_of_turn_id=0, decode_answer=lambda ids: "")
 
     def ours() -> None:
-        _answer(model, chat, prompts, options, with_scores=True)
+        answer_prompts(model, chat, prompts, options, with_scores=True)
 
     def theirs() -> None:
         model.llm.generate(

@@ -439,6 +439,10 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     assert "| WER heard | this model | 12.5 [0.0, 25.0] | 12.5 [0.0, 25.0] | – |" in card
     assert "| WER heard | Whisper tiny.en, then the LLM | – | 12.5 [0.0, 25.0] | – |" in card
     assert "| answered as if somebody spoke | this model | – | – | 1 of 1 |" in card
+    assert "| response KL | this model | 1.00 [" in card
+    publish.check_rows(results)
+    with pytest.raises(ValueError, match=r"set phone has other rows in each result \(text 2, model 2, cascade 1\)"):
+        publish.check_rows({**results, "cascade": {"phone": {"id": ["a"]}}})
     shown = publish.front(results)
     assert "| telephone prompts (a person) | 2 | 12.5 [0.0, 25.0] | 12.5 [0.0, 25.0] | 0.0 [0.0, 0.0] | 0.0 " in shown
     assert "heard voices" not in shown and "but for 1 of 1 clips" in shown

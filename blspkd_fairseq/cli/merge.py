@@ -1,6 +1,6 @@
 """One manifest of several: to train on several corpora at once.
 
-    blspkd merge --inputs librispeech/train.tsv gigaspeech/train.tsv --output data/train.tsv
+    blspkd merge --inputs librispeech/train-*.tsv gigaspeech/train-xl.tsv --output data/train.tsv
 
 Audio paths become absolute, those in conversations, too. Ids stay as they are unless two manifests share one: then all
 begin with the number of their manifest, such as 2/. Columns that not all of them have are left out, and named, but for

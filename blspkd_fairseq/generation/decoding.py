@@ -214,7 +214,7 @@ def answer_heard(
         ContextError: the LLM's context has no room for a conversation and an answer.
     """
     asked = build_prompts(model, [render_prompt(chat, prompt) for prompt in prompts], *heard)
-    return _answer(model, chat, asked, options, with_scores)
+    return answer_prompts(model, chat, asked, options, with_scores)
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def answer_text(
     conversations = [render_prompt(chat, prompt) for prompt in prompts]
     ids = [chat.encode_text(text) for text in transcripts]
     asked = build_prompts(model, conversations, transcripts=ids, student=False)
-    return _answer(model, chat, asked, options, with_scores)
+    return answer_prompts(model, chat, asked, options, with_scores)
 
 
 def render_prompt(chat: ChatFormat, prompt: Instruction) -> list[Segment]:
@@ -439,7 +439,7 @@ def _positions(valid: Tensor) -> Tensor:
     return (valid.cumsum(1) - 1).clamp(min=0)
 
 
-def _answer(
+def answer_prompts(
     model: ChatLLM, chat: ChatFormat, prompts: Prompts, options: DecodingOptions, with_scores: bool
 ) -> list[list[Hypothesis]]:
     arguments = options.as_generate_arguments()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # BLSP (arXiv 2309.00916): a CNN adapter, trained by cross-entropy on the LLM's continuations; LLM and encoder frozen.
 #
-#   bash examples/blsp/run.sh --train "librispeech/train.tsv gigaspeech/train.tsv" --valid V.tsv --test T.tsv [options]
+#   bash examples/blsp/run.sh --train "librispeech/train-clean-100.tsv gigaspeech/train-xl.tsv" --valid V.tsv --test T.tsv [options]
 #   bash examples/blsp/run.sh --small
 #
 # Its first stage, which taught a base LLM to follow instructions, is not needed with a chat LLM: to repeat it, fine-tune

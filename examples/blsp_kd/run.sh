@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # BLSP-KD (arXiv 2405.19041): CFormer and Partial LoRA, distilled at the input and at the response.
 #
-#   bash examples/blsp_kd/run.sh --train "librispeech/train.tsv gigaspeech/train.tsv" --valid V.tsv --test T.tsv [options]
+#   bash examples/blsp_kd/run.sh --train "librispeech/train-clean-100.tsv gigaspeech/train-xl.tsv" --valid V.tsv --test T.tsv [options]
 #   bash examples/blsp_kd/run.sh --small
 #
-# Settings of blsp-emo's first stage, the nearest that is published. Also train the encoder: add
-# --unfreeze-speech-encoder to train_options. Begin with the checkpoint of examples/warm_up: --from FILE.
+# Settings of blsp-emo's first stage, the nearest that is published. Also train the encoder: end with
+# "-- --unfreeze-speech-encoder". Begin with the checkpoint of examples/warm_up: --from FILE.
 #
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"

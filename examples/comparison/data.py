@@ -65,7 +65,9 @@ def make(out: Path, cache: Path, train: int, test: int, processes: int) -> None:
     heard = [make_speech.Clip(text, training_voice(text), 1.0) for text in texts["test"]]
     questions = [QUESTION.format(country=country) for country in sorted(capitals)][:test]
     manifests = {
-        "train": [make_speech.Clip(text, training_voice(text), make_speech._tempo(text)) for text in texts["train"]],
+        "train": [
+            make_speech.Clip(text, training_voice(text), make_speech.training_tempo(text)) for text in texts["train"]
+        ],
         "valid": [make_speech.Clip(text, training_voice(text), 1.0) for text in texts["valid"]],
         "heard": heard,
         "unheard": [clip._replace(voice=UNHEARD_VOICE) for clip in heard],
@@ -78,7 +80,7 @@ def make(out: Path, cache: Path, train: int, test: int, processes: int) -> None:
     make_speech.speak_missing(clips, out / "audio", processes, speakers)
     answers = {QUESTION.format(country=country): capital for country, capital in capitals.items()}
     for name, each in manifests.items():
-        rows = [make_speech._row(f"{name}-{i:05d}", clip, out) for i, clip in enumerate(each)]
+        rows = [make_speech.clip_row(f"{name}-{i:05d}", clip, out) for i, clip in enumerate(each)]
         columns = list(make_speech.COLUMNS)
         if name.startswith("questions"):
             columns.append("tgt_text")

@@ -1,4 +1,4 @@
-"""Writes the main rows of the comparison into the README's first table.
+"""Writes the main rows of the comparison into the README's table of the comparison.
 
     python examples/comparison/readme_table.py --results examples/comparison/results
 
@@ -57,7 +57,7 @@ def table(report: Report) -> str:
                 seeds = str(len(report.runs.of[name]))
                 title = title.format(minutes=training_minutes(report.first(name)))
             lines.append(f"| {title} | {' | '.join(cells)} | {seeds} |")
-    return "\n".join(lines).replace("100.0 [100.0, 100.0]", "100") + "\n"
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

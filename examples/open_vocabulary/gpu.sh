@@ -19,7 +19,6 @@ source "$root/examples/common.sh"
 
 command=${1:-help} work=${TMPDIR:-/tmp}/open_vocabulary_gpu from="" to="" speech="" model=distillation piece_mib=45 seconds=480 quick="" cache=""
 usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-fail() { echo "gpu.sh: $*" >&2; exit 2; }
 [ $# -eq 0 ] || shift
 positional="" passed=()
 case $command in

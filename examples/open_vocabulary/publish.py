@@ -18,7 +18,7 @@ from typing import Any
 from write_report import TEXT, false_answers, scores_of
 
 from blspkd_fairseq import BlspKd
-from blspkd_fairseq.evaluation.tables import format_score, in_full, markdown_table
+from blspkd_fairseq.evaluation.tables import format_score, markdown_table
 from blspkd_fairseq.files import write_whole
 
 CACHE = "~/.cache/blspkd_fairseq"  # where the package keeps the base models
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, help="also write the figures that this file shows")
     args = parser.parse_args(arguments)
     results = {name: json.loads((args.results / f"{name}.json").read_text())["sets"] for name in (TEXT, *MEASURED)}
+    check_rows(results)
     shown = "" if args.readme is None else with_figures(args.readme.read_text(encoding="utf-8"), front(results))
     model = BlspKd.from_pretrained(args.checkpoint)
     for option in ("llm", "speech_encoder"):
@@ -75,6 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_whole(args.out / "README.md", text)
     if args.readme is not None:
         write_whole(args.readme, shown)
+
+
+def check_rows(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError where systems that stand beside each other were measured on different rows."""
+    for name in TITLES:
+        rows = {system: sorted(results[system][name]["id"]) for system in results if name in results[system]}
+        if len(set(map(tuple, rows.values()))) > 1:
+            counts = ", ".join(f"{system} {len(ids)}" for system, ids in rows.items())
+            raise ValueError(f"the set {name} has other rows in each result ({counts}): measure all on the same files")
 
 
 def with_figures(text: str, figures: str) -> str:
@@ -116,13 +126,14 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         for name in spoken:
             if name in results[system]:
                 for metric, score in scores_of(results[system][name], results[TEXT].get(name)).items():
-                    rows.setdefault((metric, system), {})[name] = format_score(score)
+                    digits = 2 if metric.endswith(" KL") else 1  # nats
+                    rows.setdefault((metric, system), {})[name] = format_score(score, digits)
         if "nothing" in results[system]:
             answers = {"nothing": false_answers(results[system]["nothing"])}
             rows["answered as if somebody spoke", system] = answers
     metrics = list(dict.fromkeys(metric for metric, _ in rows))
     lines = [
-        [in_full(metric), MEASURED[system], *(rows[metric, system].get(name, "–") for name in sets)]
+        [metric, MEASURED[system], *(rows[metric, system].get(name, "–") for name in sets)]
         for metric in metrics
         for system in MEASURED
         if (metric, system) in rows

@@ -111,9 +111,9 @@ def make(
     if speech is not None:
         copy_archives(speech, out, [row for rows in ready.values() for row in rows])
     for split in READY_SPLITS:
-        spoken = [make_speech._row(f"{split}-spoken-{i:06d}", c, out) for i, c in enumerate(clips.get(split, []))]
+        spoken = [make_speech.clip_row(f"{split}-spoken-{i:06d}", c, out) for i, c in enumerate(clips.get(split, []))]
         if split == "train":
-            spoken += [make_speech._row(f"{LIST_ID}{i:06d}", clip, out) for i, clip in enumerate(listed)]
+            spoken += [make_speech.clip_row(f"{LIST_ID}{i:06d}", clip, out) for i, clip in enumerate(listed)]
         rows = [*ready[split], *({name: row[name] for name in COLUMNS} for row in spoken)]
         if rows:
             write_manifest(out / f"{split}.tsv", rows, COLUMNS)

@@ -59,14 +59,14 @@ def plan(train: int, valid: int, test: int, seed: int) -> list[Manifest]:
     """The manifests and their clips; more sentences with the same seed only add clips."""
     heard = sentences(test, seed, "test")
     return [
-        Manifest("train", [Clip(text, "joe", _tempo(text)) for text in sentences(train, seed, "train")]),
+        Manifest("train", [Clip(text, "joe", training_tempo(text)) for text in sentences(train, seed, "train")]),
         Manifest("valid", [Clip(text, "joe", 1.0) for text in sentences(valid, seed, "valid")]),
         Manifest("test", [Clip(text, "joe", 1.0) for text in heard]),
         Manifest("test_unheard", [Clip(text, "espeak", 1.0) for text in heard]),
     ]
 
 
-def _tempo(text: str) -> float:
+def training_tempo(text: str) -> float:
     """As random as the text is; a string seeds the same way in every process and Python."""
     return round(random.Random(text).uniform(*TRAINING_TEMPO), 3)
 
@@ -128,11 +128,11 @@ def write_rows(manifest: Manifest, out: Path) -> int:
     Raises:
         ValueError: a clip is no readable audio.
     """
-    rows = [_row(f"{manifest.name}-{i:05d}", clip, out) for i, clip in enumerate(manifest.clips)]
+    rows = [clip_row(f"{manifest.name}-{i:05d}", clip, out) for i, clip in enumerate(manifest.clips)]
     return write_manifest(out / f"{manifest.name}.tsv", rows, COLUMNS)
 
 
-def _row(row_id: str, clip: Clip, out: Path) -> dict[str, object]:
+def clip_row(row_id: str, clip: Clip, out: Path) -> dict[str, object]:
     audio = f"audio/{clip.name}"
     try:
         n_frames = soundfile.info(out / audio).frames

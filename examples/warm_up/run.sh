@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The warm-up of a CFormer, from transcripts alone: each speech embedding is classified as, and drawn to, its token's.
 #
-#   bash examples/warm_up/run.sh --train "librispeech/train.tsv gigaspeech/train.tsv" --valid V.tsv --test T.tsv [options]
+#   bash examples/warm_up/run.sh --train "librispeech/train-clean-100.tsv gigaspeech/train-xl.tsv" --valid V.tsv --test T.tsv [options]
 #   bash examples/blsp_kd/run.sh --from out/warm_up/model/checkpoint_last.pt --train ...
 #   bash examples/warm_up/run.sh --small
 #
-# No paper has it; where data or time are short it decides (examples/comparison/results/RESULTS.md). An update costs
-# neither responses nor the LLM's forward pass. The rate is that of blsp_kd, not searched at full size.
+# No paper has it; in the closed comparison it helped BLSP-KD (examples/comparison/results/RESULTS.md: three seeds, no
+# verdict). An update costs neither responses nor the LLM's forward pass. The rate is that of blsp_kd, not searched at
+# full size.
 #
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"
