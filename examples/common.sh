@@ -175,6 +175,17 @@ answer_on_gpus() {
     python scripts/generate_responses.py "$@" --num-shards "$shards"
 }
 
+# published_schedule: sets schedule, the options of fairseq-train that all recipes share, of lr, warm_up, max_update,
+# batch, accumulation and save_every
+published_schedule() {
+    schedule=(--optimizer adam --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warm_up" --weight-decay 0.05
+        --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update"
+        --batch-size "$batch" --update-freq "$accumulation" --max-tokens $((batch * 480000))
+        --skip-bad-audio --seed 1 --num-workers 2 --log-interval 10
+        --save-interval-updates "$save_every" --validate-interval-updates "$save_every" --keep-interval-updates 3
+        --keep-last-epochs 5)
+}
+
 # train_on_gpus ARGUMENTS: fairseq-train on --gpus of each of --nodes
 train_on_gpus() {
     need_gpus

@@ -87,18 +87,13 @@ make_responses() {
 }
 
 run_training() {
-    local data=$out/data start=()
+    local data=$out/data start=() schedule
+    published_schedule
     [ -z "$needs_responses" ] || data=$out/data/responses
     [ -z "$from" ] || start=(--finetune-from-model "$from")
     train_on_gpus "$data" --user-dir blspkd_fairseq --task blsp_kd "${device[@]}" --prompt "$prompt" \
         --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" \
-        --optimizer adam --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warm_up" --weight-decay 0.05 \
-        --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update" \
-        --batch-size "$batch" --update-freq "$accumulation" --max-tokens $((batch * 480000)) \
-        --skip-bad-audio --seed 1 --num-workers 2 --log-interval 10 --save-dir "$out/model" \
-        --save-interval-updates "$save_every" --validate-interval-updates "$save_every" --keep-interval-updates 3 \
-        --keep-last-epochs 5 \
-        "${start[@]}" "${train_options[@]}" "${more[@]}"
+        --save-dir "$out/model" "${schedule[@]}" "${start[@]}" "${train_options[@]}" "${more[@]}"
 }
 
 run_evaluation() {

@@ -98,8 +98,8 @@ def test_words_are_drawn_by_their_probability(temperature: float, top_p: float) 
     expected[order[kept:]] = 0
     expected /= expected.sum()
     uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # every share once
-    words = draw(logits.expand(100_000, -1), uniform, temperature, top_p)
-    torch.testing.assert_close(torch.bincount(words, minlength=5) / 100_000, expected.float(), atol=2e-5, rtol=0)
+    tokens = draw(logits.expand(100_000, -1), uniform, temperature, top_p)
+    torch.testing.assert_close(torch.bincount(tokens, minlength=5) / 100_000, expected.float(), atol=2e-5, rtol=0)
 
 
 def test_a_draw_is_never_a_word_that_is_taken_out() -> None:
@@ -153,10 +153,10 @@ def test_rollouts_depend_on_their_seed_alone(world: World) -> None:
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.8)])
 @pytest.mark.parametrize(("path", "scope"), [("speech", "speech"), ("speech", "all"), ("text", "all")])
-def test_a_rollout_is_what_the_student_would_say_word_by_word(
+def test_a_rollout_is_what_the_student_would_say_token_by_token(
     world: World, path: str, scope: str, temperature: float, top_p: float
 ) -> None:
-    """Each word against the full forward pass of the student, hearing or reading, over the words before it."""
+    """Each token against the full forward pass of the student, hearing or reading, over the tokens before it."""
     model = world.build(scope, dtype=torch.float64).eval()
     sample = world.sample(model, [0, 1])
     criterion = criterion_of(
@@ -170,8 +170,8 @@ def test_a_rollout_is_what_the_student_would_say_word_by_word(
     for row, one in enumerate(rollouts):
         seed = rollout_seed(1, path, 0, sample["rows"][row]["id"], 0)
         uniform = torch.rand(12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        words = draw(logits[compared.rows == row], uniform[: len(one.ids[0])], temperature, top_p)
-        assert words.tolist() == one.ids[0]
+        tokens = draw(logits[compared.rows == row], uniform[: len(one.ids[0])], temperature, top_p)
+        assert tokens.tolist() == one.ids[0]
 
 
 def test_seeds_differ_in_every_part() -> None:
@@ -184,8 +184,8 @@ def test_seeds_differ_in_every_part() -> None:
 # ---- estimators ----------------------------------------------------------------------------------------------------
 
 
-def first_words(model: BlspKdModel, sample: dict[str, Any], path: str = "speech") -> tuple[Tensor, Tensor]:
-    """``[B, V]`` log-probabilities of the first word of the answer, of the student and of the teacher."""
+def first_tokens(model: BlspKdModel, sample: dict[str, Any], path: str = "speech") -> tuple[Tensor, Tensor]:
+    """``[B, V]`` log-probabilities of the first token of the answer, of the student and of the teacher."""
     out = run(model, sample, planned(model, sample, [[row.response[:1]] for row in sample["plan_rows"]]), reads=True)
     compared = out.response if path == "speech" else out.text_response
     weight = model.speech_llm.head[0]
@@ -199,10 +199,10 @@ def first_words(model: BlspKdModel, sample: dict[str, Any], path: str = "speech"
 def test_the_exact_estimator_is_the_analytic_gradient_and_the_sampled_one_is_unbiased(
     world: World, path: str, scope: str, im_weight: float, rollouts: int
 ) -> None:
-    """L_cm and L_im against the reverse KL at the first word, over the whole vocabulary, by autograd."""
+    """L_cm and L_im against the reverse KL at the first token, over the whole vocabulary, by autograd."""
     model = world.build(scope, dtype=torch.float64).train()
     sample = world.sample(model, [0, 1])
-    log_q, log_p = first_words(model, sample, path)
+    log_q, log_p = first_tokens(model, sample, path)
     (log_q.exp() * (log_q - log_p)).sum().backward()
     expected = trained_gradient(model)
 
@@ -211,7 +211,7 @@ def test_the_exact_estimator_is_the_analytic_gradient_and_the_sampled_one_is_unb
         criterion(model, sample)[0].backward()
         return trained_gradient(model)
 
-    # After one word every prefix is the same, so that the exact one has nothing left to chance.
+    # After one token every prefix is the same, so that the exact one has nothing left to chance.
     torch.testing.assert_close(gradient(estimator="exact", rollouts=2), expected)
     groups = torch.stack([gradient(estimator="sampled", rollouts=rollouts, seed=seed) for seed in range(24)])
     error = (groups.var(0) / len(groups)).sum().sqrt()
@@ -224,7 +224,7 @@ def test_the_exact_estimator_is_the_analytic_gradient_and_the_sampled_one_is_unb
 def test_beta_is_that_of_the_divergence_at_each_prefix(world: World) -> None:
     model = world.build(dtype=torch.float64).train()
     sample = world.sample(model, [0, 1])
-    log_q, log_p = first_words(model, sample)
+    log_q, log_p = first_tokens(model, sample)
     for beta in (0.0, 0.3, 1.0):
         p, q = log_p.exp(), log_q.exp()
         log_m = (beta * p + (1 - beta) * q).log()
@@ -238,12 +238,12 @@ def test_beta_is_that_of_the_divergence_at_each_prefix(world: World) -> None:
 def log_probabilities(
     model: BlspKdModel, sample: dict[str, Any], ids: list[list[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each word of the roll-outs (two of each utterance) by student and teacher, and the roll-out of each."""
+    """Of each token of the roll-outs (two of each utterance) by student and teacher, and the roll-out of each."""
     with torch.no_grad():
         out = run(model, sample, planned(model, sample, [ids[i : i + 2] for i in range(0, len(ids), 2)])).response
     weight = model.speech_llm.head[0]
-    words = torch.tensor([word for one in ids for word in one]).unsqueeze(1)
-    student, teacher = ((hidden @ weight.t()).log_softmax(1).gather(1, words)[:, 0]
+    tokens = torch.tensor([token for one in ids for token in one]).unsqueeze(1)
+    student, teacher = ((hidden @ weight.t()).log_softmax(1).gather(1, tokens)[:, 0]
                         for hidden in (out.student, out.teacher))  # fmt: skip
     return student, teacher, out.rows
 
@@ -257,7 +257,7 @@ def test_the_importance_ratio_is_1_the_first_time_and_that_of_both_students_late
     old, teacher, rows = log_probabilities(model, sample, ids)
 
     def loss(new: Tensor) -> Tensor:
-        """Eq. 3 and 4 by hand: mean over the words of a roll-out and over roll-outs, sum over utterances."""
+        """Eq. 3 and 4 by hand: mean over the tokens of a roll-out and over roll-outs, sum over utterances."""
         values = -(new - old).exp() * (teacher - new)
         return torch.stack([values[rows == row].mean() for row in range(4)]).sum() / 2
 
@@ -388,7 +388,7 @@ def test_under_partial_lora_the_student_answers_text_as_the_base_llm_does(world:
         answers.append([one.ids for one in rollouts])
         layout = planned(model, sample, [one.ids for one in rollouts]).teacher
         read, taught = (reads(layout) for reads in (model.speech_llm.read, model.speech_llm.teach))
-        assert torch.equal(read, taught)  # so that A_im is 0, word by word
+        assert torch.equal(read, taught)  # so that A_im is 0, token by token
     assert answers[0] == answers[1]
 
 
@@ -436,10 +436,10 @@ def test_off_policy_batches_are_the_divergence_on_the_responses(world: World) ->
     chosen = []
     for update in range(40):
         model.set_num_updates(update)
-        chosen.append(shares._is_off_policy(model, sample))
+        chosen.append(shares._is_off_policy(model))
     assert 8 < sum(chosen) < 32
     model.eval()
-    assert not shares._is_off_policy(model, sample)
+    assert not shares._is_off_policy(model)
 
 
 @pytest.mark.parametrize("estimator", on_policy_distillation.ESTIMATORS)
@@ -480,8 +480,8 @@ def test_a_larger_teacher_teaches(world: World, tmp_path: Path) -> None:
     layout = planned(model, sample, [kept.ids for kept in sampled._kept.values()]).teacher
     teacher = sampled._teacher[0]
     logits = teacher.teach(layout)[layout.response] @ teacher.head[0].t()
-    words = torch.tensor([word for one in ids for word in one]).unsqueeze(1)
-    values = student_log - logits.log_softmax(1).gather(1, words)[:, 0]
+    tokens = torch.tensor([token for one in ids for token in one]).unsqueeze(1)
+    values = student_log - logits.log_softmax(1).gather(1, tokens)[:, 0]
     torch.testing.assert_close(value, torch.stack([values[rows == row].mean() for row in range(4)]).sum() / 2)
     assert all(parameter.grad is None for parameter in other._teacher[0].parameters())
 
@@ -521,18 +521,18 @@ def test_logits_that_are_not_finite_are_said(world: World) -> None:
     model = world.build().train()
     with torch.no_grad():
         next(p for name, p in model.speech_llm.named_parameters() if "lora_B" in name).fill_(torch.inf)
-    with pytest.raises(FloatingPointError, match="logits of word 1 of the roll-outs are not finite"):
+    with pytest.raises(FloatingPointError, match="logits of token 1 of the roll-outs are not finite"):
         criterion_of(model)(model, world.sample(model, [0]))
 
 
 def test_padding_of_the_llms_table_is_never_drawn(world: World, tmp_path: Path) -> None:
     model = world.build(dtype=torch.float64).eval()
-    words = len(model.chat.tokenizer)
+    tokens = len(model.chat.tokenizer)
     sample = world.sample(model, [0, 1])
     expected = rolled(model.speech_llm, model.chat, sample, [0, 1], [3, 4])
     head = model.speech_llm.llm.get_output_embeddings()
     padding = head.weight.detach().mean(0, keepdim=True).expand(50, -1)
-    head.weight = nn.Parameter(torch.cat([head.weight.detach()[:words], padding]), requires_grad=False)
+    head.weight = nn.Parameter(torch.cat([head.weight.detach()[:tokens], padding]), requires_grad=False)
     assert rolled(model.speech_llm, model.chat, sample, [0, 1], [3, 4]) == expected
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instruction", default="", help="a text before each piece of speech")
     add_vad_argument(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, help="of an answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest words (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest tokens (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of --temperature")
     add_model_arguments(parser)

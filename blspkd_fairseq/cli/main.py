@@ -94,7 +94,7 @@ def _run(words: list[str], program: str, commands: Mapping[str, Command]) -> int
         return _run(words[1:], program, command.below)
     sys.argv = [program, *words[1:]]  # argparse takes the program's name from there
     try:
-        status = _call(_load(command.module, program), program, words[1:])
+        status = _call(_load(command.module), program, words[1:])
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
@@ -105,7 +105,7 @@ def _run(words: list[str], program: str, commands: Mapping[str, Command]) -> int
     return int(status or 0)
 
 
-def _load(module: str, program: str) -> ModuleType:
+def _load(module: str) -> ModuleType:
     name = f"blspkd_fairseq.{module}"
     try:
         return importlib.import_module(name)

@@ -7,11 +7,11 @@ Roll-outs y are sampled from the student hearing speech S (and reading text T). 
     L    = lambda L_im + (1 - lambda) L_cm,   L_x = -E[ 1/m sum_j 1/|y_j| sum_t r_jt A_x ]                (eq. 3-5)
 
 with r = p_theta / p_old, which is 1 when roll-outs are fresh: this is the reverse KL at the sampled prefixes, estimated
-from one word each. The paper writes L as what is maximised; here it is minimised. ``--estimator exact`` takes the KL
+from one token each. The paper writes L as what is maximised; here it is minimised. ``--estimator exact`` takes the KL
 over the whole vocabulary at the same prefixes. Without LoRA on all positions the student reading text *is* the teacher
 (or has nothing to train), so that L_im is 0 and no text roll-outs are drawn.
 
-Roll-outs are drawn without dropout. For the sampled estimator, which is unbiased for words of the student's own
+Roll-outs are drawn without dropout. For the sampled estimator, which is unbiased for tokens of the student's own
 distribution, train without it, too (``--adapter-dropout 0 --lora-dropout 0``), at temperature 1 and top-p 1.
 """
 
@@ -63,7 +63,7 @@ class OnPolicyDistillationConfig(DistillationConfig):
     rollout_top_p: float = field(
         default=1.0,
         metadata={
-            "help": "draw from the likeliest words that make up this share of the probability; below 1, it biases the "
+            "help": "draw from the likeliest tokens that make up this share of the probability; below 1, it biases the "
             "sampled estimator"
         },
     )
@@ -83,7 +83,7 @@ class OnPolicyDistillationConfig(DistillationConfig):
     estimator: str = field(
         default="sampled",
         metadata={
-            "help": "divergence at each prefix: sampled (from the drawn word, X-OPD), or exact (whole vocabulary)"
+            "help": "divergence at each prefix: sampled (from the drawn token, X-OPD), or exact (whole vocabulary)"
         },
     )
     beta: float = field(
@@ -96,7 +96,7 @@ class OnPolicyDistillationConfig(DistillationConfig):
     )
     off_policy_cross_entropy: bool = field(
         default=False,
-        metadata={"help": "... by its cross-entropy, as an anchor in the words of tgt_text, not by the divergence"},
+        metadata={"help": "... by its cross-entropy, as an anchor in the tokens of tgt_text, not by the divergence"},
     )
     teacher_llm: str = field(
         default="", metadata={"help": "another, larger LLM with the same tokenizer as teacher (default: the student's)"}
@@ -152,8 +152,8 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         found = [option for option, is_biased in biases.items() if is_biased]
         if found and self.cfg.estimator == "sampled":
             logger.warning(
-                f"{' and '.join(found)} biases the sampled estimator, whose words must be drawn by the student that is "
-                "trained: --estimator exact is free of that"
+                f"{' and '.join(found)} biases the sampled estimator, whose tokens must be drawn by the student that "
+                "is trained: --estimator exact is free of that"
             )
 
     @staticmethod
@@ -162,7 +162,7 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
 
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict[str, float]]:
         """Returns the summed loss of the batch's utterances, their number, and sums to log."""
-        off_policy = self._is_off_policy(model, sample)
+        off_policy = self._is_off_policy(model)
         if not off_policy and torch.cuda.is_available():  # what an earlier micro-batch left running is no roll-out
             torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -202,7 +202,7 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
 
     # ---- roll-outs ---------------------------------------------------------------------------------------------
 
-    def _is_off_policy(self, model: Any, sample: dict[str, Any]) -> bool:
+    def _is_off_policy(self, model: Any) -> bool:
         """Drawn for the whole update, in every process alike; in validation always on-policy."""
         if self.cfg.off_policy_share == 0 or not model.training:
             return False
@@ -397,7 +397,7 @@ def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:
     """Another LLM as teacher.
 
     Raises:
-        ValueError: it cannot be loaded, or has not the student's words and ends of turn.
+        ValueError: it cannot be loaded, or has not the student's tokens and ends of turn.
     """
     trusts = getattr(task, "trust_remote_code", False)  # by what the user said of the student
     config = SpeechLlmConfig(
@@ -409,7 +409,7 @@ def _load_teacher(cfg: OnPolicyDistillationConfig, task: Any) -> ChatLLM:
     chat = ChatFormat(load_tokenizer(config, "teacher-llm"), task.chat.system, task.chat.chat_template)
     if chat.tokenizer.get_vocab() != task.chat.tokenizer.get_vocab():
         raise ValueError(
-            f"--teacher-llm {cfg.teacher_llm} has another tokenizer than the student's LLM: their words cannot be "
+            f"--teacher-llm {cfg.teacher_llm} has another tokenizer than the student's LLM: their tokens cannot be "
             "compared; take a larger model of the same family"
         )
     if chat.eos_ids != task.chat.eos_ids:

@@ -26,7 +26,7 @@ class RolloutOptions:
     Attributes:
         per_prompt: roll-outs of each prompt (X-OPD: 4).
         temperature: divides the logits.
-        top_p: draw from the likeliest words that make up this share of the probability.
+        top_p: draw from the likeliest tokens that make up this share of the probability.
         max_new_tokens: length limit, the end of turn included.
     """
 
@@ -94,47 +94,47 @@ def _until_end(ids: list[int], eos_ids: list[int]) -> list[int]:
 
 
 class _Draw(LogitsProcessor):
-    """Leaves one word of each row: the one drawn by that row's own generator.
+    """Leaves one token of each row: the one drawn by that row's own generator.
 
-    Tables of LLMs are padded; ids beyond the tokenizer's ``words`` are none.
+    Tables of LLMs are padded; ids beyond the tokenizer's ``vocabulary`` are none.
     """
 
-    def __init__(self, seeds: Sequence[int], options: RolloutOptions, words: int, device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int], options: RolloutOptions, vocabulary: int, device: torch.device) -> None:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         steps = [torch.rand(options.max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
         self.uniform = torch.stack(steps).to(device)  # [rows, steps]
-        self.options, self.words = options, words
+        self.options, self.vocabulary = options, vocabulary
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not scores.amax(1).isfinite().all():
             raise FloatingPointError(
-                f"the student's logits of word {self.step + 1} of the roll-outs are not finite: lower --lr, take "
+                f"the student's logits of token {self.step + 1} of the roll-outs are not finite: lower --lr, take "
                 "--llm-dtype bfloat16 in place of float16, or begin with a trained adapter"
             )
-        logits = scores[:, : self.words]
-        words = draw(logits, self.uniform[:, self.step], self.options.temperature, self.options.top_p)
+        logits = scores[:, : self.vocabulary]
+        tokens = draw(logits, self.uniform[:, self.step], self.options.temperature, self.options.top_p)
         self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter_(1, words.unsqueeze(1), 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.unsqueeze(1), 0.0)
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """The word of each row whose share of the probability ``uniform`` falls into.
+    """The token of each row whose share of the probability ``uniform`` falls into.
 
     Args:
         logits: ``[B, V]``.
         uniform: ``[B]`` in [0, 1).
-        temperature, top_p: see :class:`RolloutOptions`; the likeliest word is always kept.
+        temperature, top_p: see :class:`RolloutOptions`; the likeliest token is always kept.
 
     Returns:
         ``[B]`` indices.
     """
     probability = (logits.float() / temperature).softmax(1).double()
-    words = None
+    tokens = None
     if top_p < 1:
-        probability, words = torch.sort(probability, dim=1, descending=True, stable=True)
+        probability, tokens = torch.sort(probability, dim=1, descending=True, stable=True)
         before = probability.cumsum(1) - probability
         probability = probability.masked_fill(before >= top_p, 0.0)
     ends = probability.cumsum(1)
     place = torch.searchsorted(ends, uniform.unsqueeze(1).to(ends) * ends[:, -1:], right=True)
-    return (place if words is None else words.gather(1, place)).squeeze(1)
+    return (place if tokens is None else tokens.gather(1, place)).squeeze(1)

@@ -266,7 +266,7 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
     )
     if len(chat.tokenizer) > llm.get_input_embeddings().num_embeddings:
         raise ValueError(
-            f"the tokenizer of {config.llm} has {len(chat.tokenizer)} words but the LLM embeds only "
+            f"the tokenizer of {config.llm} has {len(chat.tokenizer)} tokens but the LLM embeds only "
             f"{llm.get_input_embeddings().num_embeddings}: the files of two models are mixed in one directory"
         )
     if not torch.cuda.is_available():  # where there is a GPU, the LLM is on its way there

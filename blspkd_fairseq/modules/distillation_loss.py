@@ -1,6 +1,6 @@
 """Losses that end in the LLM's output head, without the [positions, vocabulary] matrix of all positions.
 
-A vocabulary has 50,000 to 250,000 words, so the logits of a batch are by far its largest tensors. The positions go
+A vocabulary has 50,000 to 250,000 tokens, so the logits of a batch are by far its largest tensors. The positions go
 through the head in chunks; the gradient with respect to the hidden states is computed in the same pass while a chunk's
 probabilities are at hand, and only that ``[N, D]`` gradient is kept for backward. The head is frozen in distillation,
 so it needs none. The idea is that of Liger and Cut Cross-Entropy; the work equals the plain formula's.
@@ -40,7 +40,7 @@ class LogitTransform(NamedTuple):
 
 
 class KlDivergence(NamedTuple):
-    """Attributes: ``kl`` [N] nats, the divergence; ``agrees`` [N] bool, both find the same word likeliest."""
+    """Attributes: ``kl`` [N] nats, the divergence; ``agrees`` [N] bool, both find the same token likeliest."""
 
     kl: Tensor
     agrees: Tensor
@@ -61,13 +61,13 @@ def linear_kl_div(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     transform: LogitTransform | None = None,
 ) -> Tensor:
-    """KL divergence between teacher and student words, from their hidden states (BLSP-KD, arXiv 2405.19041, sec. 3.1).
+    """KL divergence between teacher and student tokens, from their hidden states (BLSP-KD, arXiv 2405.19041, sec. 3.1).
 
     Args:
         student_hidden: ``[N, D]`` hidden states before the head; receives the gradient.
         teacher_hidden: ``[N, D]``; never receives one.
         head_weight: ``[V, D]`` frozen output embedding, shared by both.
-        head_bias: ``[V]``; an entry of -inf takes its word out.
+        head_bias: ``[V]``; an entry of -inf takes its token out.
         temperature: divides the logits. There is no T^2 factor on the result (as in the published code).
         reverse: KL(student || teacher) in place of KL(teacher || student).
         chunk_size: positions that go through the head at once; peak memory is about 4 x chunk_size x V x 4 bytes.
@@ -94,7 +94,7 @@ def linear_kl_div_with_agreement(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     transform: LogitTransform | None = None,
 ) -> KlDivergence:
-    """:func:`linear_kl_div`, and whether both agree on the most likely word, from the same pass through the head."""
+    """:func:`linear_kl_div`, and whether both agree on the most likely token, from the same pass through the head."""
     if teacher_hidden.shape != student_hidden.shape:
         raise ValueError(
             "student and teacher must have one shape, "
@@ -150,14 +150,14 @@ def linear_jensen_shannon(
     head_bias = _finite(head_bias, student_hidden)
     teacher_weight, teacher_bias = teacher_head or (head_weight, head_bias)
     teacher_bias = _finite(teacher_bias, student_hidden)
-    words = min(len(head_weight), len(teacher_weight))
+    vocabulary = min(len(head_weight), len(teacher_weight))
 
     def chunk_loss(start: int, student_logits: Tensor) -> tuple[Tensor, Tensor]:
         rows = slice(start, start + len(student_logits))
-        teacher_logits = _logits(teacher_hidden[rows], teacher_weight, teacher_bias)[:, :words]
+        teacher_logits = _logits(teacher_hidden[rows], teacher_weight, teacher_bias)[:, :vocabulary]
         if teacher_transform is not None:
             teacher_logits, _ = teacher_transform.apply_(teacher_logits)
-        student, teacher = _words(student_logits, temperature), _words(teacher_logits, temperature)
+        student, teacher = _distribution(student_logits, temperature), _distribution(teacher_logits, temperature)
         agrees[rows] = student.best == teacher.best
         if beta in (0, 1):
             value, gradient = (_reverse_kl if beta else _forward_kl)(student, teacher)
@@ -165,8 +165,8 @@ def linear_jensen_shannon(
             value, gradient = _jensen_shannon(student, teacher, beta)
         return value, gradient if temperature == 1.0 else gradient.div_(temperature)
 
-    if words < len(head_weight):
-        head_weight, head_bias = head_weight[:words], None if head_bias is None else head_bias[:words]
+    if vocabulary < len(head_weight):
+        head_weight, head_bias = head_weight[:vocabulary], None if head_bias is None else head_bias[:vocabulary]
     divergence = _chunked_head_loss(student_hidden, head_weight, head_bias, chunk_size, chunk_loss, transform)
     return KlDivergence(divergence, agrees)
 
@@ -179,7 +179,7 @@ def linear_cross_entropy(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     transform: LogitTransform | None = None,
 ) -> Tensor:
-    """Cross-entropy of the words ``targets`` [N] from hidden states ``[N, D]``: ``[N]`` nats.
+    """Cross-entropy of the tokens ``targets`` [N] from hidden states ``[N, D]``: ``[N]`` nats.
 
     Same arguments, dtypes and errors as :func:`linear_kl_div`.
     """
@@ -211,8 +211,8 @@ def distance_cross_entropy(
     return linear_cross_entropy(vectors.float() * factor, targets, table.float(), -factor / 2 * squares, chunk_size)
 
 
-class _Words(NamedTuple):
-    """``logits`` and ``probability`` [C, V]; of the likeliest word [C]: its index, logit and log probability."""
+class _Distribution(NamedTuple):
+    """``logits`` and ``probability`` [C, V]; of the likeliest token [C]: its index, logit and log probability."""
 
     logits: Tensor
     probability: Tensor
@@ -221,31 +221,31 @@ class _Words(NamedTuple):
     best_log: Tensor
 
 
-def _words(logits: Tensor, temperature: float) -> _Words:
+def _distribution(logits: Tensor, temperature: float) -> _Distribution:
     """Overwrites the logits if the temperature is not 1."""
     if temperature != 1.0:
         logits.div_(temperature)
     best_logit, best = logits.max(1)
     probability = logits.softmax(1)
-    return _Words(logits, probability, best, best_logit, probability.amax(1).log())
+    return _Distribution(logits, probability, best, best_logit, probability.amax(1).log())
 
 
-def _log_sum_difference(one: _Words, other: _Words) -> Tensor:
+def _log_sum_difference(one: _Distribution, other: _Distribution) -> Tensor:
     """Difference of the logsumexp of the logits [C], without a [C, V] temporary and exact where both are alike.
 
-    The best word's probability is at least 1/V, so that its log is safe.
+    The best token's probability is at least 1/V, so that its log is safe.
     """
     return (one.best_logit - other.best_logit) - (one.best_log - other.best_log)
 
 
-def _forward_kl(student: _Words, teacher: _Words) -> tuple[Tensor, Tensor]:
+def _forward_kl(student: _Distribution, teacher: _Distribution) -> tuple[Tensor, Tensor]:
     """KL(p || q) and its gradient q - p with respect to the logits of q, the student. Overwrites both."""
     expectation = teacher.logits.sub_(student.logits).mul_(teacher.probability).sum(1)
     kl = expectation + _log_sum_difference(student, teacher)
     return kl, student.probability.sub_(teacher.probability)
 
 
-def _reverse_kl(student: _Words, teacher: _Words) -> tuple[Tensor, Tensor]:
+def _reverse_kl(student: _Distribution, teacher: _Distribution) -> tuple[Tensor, Tensor]:
     """KL(q || p) and its gradient q (log q/p - KL) with respect to the logits of q, the student. Overwrites both."""
     log_ratio = student.logits.sub_(teacher.logits)  # plus a constant of the row, which cancels in the gradient
     expectation = (log_ratio * student.probability).sum(1)
@@ -253,7 +253,7 @@ def _reverse_kl(student: _Words, teacher: _Words) -> tuple[Tensor, Tensor]:
     return kl, log_ratio.sub_(expectation.unsqueeze(1)).mul_(student.probability)
 
 
-def _jensen_shannon(student: _Words, teacher: _Words, beta: float) -> tuple[Tensor, Tensor]:
+def _jensen_shannon(student: _Distribution, teacher: _Distribution, beta: float) -> tuple[Tensor, Tensor]:
     """The divergence and its gradient (1 - beta) q (log q/m - KL(q || m)) with respect to the logits of q."""
     p, q = teacher.probability, student.probability
     mixture = (beta * p + (1 - beta) * q).clamp_(min=torch.finfo(p.dtype).tiny)
@@ -264,7 +264,7 @@ def _jensen_shannon(student: _Words, teacher: _Words, beta: float) -> tuple[Tens
 
 
 def _finite(bias: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """In the loss's dtype; a word that is taken out has a finite logit, so that a difference of two is 0."""
+    """In the loss's dtype; a token that is taken out has a finite logit, so that a difference of two is 0."""
     return None if bias is None else bias.to(_loss_dtype(hidden)).clamp(min=-1e30)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from systems import QUESTIONS, SETS
 from tqdm import tqdm
+from trainings import write_json
 
 from blspkd_fairseq import BlspKd
 from blspkd_fairseq.data.audio import SAMPLE_RATE, load_audio
@@ -26,7 +27,6 @@ from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.alignment import boundary_differences
 from blspkd_fairseq.evaluation.robustness import Voices, degrade, parse_condition
-from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech
 from blspkd_fairseq.generation.teacher_forced import collate, sums_of_rows, teacher_forced
 from blspkd_fairseq.generation.teacher_forced import text_kl as teacher_forced_text_kl
@@ -47,10 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = measure_checkpoint(args) if args.checkpoint else measure_untrained(args)
     results["measuring_seconds"] = round(time.monotonic() - begin, 1)
     write_json(args.out, results)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_whole(path, json.dumps(content) + "\n")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -44,7 +44,7 @@ prepare=() responses=() train=() generate=(--max-len-b 128) evaluate=(--max-new-
 batch=8 per_update=768
 share_out
 # 2,000 updates are five epochs of English, the largest set; the published warm-up of 1,000 is for ten times the data.
-lr=1e-4 warm_up=200 cuda=()
+lr=1e-4 warm_up=200 save_every=250 cuda=()
 [ "$gpus" -gt 0 ] || cuda=(--cpu)
 use_environment "quickstart${small:+,recordings}"
 if [ -n "$small" ]; then
@@ -94,14 +94,12 @@ make_responses() {
 }
 
 run_training() {
+    local schedule
+    published_schedule
     train_on_gpus "$data/responses" --user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${cuda[@]}" \
         --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" \
         --criterion kl_distillation --kd-temperature 2 \
-        --optimizer adam --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warm_up" --weight-decay 0.05 \
-        --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update" \
-        --batch-size "$batch" --update-freq "$accumulation" --max-tokens $((batch * 480000)) \
-        --save-interval-updates 250 --validate-interval-updates 250 --keep-interval-updates 3 --keep-last-epochs 5 \
-        --seed 1 --num-workers 2 --log-interval 10 --save-dir "$model" "${train[@]}"
+        --save-dir "$model" "${schedule[@]}" "${train[@]}"
 }
 
 average_checkpoints() {
