@@ -1,7 +1,7 @@
 """How often words were said in training, and which sentences are worth saying next.
 
 A word that training said n times is missed with the probability ``floor + (1 - floor) / (1 + n / half)`` (measured:
-README, "A sixth part"). What one more exposure is worth is how much less often the word is then missed, times how often
+HISTORY.md, "A sixth part"). What one more exposure is worth is how much less often the word is then missed, times how often
 people say it: most for words that were said now and then.
 """
 
@@ -64,7 +64,7 @@ class MissRate(NamedTuple):
     """How probably a word is missed.
 
     Attributes:
-        half: exposures after which half of what can be learnt is learnt (20: measured, README).
+        half: exposures after which half of what can be learnt is learnt (20: measured, HISTORY.md).
         floor: what is missed however often it was said.
     """
 
