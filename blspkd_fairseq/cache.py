@@ -9,8 +9,15 @@ from pathlib import Path
 
 
 def default_cache() -> Path:
-    """$BLSPKD_CACHE, or a folder in the home directory."""
-    return Path(os.environ.get("BLSPKD_CACHE") or "~/.cache/blspkd_fairseq").expanduser()
+    """$BLSPKD_CACHE, or a folder in the home directory.
+
+    Raises:
+        ValueError: there is no home directory.
+    """
+    folder = os.path.expanduser(os.environ.get("BLSPKD_CACHE") or "~/.cache/blspkd_fairseq")
+    if folder.startswith("~"):
+        raise ValueError(f"{folder} cannot be found, since there is no such home folder: set BLSPKD_CACHE to a folder")
+    return Path(folder)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL = ".partial"
+_LONGEST_NAME = 255  # bytes, on the usual file systems
 
 
 @contextlib.contextmanager
@@ -21,7 +22,9 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[Path]:
         durable: wait until it is on the disk, so that it is whole after a loss of power, too (10 ms, and more on a
             busy disk).
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}{PARTIAL}")
+    ending = f".{os.getpid()}-{threading.get_native_id()}{PARTIAL}"
+    name = os.fsencode(path.name)[: _LONGEST_NAME - len(ending) - 1]
+    partial = path.with_name(f".{os.fsdecode(name)}{ending}")
     try:
         yield partial
         if durable:

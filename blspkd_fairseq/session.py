@@ -46,7 +46,8 @@ class ChatSession:
         self._speech: list[list[np.ndarray]] = []
         self._parts: list[str | Speech] = []
         self._cutter: WindowCutter | None = None
-        self._resampler: tuple[int, Any] | None = None
+        self._rate: int | None = None  # of the piece that is fed
+        self._resampler: Any = None
 
     def say(self, part: Any) -> None:
         """Adds to the user's turn: a text with ``say("...")``, or whole audio as :meth:`BlspKd.chat` takes it
@@ -98,9 +99,16 @@ class ChatSession:
                 self.turns += [turn, Turn("assistant", (said,))]
             self.discard()
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether audio was given in this turn and nobody speaks in any of it."""
+        self._close_piece()
+        pieces = [part.piece for part in self._parts if isinstance(part, Speech)]
+        return bool(pieces) and not any(self._speech[piece] for piece in pieces)
+
     def discard(self) -> None:
         """Forgets what the user has said since the last answer."""
-        self._parts, self._cutter, self._resampler = [], None, None
+        self._parts, self._cutter, self._resampler, self._rate = [], None, None, None
         del self._speech[sum(isinstance(part, Speech) for one in self.turns for part in one.parts) :]
 
     def _request(self, sampling: Sampling) -> Request:
@@ -119,9 +127,9 @@ class ChatSession:
         if self._cutter is None:
             return
         if self._resampler is not None:
-            self._hear(self._cutter.feed(self._resampler[1].resample_chunk(np.zeros(0, np.float32), last=True)))
+            self._hear(self._cutter.feed(self._resampler.resample_chunk(np.zeros(0, np.float32), last=True)))
         self._hear(self._cutter.flush())
-        self._cutter = self._resampler = None
+        self._cutter = self._resampler = self._rate = None
 
     def _hear(self, windows: list[np.ndarray]) -> None:
         if self.vad is not None:
@@ -131,11 +139,12 @@ class ChatSession:
             self.model.decoder.read_ahead(self._request(Sampling()))
 
     def _at_16k(self, chunk: np.ndarray, rate: int) -> np.ndarray:
-        if rate == SAMPLE_RATE:
-            return chunk
+        if self._rate is None:
+            self._rate = rate
+            self._resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1)
+        if self._rate != rate:
+            raise AudioError(f"the rate changed from {self._rate} to {rate} Hz in the midst of a piece")
         if self._resampler is None:
-            self._resampler = rate, soxr.ResampleStream(rate, SAMPLE_RATE, 1)
-        if self._resampler[0] != rate:
-            raise AudioError(f"the rate changed from {self._resampler[0]} to {rate} Hz in the midst of a piece")
-        resampled: np.ndarray = self._resampler[1].resample_chunk(chunk)
+            return chunk
+        resampled: np.ndarray = self._resampler.resample_chunk(chunk)
         return resampled

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from tiny import PATIENCE
 
 from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.hub import BlspKd
@@ -96,3 +97,10 @@ def served(
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import re
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +16,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import soundfile
-import torch
-from tiny import save_llm, save_whisper, write_speech
+from tiny import tiny_model, write_speech
 
 from blspkd_fairseq import base_models
 from blspkd_fairseq.cli import model_arguments
 from blspkd_fairseq.cli.main import COMMANDS, PREPARE, run
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.hub import BlspKd
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND_LINES = [
@@ -37,18 +37,7 @@ APART = {name for name in ("serve", "demo", "publish") if not (ROOT / f"blspkd_f
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, saved, and some speech."""
     root = tmp_path_factory.mktemp("cli")
-    config = SpeechLlmConfig(
-        speech_encoder=str(save_whisper(root / "whisper")),
-        llm=str(save_llm(root / "llm")),
-        llm_dtype="float32",
-        adapter_pre_layers=1,
-        adapter_post_layers=1,
-        adapter_heads=2,
-        lora_rank=2,
-        window_seconds=6.0,
-    )
-    torch.manual_seed(0)
-    BlspKd(*build_speech_llm(config), config).save_pretrained(root / "model")
+    tiny_model(root, window_seconds=6.0).save_pretrained(root / "model")
     write_speech(root / "a.wav", 1.2, seed=1)
     write_speech(root / "b.flac", 0.9, seed=2, rate=44_100)
     soundfile.write(root / "silence.wav", np.zeros(20_000), 16_000)
@@ -233,6 +222,44 @@ def test_a_broken_file_does_not_stop_the_others(folder: Path, capsys: pytest.Cap
     assert "broken.wav" in shown.err and shown.out.startswith(f"{folder / 'a.wav'}\t")
 
 
+def test_files_of_any_name_are_transcribed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", folder / "model", "--max-new-tokens", 2, "--vad", "none"]
+    odd, long = tmp_path / os.fsdecode(b"n\xff.wav"), tmp_path / f"{'x' * 245}.wav"
+    for copy in (odd, long):
+        shutil.copy(folder / "a.wav", copy)
+    for form in ("text", "json"):
+        assert call("transcribe", odd, folder / "a.wav", "--format", form, *options) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2 and "n\\xff.wav" in lines[0].replace("\\\\", "\\")
+    assert call("transcribe", odd, long, "--output", tmp_path / "out", *options) == 0
+    assert sorted(map(len, map(str, (tmp_path / "out").iterdir()))) == sorted(
+        len(str(tmp_path / "out" / name)) for name in (os.fsdecode(b"n\xff.txt"), f"{'x' * 245}.txt")
+    )
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_a_model_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("blspkd_fairseq.cli.transcribe.load_model", None)
+    assert call("transcribe", folder / "a.wav", "--output", folder / "b.flac" / "out") == 1
+    assert "b.flac" in capsys.readouterr().err
+    monkeypatch.undo()
+    (tmp_path / "a.txt").mkdir()  # no file can take its place
+    options = ["--model", folder / "model", "--max-new-tokens", 2, "--vad", "none", "--output", tmp_path]
+    assert call("transcribe", folder / "a.wav", folder / "b.flac", *options) == 1
+    assert "a.txt" in capsys.readouterr().err and (tmp_path / "b.txt").is_file()
+
+
+def test_without_a_home_folder_it_is_said(folder: Path) -> None:
+    hidden = "import os.path, sys; os.path.expanduser = lambda name: name; "
+    command = "from blspkd_fairseq.cli.main import run; sys.exit(run(['transcribe', sys.argv[1]]))"
+    environment = {k: v for k, v in os.environ.items() if k != "BLSPKD_CACHE"}
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + command, str(folder / "a.wav")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "set BLSPKD_CACHE" in done.stderr
+
+
 def test_align_prints_and_draws(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     options = ["--model", folder / "model", "--plot", tmp_path / "a.png"]
@@ -308,6 +335,14 @@ def test_chat_answers_turn_by_turn(folder: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.count("\n") >= 1
     assert call("chat", *options, stdin="light " * 600 + "\n") == 1
     assert "the LLM reads 512" in capsys.readouterr().err
+
+
+def test_chat_tells_a_mistyped_name_and_silence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", folder / "model", "--max-new-tokens", 6]
+    assert call("chat", *options, stdin="qestion.wav\n") == 1
+    assert "there is no file qestion.wav" in capsys.readouterr().err
+    assert call("chat", folder / "silence.wav", "--instruction", "Say:", *options) == 0
+    assert capsys.readouterr().out == "\n"
 
 
 def test_a_microphone_that_is_not_there_is_named(

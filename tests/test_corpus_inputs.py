@@ -112,6 +112,7 @@ def test_quotes_of_either_kind_are_asked_about(text: str, tmp_path: Path) -> Non
         ("a.csv", 'path,text\na.wav,"a" b\n', "a.csv line 2 is no CSV"),
         ("a.csv", "path;sentence\na.wav;b\n", "a.csv has no column .*text"),
         ("a.csv", "", "a.csv has no column path, text"),
+        ("a.tsv", "audio\tsentence\na.wav\tb\n", "--column path=COLUMN --column text=COLUMN"),
         ("a.tsv", "path,text\na.wav,b\n", "a.tsv has no column path, text"),
         ("a.jsonl", '{"path": "a.wav"}\n', "a.jsonl line 1 has no text"),
         ("a.jsonl", '{"path": "a", "text": "b"}\nnot json\n', "a.jsonl line 2 is no JSON"),

@@ -164,6 +164,15 @@ def test_moving_average_checkpoint_retention_and_averaging(world: World, tmp_pat
     average_checkpoints.main(
         ["--inputs", str(tmp_path), "--num-epoch-checkpoints", "2", "--output", str(tmp_path / "avg.pt")]
     )
+    for count in ("0", "-1"):
+        with pytest.raises(ValueError, match=f"must be at least 1, got {count}"):
+            average_checkpoints.main(
+                ["--inputs", str(tmp_path), "--num-epoch-checkpoints", count, "--output", str(tmp_path / "none.pt")]
+            )
+    with pytest.raises(ValueError, match="checkpoint4.pt is one of the inputs"):
+        average_checkpoints.main(
+            ["--inputs", str(tmp_path), "--num-epoch-checkpoints", "2", "--output", str(tmp_path / "checkpoint4.pt")]
+        )
     one, two, mean = (weights(tmp_path, name) for name in ("checkpoint3.pt", "checkpoint4.pt", "avg.pt"))
     for name in mean:
         torch.testing.assert_close(mean[name], (one[name].float() + two[name].float()) / 2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tiny import save_llm, save_whisper, write_speech
+from tiny import tiny_model, write_speech
 
 from blspkd_fairseq import BlspKd
 from blspkd_fairseq.data.audio import AudioError, AudioWarning
@@ -18,18 +18,12 @@ from blspkd_fairseq.data.conversation import ConversationError
 from blspkd_fairseq.data.dataset import Utterance
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.generation.fairseq_rows import LinesToAnswer, RowsToAnswer
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.systems.answers import Questions, read_waveform
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> BlspKd:
-    root = tmp_path_factory.mktemp("hub")
-    config = SpeechLlmConfig(
-        str(save_whisper(root / "whisper")), str(save_llm(root / "llm")), llm_dtype="float32", adapter_heads=2,
-        adapter_pre_layers=1, adapter_post_layers=1, lora_rank=2,
-    )  # fmt: skip
-    return BlspKd(*build_speech_llm(config), config)
+    return tiny_model(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import wake_lora
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from blspkd_fairseq.data.batch import Batch, PlanRow, plan_batch
@@ -97,9 +98,7 @@ def test_partial_lora_moves_what_follows_the_speech_and_the_same_with_and_withou
     llm = make(kind)
     targets = None if kind != "gpt_oss" else ["q_proj", "v_proj"]
     add_partial_lora(llm, rank=2, dropout=0.0, target_modules=targets)
-    for name, parameter in llm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+    wake_lora(llm)
     model = ChatLLM(llm, "speech")
     found = []
     for share_prefix in (True, False):

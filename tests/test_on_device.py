@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import updates
 from commands import load, train, train_on_two
+from tiny import wake_lora
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from updates import CASES, TinyWorld
@@ -90,9 +91,7 @@ def test_partial_lora_off_is_the_base_llm_bit_for_bit(dtype: torch.dtype, device
     base = LlamaForCausalLM(config).eval().to(device, dtype)
     ids = torch.arange(14, device=device).view(2, 7)
     llm = add_partial_lora(copy.deepcopy(base), rank=4, dropout=0.0).to(device)
-    for name, parameter in llm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+    wake_lora(llm, 1.0)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, 2:4] = True
     with torch.no_grad():

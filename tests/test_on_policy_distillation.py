@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commands import fairseq, load, train, train_on_two
-from tiny import save_llm, save_whisper, write_split
+from tiny import save_llm, save_whisper, wake_lora, write_split
 from torch import Tensor, nn
 
 import blspkd_fairseq
@@ -52,9 +52,7 @@ class World:
             lora_dropout=0,
         )  # fmt: skip
         speech_llm, chat = build_speech_llm(config)
-        for name, parameter in speech_llm.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=lora)
+        wake_lora(speech_llm, lora)
         return BlspKdModel(speech_llm.to(dtype), chat)
 
     def sample(self, model: BlspKdModel, rows: list[int], drop: str = "") -> dict[str, Any]:

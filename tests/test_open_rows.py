@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from commands import fairseq
-from tiny import PATIENCE, save_llm, save_whisper, write_split
+from tiny import PATIENCE, save_llm, save_whisper, tiny_model, write_split
 
 ROOT = Path(__file__).resolve().parents[1]
 OPEN = ROOT / "examples" / "open_vocabulary"
@@ -33,12 +32,10 @@ import trainings  # noqa: E402
 from figures import rates_table  # noqa: E402
 from no_speech import TEACHER_TEXTS  # noqa: E402
 
-from blspkd_fairseq import BlspKd  # noqa: E402
 from blspkd_fairseq.cli import responses  # noqa: E402
 from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
 from blspkd_fairseq.evaluation.contrasts import load_plan  # noqa: E402
 from blspkd_fairseq.evaluation.significance import Interval  # noqa: E402
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm  # noqa: E402
 
 # ---- the table -----------------------------------------------------------------------------------------------------
 
@@ -372,12 +369,7 @@ def test_a_model_picks_what_is_spoken_next(tmp_path: Path, capsys: pytest.Captur
     write_split(tmp_path / "data", "valid", 8, speaker="x")
     trained = ["The light was on."] * 3
     write_split(tmp_path / "data", "train", 3, texts=trained, speaker="x")
-    config = SpeechLlmConfig(
-        speech_encoder=str(save_whisper(tmp_path / "whisper")), llm=str(save_llm(tmp_path / "llm")),
-        llm_dtype="float32", adapter_pre_layers=1, adapter_post_layers=1, adapter_heads=2, lora_rank=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    BlspKd(*build_speech_llm(config), config).save_pretrained(tmp_path / "model")
+    tiny_model(tmp_path).save_pretrained(tmp_path / "model")
     said = [row["src_text"] for row in Manifest.load(tmp_path / "data" / "valid.tsv")]
     new = ["Turn the light on.", "Play music in Paris.", "The weather is cold.", "Unheard things happen."]
     folder = tmp_path / "sentences"

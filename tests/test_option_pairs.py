@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tiny import save_llm, save_whisper, write_split
-from torch import Tensor, nn
+from tiny import save_llm, save_whisper, wake_lora, write_split
+from torch import Tensor
 
 import blspkd_fairseq
 from blspkd_fairseq.data.manifest import Manifest
@@ -85,9 +85,7 @@ class World:
         )  # fmt: skip
         torch.manual_seed(0)
         model = BlspKdModel(*build_speech_llm(config))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.3)
+        wake_lora(model)
         model.speech_llm.reads_packed = case.packed  # not, as of an LLM with other kinds of layers
         return model.train()
 

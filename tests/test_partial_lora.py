@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import wake_lora
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -183,9 +184,7 @@ def test_mixtures_of_experts_and_flattened_positions(config: PreTrainedConfig) -
     llm = AutoModelForCausalLM.from_config(config).eval()
     expected = llm(IDS).logits
     add_partial_lora(llm, rank=2, dropout=0.0)
-    for name, parameter in llm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+    wake_lora(llm, 1.0)
     assert torch.equal(llm(IDS).logits, expected)
     with speech_positions(llm, MASK):
         changed = (llm(IDS).logits - expected).abs().amax(2) > 1e-6

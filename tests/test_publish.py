@@ -5,14 +5,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 import yaml
 from test_cli import call
-from tiny import save_llm, save_whisper, write_speech
+from tiny import tiny_model, write_speech
 
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.model_card import Card, CardError, write_card
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 
 OPTIONS = {"llm": "owner/llm", "speech_encoder": "owner/whisper", "adapter": "cformer", "lora_rank": 4}
 
@@ -20,12 +18,7 @@ OPTIONS = {"llm": "owner/llm", "speech_encoder": "owner/whisper", "adapter": "cf
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BlspKd]:
     root = tmp_path_factory.mktemp("publish")
-    config = SpeechLlmConfig(
-        speech_encoder=str(save_whisper(root / "whisper")), llm=str(save_llm(root / "llm")), llm_dtype="float32",
-        adapter_pre_layers=1, adapter_post_layers=1, adapter_heads=2, lora_rank=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = BlspKd(*build_speech_llm(config), config)
+    model = tiny_model(root)
     model.save_pretrained(root / "model")
     write_speech(root / "say.wav", 0.8, seed=0)
     return root, model

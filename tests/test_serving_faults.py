@@ -7,15 +7,16 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from serving_util import NAME, Served, as_file, input_audio, noise, openai, served
-from tiny import PATIENCE, tiny_model
+from serving_util import NAME, Served, as_file, input_audio, noise, openai, served, until
+from tiny import tiny_model
 
+from blspkd_fairseq.cli.serve import KEY_VARIABLE, chosen_key
 from blspkd_fairseq.hub import BlspKd
 
 WAV = as_file(noise(0.6))
@@ -42,13 +43,6 @@ def post(server: Served, path: str, body: bytes, headers: dict[str, str] | None 
     answer = json.loads(reply.read())
     connection.close()
     return reply.status, answer
-
-
-def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def url_part(kind: str, url: str) -> dict[str, Any]:
@@ -282,6 +276,23 @@ def test_with_a_key_only_those_who_know_it_are_answered(model: BlspKd) -> None:
             assert status == 401 and answer["error"]["code"] == "invalid_api_key", wrong
         assert post(server, "/v1/audio/transcriptions", b"")[0] == 401
         assert post(server, "/v1/chat/completions", b"{}", {"Authorization": "Basic secret"})[0] == 401
+
+
+def test_a_key_is_what_clients_can_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert chosen_key(None) is None and chosen_key("") is None and chosen_key(" abc\n") == "abc"
+    for wrong in (" ", "ä", "a\nb", "a\udcff"):
+        with pytest.raises(ValueError, match="the key of --api-key must be printable ASCII"):
+            chosen_key(wrong)
+    monkeypatch.setenv(KEY_VARIABLE, "of the environment")
+    assert chosen_key(None) == "of the environment" and chosen_key("given") == "given"
+
+
+def test_null_is_what_is_left_out(server: Served) -> None:
+    nulls = {"n": None, "stream": None, "stop": None, "seed": None, "temperature": None, "max_tokens": 2}
+    body = {"model": NAME, "messages": [{"role": "user", "content": [SAID]}], **nulls, "stream_options": None}
+    status, answer = post(server, "/v1/chat/completions", json.dumps(body).encode())
+    assert status == 200 and len(answer["choices"]) == 1
 
 
 def test_a_page_of_another_name_cannot_use_a_server_of_this_machine(server: Served) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
-from serving_util import NAME, Served, as_file, noise, openai, served
+from serving_util import NAME, Served, as_file, noise, openai, served, until
 from tiny import tiny_model
 
 from blspkd_fairseq.data.chat import Marks
+from blspkd_fairseq.data.transcript import join_texts
 from blspkd_fairseq.hub import BlspKd
 
 SPEECH = as_file(noise(1.3))
@@ -63,6 +67,62 @@ def test_words_have_the_times_at_which_cif_cuts(server: Served, model: BlspKd) -
     assert bare.words and not bare.segments
     bare = create(model=NAME, file=UPLOAD, response_format="verbose_json")
     assert bare.segments and not bare.words
+
+
+def test_verbose_answers_have_the_shape_that_the_client_knows(server: Served, model: BlspKd) -> None:
+    bare = server.client.with_raw_response.audio.transcriptions.create(
+        model=NAME, file=UPLOAD, response_format="verbose_json", timestamp_granularities=["word", "segment"]
+    )  # fmt: skip
+    checked = openai.types.audio.TranscriptionVerbose.model_validate_json(bare.content)
+    segment = checked.segments[0]
+    assert checked.usage.type == "duration" and checked.usage.seconds == pytest.approx(1.3)
+    assert segment.tokens == model.chat_format.encode_transcript(segment.text) and segment.seek == 0
+    assert -12 < segment.avg_logprob < 0 and segment.temperature == 0 and segment.no_speech_prob == 0
+    assert 0.1 < segment.compression_ratio < 20
+
+
+def test_a_recording_has_more_windows_than_the_server_has_places(tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = tiny_model(tmp_path_factory.mktemp("windows"), window_seconds=1.0)
+    long = as_file(noise(7.5))
+    said = [model.transcribe((window, 16_000), max_new_tokens=4).strip() for window in model.windows(long)]
+    assert len(said) >= 7
+    for rows in (1, 4):
+        with served(model, rows=rows, waiting=0, new_tokens=4) as server:
+            create = server.client.audio.transcriptions.create
+            assert create(model=NAME, file=("long.wav", long, "audio/wav")).text == join_texts(said)
+            verbose = create(
+                model=NAME, file=("long.wav", long, "audio/wav"), response_format="verbose_json",
+                timestamp_granularities=["segment"],
+            )  # fmt: skip
+            assert len(verbose.segments) == len([one for one in said if one])
+            assert server.service.engine.active == 0
+
+
+def test_times_are_found_between_the_answers_of_others_and_within_the_time(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tmp_path_factory.mktemp("slow"), window_seconds=1.0)
+    segment, found = model.segment, []
+
+    def slow(*args: Any) -> Any:
+        found.append(args)
+        time.sleep(0.7)
+        return segment(*args)
+
+    monkeypatch.setattr(model, "segment", slow)
+    upload = ("long.wav", as_file(noise(4.5)), "audio/wav")
+    with served(model, new_tokens=4, answer_seconds=60.0) as server, ThreadPoolExecutor(1) as pool:
+        create = server.client.audio.transcriptions.create
+        whole = pool.submit(create, model=NAME, file=upload, response_format="srt")
+        until(lambda: len(found) == 1)
+        assert server.chat({"type": "text", "text": "Hello."}, max_tokens=1).choices
+        assert len(found) < 4  # it did not wait for all of them
+        assert whole.result()
+    found.clear()
+    with served(model, new_tokens=4, answer_seconds=1.0) as server:
+        with pytest.raises(openai.InternalServerError, match="not ready within 1 s"):
+            server.client.audio.transcriptions.create(model=NAME, file=upload, response_format="srt")
+        assert len(found) < 4
 
 
 def test_subtitles(server: Served) -> None:

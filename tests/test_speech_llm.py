@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import wake_lora
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
@@ -53,9 +54,7 @@ def build() -> Callable[..., SpeechLLM]:
         )  # fmt: skip
         if lora_scope != "none":
             add_partial_lora(llm, rank=4, dropout=0.0)
-            for name, parameter in llm.named_parameters():
-                if "lora_B" in name:
-                    nn.init.normal_(parameter, std=0.3)
+            wake_lora(llm)
         adapter = adapter or CFormer(WIDTH, HIDDEN, 0.3, pre_layers=1, post_layers=1, heads=2, dropout=0.0)
         return SpeechLLM(SpeechEncoder(whisper.encoder), adapter, llm, lora_scope, **options)
 

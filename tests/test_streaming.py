@@ -1,5 +1,6 @@
 """Answers token by token, of requests that come and go: the same as each by itself."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ import soundfile
 import torch
 from test_llm_families import FAMILIES
 from test_llm_families import make as make_llm
-from tiny import save_llm, save_whisper
+from tiny import save_whisper, tiny_model, wake_lora
 
 from blspkd_fairseq.data.audio import AudioError
 from blspkd_fairseq.data.chat import Marks
 from blspkd_fairseq.data.conversation import ConversationError, Speech
+from blspkd_fairseq.data.prompts import PROMPTS
 from blspkd_fairseq.generation import streaming
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_text
 from blspkd_fairseq.generation.streaming import Delta, Request, Sampling, StreamingDecoder
 from blspkd_fairseq.hub import BlspKd
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.cformer import CFormer
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
@@ -34,19 +36,9 @@ def speech(begin: int, seconds: float) -> tuple[np.ndarray, int]:
 @pytest.fixture(scope="module", params=["speech", "all"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BlspKd:
     root = tmp_path_factory.mktemp("streaming")
-    config = SpeechLlmConfig(
-        speech_encoder=str(save_whisper(root / "whisper")),
-        llm=str(save_llm(root / "llm")),
-        llm_dtype="float32",
-        lora_scope=request.param,
-        adapter_heads=2,
-    )
-    torch.manual_seed(0)
-    model, chat = build_speech_llm(config)
-    for name, parameter in model.llm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)  # so that it matters where LoRA acts
-    return BlspKd(model, chat, config)
+    model = tiny_model(root, lora_scope=request.param)
+    wake_lora(model.model.llm)
+    return model
 
 
 def said(*parts: Any) -> dict[str, Any]:
@@ -86,6 +78,23 @@ def test_it_says_what_generate_says(model: BlspKd) -> None:
         assert model.chat(messages, max_new_tokens=12) == expected
         pieces = list(model.chat(messages, stream=True, max_new_tokens=12))
         assert "".join(pieces) == expected and all(pieces)
+
+
+def test_it_says_how_probable_an_answer_was(model: BlspKd) -> None:
+    decoder = model.streaming_decoder()
+    rows = [decoder.add(model.request(one, Sampling(max_new_tokens=9))) for one in (CONVERSATIONS[0], CONVERSATIONS[2])]
+    usages = [deltas[-1].usage for row, deltas in sorted(run(decoder, rows).items())]
+    asked = dataclasses.replace(DecodingOptions(), max_new_tokens=9)
+    waveform = torch.from_numpy(speech(0, 0.7)[0])
+    heard = answer_speech(
+        model.model, model.chat_format, waveform[None], torch.tensor([len(waveform)]), [PROMPTS["chat"]], asked,
+        with_scores=True,
+    )[0][0]  # fmt: skip
+    assert usages[0] is not None and usages[0].log_probability == pytest.approx(sum(heard.token_scores), abs=1e-3)
+    read = answer_text(model.model, model.chat_format, ["Call my mother."], [PROMPTS["chat"]], asked, with_scores=True)
+    # With LoRA everywhere the LLM reads text otherwise, too, and answer_text is the teacher's.
+    if model.model.lora_scope != "all":
+        assert usages[1].log_probability == pytest.approx(sum(read[0][0].token_scores), abs=1e-3)
 
 
 def test_rows_that_come_and_go_say_what_each_says_alone(model: BlspKd) -> None:
@@ -405,9 +414,11 @@ def test_a_session_remembers_its_turns(model: BlspKd) -> None:
         session.say("after " * 20 + "\ud800")
         list(session.answer())
     assert (session.turns, len(session._speech), session._parts) == (turns, pieces, [])
-    session.feed(NOISE[:4000], 8_000)
-    with pytest.raises(AudioError, match="from 8000 to 44100 Hz"):
-        session.feed(NOISE[:4000], 44_100)
+    for first, then in ((8_000, 44_100), (8_000, 16_000), (16_000, 8_000)):
+        session.feed(NOISE[:4000], first)
+        with pytest.raises(AudioError, match=f"from {first} to {then} Hz"):
+            session.feed(NOISE[:4000], then)
+        session.discard()
 
 
 @pytest.mark.parametrize(

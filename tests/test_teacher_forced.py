@@ -10,7 +10,6 @@ from blspkd_fairseq import BlspKd
 from blspkd_fairseq.data.dataset import SpeechTextDataset
 from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.generation.teacher_forced import collate, teacher_forced
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.distillation_loss import linear_kl_div
 
 
@@ -18,13 +17,8 @@ from blspkd_fairseq.modules.distillation_loss import linear_kl_div
 def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[BlspKd, SpeechTextDataset]:
     root = tmp_path_factory.mktemp("forced")
     tiny.write_split(root, "test", 5)
-    config = SpeechLlmConfig(
-        llm=str(tiny.save_llm(root / "llm")), speech_encoder=str(tiny.save_whisper(root / "whisper")),
-        llm_dtype="float32", adapter_pre_layers=1, adapter_post_layers=1, adapter_heads=2, lora_rank=4,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model, chat = build_speech_llm(config)
-    return BlspKd(model, chat, config), SpeechTextDataset(Manifest.load(root / "test.tsv"), chat, audio_root=root)
+    model = tiny.tiny_model(root)
+    return model, SpeechTextDataset(Manifest.load(root / "test.tsv"), model.chat_format, audio_root=root)
 
 
 def test_the_own_count_is_that_of_answering(setting: tuple[BlspKd, SpeechTextDataset]) -> None:

@@ -5,26 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import save_llm, save_whisper
+from tiny import tiny_model, wake_lora
 
 from blspkd_fairseq.generation.decoding import ContextError
 from blspkd_fairseq.hub import BlspKd
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.systems.voicebench import VoiceBenchAssistant
 
 
 @pytest.fixture(scope="module", params=["speech", "all"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("voicebench")
-    config = SpeechLlmConfig(
-        speech_encoder=str(save_whisper(root / "whisper")), llm=str(save_llm(root / "llm")), llm_dtype="float32",
-        adapter_heads=2, lora_scope=request.param,
-    )  # fmt: skip
-    model, chat = build_speech_llm(config)
-    for name, parameter in model.llm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    BlspKd(model, chat, config).save_pretrained(root / "model")
+    model = tiny_model(root, lora_scope=request.param)
+    wake_lora(model.model.llm)
+    model.save_pretrained(root / "model")
     return root / "model"
 
 

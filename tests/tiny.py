@@ -74,16 +74,28 @@ def save_whisper(folder: Path, width: int = 16, layers: int = 1, seed: int = 1) 
     return folder
 
 
+SMALL: dict[str, Any] = {
+    "llm_dtype": "float32", "adapter_pre_layers": 1, "adapter_post_layers": 1, "adapter_heads": 2, "lora_rank": 2,
+}  # fmt: skip
+
+
 def tiny_model(folder: Path, **options: Any) -> BlspKd:
-    """A random model that hears."""
+    """A random model that hears, with one layer before and one after CIF."""
     config = SpeechLlmConfig(
         speech_encoder=str(save_whisper(folder / "whisper")),
         llm=str(save_llm(folder / "llm")),
-        **{"llm_dtype": "float32", "adapter_heads": 2, **options},
+        **{**SMALL, **options},
     )
     torch.manual_seed(0)
     model, chat = build_speech_llm(config)
     return BlspKd(model, chat, config)
+
+
+def wake_lora(model: torch.nn.Module, std: float = 0.3) -> None:
+    """Draws LoRA's second matrices, which begin at 0, so that it matters where LoRA acts."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
 
 
 def write_speech(path: Path, seconds: float, seed: int, rate: int = 16_000) -> int:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from tiny import save_llm, save_whisper, write_split
-from torch import Tensor, nn
+from tiny import save_llm, save_whisper, wake_lora, write_split
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,9 +75,7 @@ class TinyWorld:
         speech_llm, chat = build_speech_llm(
             SpeechLlmConfig(llm=str(self.llm), speech_encoder=str(self.whisper), **options)
         )
-        for name, parameter in speech_llm.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.1)
+        wake_lora(speech_llm, 0.1)
         return BlspKdModel(speech_llm, chat).to(device).train()
 
     def sample(self, model: BlspKdModel, device: torch.device) -> dict[str, Any]:

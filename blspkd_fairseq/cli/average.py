@@ -19,6 +19,8 @@ from blspkd_fairseq.checkpoint_files import read_checkpoint, write_checkpoint
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     paths = find_checkpoints(args.inputs, args.num_epoch_checkpoints, args.num_update_checkpoints)
+    if args.output.resolve() in {path.resolve() for path in paths}:
+        raise ValueError(f"{args.output} is one of the inputs, which would be lost: give --output another name")
     save(average(paths), args.output)
     print(f"averaged {len(paths)} checkpoints into {args.output}:", *(f"  {path}" for path in paths), sep="\n")
 
@@ -39,11 +41,13 @@ def find_checkpoints(inputs: list[Path], epochs: int | None = None, updates: int
     Raises:
         ValueError: none, or fewer than asked for; a file that is missing.
     """
-    count = epochs or updates
-    if count:
+    count = updates if epochs is None else epochs
+    if count is not None:
+        if count < 1:
+            raise ValueError(f"--num-*-checkpoints must be at least 1, got {count}")
         if len(inputs) != 1 or not inputs[0].is_dir():
             raise ValueError("--num-*-checkpoints takes one folder as --inputs")
-        pattern = re.compile(r"checkpoint(\d+)\.pt" if epochs else r"checkpoint_\d+_(\d+)\.pt")
+        pattern = re.compile(r"checkpoint(\d+)\.pt" if epochs is not None else r"checkpoint_\d+_(\d+)\.pt")
         numbered = [(int(m[1]), path) for path in inputs[0].iterdir() if (m := pattern.fullmatch(path.name))]
         if len(numbered) < count:
             raise ValueError(f"{inputs[0]} holds {len(numbered)} checkpoints like {pattern.pattern}, not {count}")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blspkd_fairseq.cli.model_arguments import add_model_arguments, add_vad_argument, chosen_vad, load_model
@@ -18,6 +18,8 @@ from blspkd_fairseq.data.audio import check_audio
 
 if TYPE_CHECKING:
     from blspkd_fairseq.session import ChatSession
+
+AUDIO_ENDINGS = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".webm")
 
 EXAMPLE = """\
 blspkd chat                                   then type a text, or the name of an audio file
@@ -69,10 +71,16 @@ def main(args: argparse.Namespace) -> int:
                 record(session, microphone)
             elif is_file(line):
                 introduce(session, args.instruction)
-                session.say({"audio": Path(line).expanduser()})
+                session.say({"audio": os.path.expanduser(line)})
+            elif names_audio(line):
+                raise ValueError(f"there is no file {line}")
             elif line:
                 session.say(line)
             else:
+                continue
+            if session.is_silent:  # whatever the instruction says
+                session.discard()
+                print(flush=True)
                 continue
             for text in session.answer(**sampling):
                 print(text, end="", flush=True)
@@ -103,10 +111,12 @@ def lines(files: list[str], has_microphone: bool) -> Iterator[str]:
 
 
 def is_file(line: str) -> bool:
-    try:
-        return Path(line).expanduser().is_file()
-    except (OSError, RuntimeError):  # a text longer than a name may be, or that begins with "~" and no user's name
-        return False
+    return os.path.isfile(os.path.expanduser(line))
+
+
+def names_audio(line: str) -> bool:
+    """Whether a line looks like the name of a file of audio, and like nothing one would say."""
+    return " " not in line and os.path.splitext(line)[1].lower() in AUDIO_ENDINGS
 
 
 def introduce(session: ChatSession, instruction: str) -> None:

@@ -87,6 +87,22 @@ def main(args: argparse.Namespace) -> int:
     return run(args, lambda service, key: create_app(service, key, allowed_hosts(args.host)))
 
 
+def chosen_key(given: str | None) -> str | None:
+    """The key that clients must send, if there is one, as they send it: without white space at its ends.
+
+    Raises:
+        ValueError: no client could send it.
+    """
+    key = given or os.environ.get(KEY_VARIABLE)
+    if not key:
+        return None
+    key = key.strip()
+    if not (key and key.isascii() and key.isprintable()):
+        source = "--api-key" if given else KEY_VARIABLE
+        raise ValueError(f"the key of {source} must be printable ASCII characters, which clients can send in a header")
+    return key
+
+
 def run(args: argparse.Namespace, make_app: Callable[[Service, str | None], FastAPI]) -> int:
     """Loads the model and serves the application that is made of its service and the key."""
     from blspkd_fairseq.serving import server
@@ -94,9 +110,8 @@ def run(args: argparse.Namespace, make_app: Callable[[Service, str | None], Fast
 
     limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
     address = server.reserve(args.host, args.port)  # before the model is loaded, which takes a while
-    prompt = chosen_prompt(args)
+    prompt, key = chosen_prompt(args), chosen_key(args.api_key)
     model = load_model(args)
-    key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     if key is None and not server.is_loopback(args.host):
         print(f"anybody who reaches {args.host} can use this server: --api-key asks for a key", file=sys.stderr)
     name = args.name or Path(args.model or PUBLISHED).name.removesuffix(".pt")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
         names = [target(args.output, file, args.format) for file in args.files]
         if len(set(names)) < len(names):
             raise ValueError("two of the files have the same name: give them one by one, or other output folders")
-        args.output.mkdir(parents=True, exist_ok=True)
+        check_folder(args.output)
     problems = [problem(file) for file in args.files]
     if problems[0] is not None and all(problems):
         raise problems[0]  # before a model is loaded
@@ -65,12 +67,13 @@ def main(args: argparse.Namespace) -> int:
     failed = 0
     for file in args.files:
         try:
-            transcript = transcribe(model, file, args)
-        except AudioError as error:
+            write(transcribe(model, file, args), file, args, alone=len(args.files) == 1)
+        except BrokenPipeError:
+            raise
+        except (AudioError, OSError) as error:
             failed += 1
-            print(f"blspkd transcribe: {error}", file=sys.stderr)
-            continue
-        write(transcript, file, args, alone=len(args.files) == 1)
+            said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+            print(f"blspkd transcribe: {said}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -115,9 +118,25 @@ def write(transcript: Transcript, file: str, args: argparse.Namespace, alone: bo
     elif alone:
         print(FORMATS[args.format](transcript), end="", flush=True)
     elif args.format == "json":
-        print(json.dumps({"file": file, **as_dict(transcript)}, ensure_ascii=False), flush=True)
+        print(json.dumps({"file": shown(file), **as_dict(transcript)}, ensure_ascii=False), flush=True)
     else:
-        print(f"{file}\t{transcript.text}", flush=True)
+        print(f"{shown(file)}\t{transcript.text}", flush=True)
+
+
+def shown(file: str) -> str:
+    """A name as text; bytes of it that are none are written as \\xNN."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
+
+
+def check_folder(folder: Path) -> None:
+    """Makes a folder for the transcripts, and writes there before anything is transcribed.
+
+    Raises:
+        OSError: it cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def problem(file: str) -> AudioError | None:

@@ -136,7 +136,7 @@ def stream_audio(spec: str | Path, seconds: float = 10.0) -> Iterator[np.ndarray
                 count += len(mono)
                 yield mono
     if count == 0:
-        raise AudioError(f"{name} holds no samples: remove its row or restore the file", Reason.EMPTY)
+        raise AudioError(f"{name} holds no samples: restore the file or leave it out", Reason.EMPTY)
 
 
 def audio_seconds(spec: str | Path) -> float | None:
@@ -151,7 +151,7 @@ def audio_seconds(spec: str | Path) -> float | None:
 def decode_audio(content: bytes, name: str = "audio", max_seconds: float | None = MAX_SECONDS) -> np.ndarray:
     """Reads the bytes of a file as :func:`load_audio` does the file."""
     if not content:
-        raise AudioError(f"{name} is empty: remove its row or restore the file", Reason.EMPTY)
+        raise AudioError(f"{name} is empty: restore the file or leave it out", Reason.EMPTY)
     with _reading(name):
         return _to_mono_16k(*_decode(io.BytesIO(content), name, max_seconds), name, max_seconds)
 
@@ -302,7 +302,7 @@ def _open(spec: str, root: Path | None) -> BinaryIO:
     if entry is not None:
         return io.BytesIO(_read_zip_entry(path, int(entry[2]), int(entry[3]), spec))
     if path.stat().st_size == 0:
-        raise AudioError(f"{spec} is an empty file: remove its row or restore the file", Reason.EMPTY)
+        raise AudioError(f"{spec} is an empty file: restore the file or leave it out", Reason.EMPTY)
     return open(path, "rb")
 
 
@@ -457,7 +457,7 @@ def _to_mono_16k(samples: np.ndarray, rate: float, name: str, max_seconds: float
     """``[frames]`` or ``[frames, channels]`` to ``[samples]`` float32 at 16 kHz."""
     _check_rate(rate, name)
     if samples.size == 0:
-        raise AudioError(f"{name} holds no samples: remove its row or restore the file", Reason.EMPTY)
+        raise AudioError(f"{name} holds no samples: restore the file or leave it out", Reason.EMPTY)
     _check_seconds(len(samples) / rate, name, max_seconds)
     with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 is Inf, which is reported
         mono = _mixed(np.asarray(samples, np.float32))
@@ -465,7 +465,7 @@ def _to_mono_16k(samples: np.ndarray, rate: float, name: str, max_seconds: float
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     if len(mono) == 0:
-        raise AudioError(f"{name} is too short to hold one sample at 16 kHz: remove its row", Reason.EMPTY)
+        raise AudioError(f"{name} is too short to hold one sample at 16 kHz: leave it out", Reason.EMPTY)
     return np.ascontiguousarray(mono)
 
 
@@ -571,6 +571,6 @@ def _check_length(found: int, declared: int, rate: int, name: str, who: str) -> 
     if declared - found > tolerance(declared, rate):
         raise AudioError(
             f"{name} holds {found / rate:.2f} s of the {declared / rate:.2f} s that {who}: "
-            "it is truncated, remove its row or restore the file",
+            "it is truncated, restore the file or leave it out",
             Reason.SHORTER,
         )

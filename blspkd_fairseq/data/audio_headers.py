@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 from blspkd_fairseq.data.audio_error import AudioError, Reason
 
 _PLACEHOLDER = 0x7FFFF000  # programs that write into a pipe give sizes from here on, or 0
-_RESTORE = "remove its row or restore the file"
+_RESTORE = "restore the file or leave it out"
 # libsndfile's other formats hide that they were cut off, and nobody keeps speech in them.
 UNCHECKED_FORMATS = frozenset(
     {"AVR", "IRCAM", "MAT4", "MAT5", "MPC2K", "PAF", "PVF", "SDS", "SVX", "VOC", "WVE", "XI", "RAW", "SD2"}

@@ -56,7 +56,7 @@ def open_container(
     try:
         with av.open(file, mode="r") as opened:
             if not opened.streams.audio:
-                raise AudioError(f"{name} is {container} without an audio stream: remove its row")
+                raise AudioError(f"{name} is {container} without an audio stream: leave it out")
             stream = opened.streams.audio[0]
             blocks = _read_stream(opened, stream)
             first = list(islice(blocks, 1))  # some codecs say in it that the rate is another

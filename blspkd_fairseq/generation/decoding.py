@@ -67,7 +67,8 @@ class DecodingOptions:
             raise ValueError(f"n-best must be between 1 and the beam size ({self.beam}), got {self.n_best}")
         if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(
-                f"length limits must be 0 <= min ({self.min_new_tokens}) <= max ({self.max_new_tokens}), max > 0"
+                f"max_new_tokens must be at least 1, got {self.max_new_tokens}, and min_new_tokens between 0 and that, "
+                f"got {self.min_new_tokens}"
             )
         if self.no_repeat_ngram_size < 0:
             raise ValueError(f"no_repeat_ngram_size must be at least 0, got {self.no_repeat_ngram_size}")

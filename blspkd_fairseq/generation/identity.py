@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def model_identity(name: str, option: str = "llm") -> str:
     Raises:
         ValueError: there is no such model, or it is an adapter and no model.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         return _hub_identity(name)
     refuse_peft_adapter(name, option)

@@ -127,11 +127,17 @@ class Request(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Attributes: tokens of the ``prompt``, speech included; of the ``answer``; of the prompt, those ``reused``."""
+    """Tokens, and how probable the answer is.
+
+    Attributes:
+        prompt: tokens, speech included. answer: tokens. reused: tokens of the prompt that were not read again.
+        log_probability: of all tokens of the answer, nats; None where the LLM was not asked.
+    """
 
     prompt: int
     answer: int
     reused: int
+    log_probability: float | None = None
 
 
 class Delta(NamedTuple):
@@ -165,6 +171,7 @@ class _Row:
         cache: its own, while it is read in portions.
         next_id: the token to feed next.
         limit: of the answer's tokens.
+        log_probability: of those that were drawn.
     """
 
     number: int
@@ -183,6 +190,7 @@ class _Row:
     cache: Any = None
     next_id: int = 0
     limit: int = 0
+    log_probability: float = 0.0
 
     @property
     def unread(self) -> int:
@@ -222,7 +230,7 @@ class StreamingDecoder:
         chat: ChatFormat,
         most_rows: int = 64,
         chunk: int = 1024,
-        seconds: float = 60.0,
+        seconds: float = 30.0,
         kept_bytes: int = 256 << 20,
     ) -> None:
         self.model = model
@@ -559,8 +567,8 @@ class StreamingDecoder:
             )
         group.cache = compat.cache_of(output)
         group.width += 1
-        tokens = _choose(output.logits[:, -1].float(), group.rows)
-        deltas = [self._push(row, token) for row, token in zip(group.rows, tokens, strict=True)]
+        chosen = _choose(output.logits[:, -1].float(), group.rows)
+        deltas = [self._push(row, *one) for row, one in zip(group.rows, chosen, strict=True)]
         goes_on = [delta.finish is None for delta in deltas]
         if not all(goes_on):
             for index, row in enumerate(group.rows):
@@ -569,8 +577,9 @@ class StreamingDecoder:
             self._leave(group, goes_on)
         return [delta for delta in deltas if delta.text or delta.finish]
 
-    def _push(self, row: _Row, token: int) -> Delta:
+    def _push(self, row: _Row, token: int, log_probability: float) -> Delta:
         """Takes a row's next token."""
+        row.log_probability += log_probability
         if row.length >= row.prompt:
             row.signature.append(row.next_id)
         row.length += 1
@@ -588,7 +597,8 @@ class StreamingDecoder:
                 finish = "length"
         if finish is None:
             return Delta(row.number, text)
-        return Delta(row.number, text + row.text.finish(), finish, Usage(row.prompt, row.answered, row.reused))
+        usage = Usage(row.prompt, row.answered, row.reused, row.log_probability)
+        return Delta(row.number, text + row.text.finish(), finish, usage)
 
     def _leave(self, group: _Group, stay: Sequence[bool]) -> None:
         """Takes rows out of a group, and the columns that no other needs."""
@@ -628,14 +638,15 @@ class StreamingDecoder:
             row.length = row.reused = length
 
 
-def _choose(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
-    """The next token of each row, of logits ``[B, V]``; the device is waited for once."""
+def _choose(logits: Tensor, rows: Sequence[_Row]) -> list[tuple[int, float]]:
+    """The next token of each row and its log probability, of logits ``[B, V]``; the device is waited for once."""
     tokens = logits.argmax(1)
     for index, row in enumerate(rows):
         if row.generator is not None:
             tokens[index] = _draw(logits[index], row.request.sampling, row.generator)
-    chosen: list[int] = tokens.tolist()
-    return chosen
+    found = logits.gather(1, tokens.unsqueeze(1))[:, 0] - logits.logsumexp(1)
+    ids, log_probabilities = torch.stack([tokens.float(), found]).tolist()  # ids are far below 2^24
+    return [(int(id_), value) for id_, value in zip(ids, log_probabilities, strict=True)]
 
 
 def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,7 @@ _ITS_CODE = "code that comes with its files"
 
 def is_local(name: str) -> bool:
     """Whether a model is a folder of this machine, and not a name on the Hugging Face hub."""
-    return Path(name).expanduser().is_dir()
+    return os.path.isdir(os.path.expanduser(name))
 
 
 def show_base_models(named_by: str, **models: str) -> None:
@@ -130,7 +130,7 @@ def refuse_peft_adapter(name: str, option: str) -> None:
     Raises:
         ValueError: names the option and the remedy.
     """
-    file = Path(name).expanduser() / "adapter_config.json"
+    file = Path(os.path.expanduser(name)) / "adapter_config.json"
     if not file.is_file():
         return
     try:

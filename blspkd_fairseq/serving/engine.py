@@ -50,6 +50,7 @@ class Answers:
     Args:
         make: makes their requests, in the engine's thread.
         count: number of them.
+        at_once: that are decoded or wait at a time; the others follow as these end.
         seconds: until the last of them must be there.
         close: ends them.
         on_first: is told the seconds after which the first text came.
@@ -59,12 +60,15 @@ class Answers:
         self,
         make: Callable[[], Sequence[Request]],
         count: int,
+        at_once: int,
         seconds: float,
         close: Callable[[Answers], None],
         on_first: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.make = make
         self.count = count
+        self.at_once = min(count, at_once)
+        self.waiting: deque[tuple[int, Request]] = deque()  # that the decoder does not have yet
         self.rows: list[int] = []  # the engine's
         self.seconds = seconds
         self.started = time.perf_counter()
@@ -72,6 +76,23 @@ class Answers:
         self._on_first: Callable[[float], None] | None = on_first
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, Delta] | Exception] = asyncio.Queue()
+        self._is_closed = False
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the last of them must be there."""
+        return self.started + self.seconds - time.perf_counter()
+
+    def check(self) -> None:
+        """For what is done with the answers once they are there.
+
+        Raises:
+            ApiError: the time is over. ClientLeft: they were closed.
+        """
+        if self._is_closed:
+            raise ClientLeft
+        if self.seconds_left <= 0:
+            raise timed_out(self.seconds)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
         """The deltas, each with the number of its answer.
@@ -82,7 +103,7 @@ class Answers:
         unfinished = self.count
         while unfinished:
             try:
-                async with asyncio.timeout(self.started + self.seconds - time.perf_counter()):
+                async with asyncio.timeout(self.seconds_left):
                     news = await self._news.get()
             except TimeoutError:
                 raise timed_out(self.seconds) from None
@@ -96,6 +117,7 @@ class Answers:
 
     def close(self) -> None:
         """Ends them; no error once they have ended."""
+        self._is_closed = True
         self._close(self)
         self._news.put_nowait(ClientLeft())
 
@@ -157,18 +179,20 @@ class Engine:
     def active(self) -> int:
         """Answers that are decoded or wait."""
         with self._changed:
-            return len(self._rows) + sum(answers.count for answers in self._new)
+            return len(self._rows) + sum(answers.at_once for answers in self._new)
 
-    def ask(self, make: Callable[[], Sequence[Request]], count: int, seconds: float) -> Answers:
-        """Takes requests in, all or none.
+    def ask(
+        self, make: Callable[[], Sequence[Request]], count: int, seconds: float, at_once: int | None = None
+    ) -> Answers:
+        """Takes requests in, all or none; those beyond ``at_once`` (default: all) take no place before their turn.
 
         Raises:
             ApiError: there are too many.
         """
         with self._changed:
-            if self._stopping or self.active + count > self.most:
+            answers = Answers(make, count, count if at_once is None else at_once, seconds, self._close, self._on_first)
+            if self._stopping or self.active + answers.at_once > self.most:
                 raise overloaded()
-            answers = Answers(make, count, seconds, self._close, self._on_first)
             self._new.append(answers)
             self._changed.notify()
         return answers
@@ -214,17 +238,28 @@ class Engine:
             entering = list(self._new)
         for answers in entering:
             try:
-                requests = answers.make()
-                for request in requests:
-                    answers.rows.append(self._decoder.add(request))
+                answers.waiting.extend(enumerate(answers.make()))
             except Exception as error:
-                for row in answers.rows:
-                    self._decoder.cancel(row)
-                answers.rows.clear()
                 answers.put(as_api_error(error))
             with self._changed:
                 self._new.popleft()
-                self._rows |= {row: (answers, index) for index, row in enumerate(answers.rows)}
+            for _ in range(answers.at_once):
+                self._add_next(answers)
+
+    def _add_next(self, answers: Answers) -> None:
+        """Gives the decoder the next request of a client."""
+        if not answers.waiting:
+            return
+        index, request = answers.waiting.popleft()
+        try:
+            row = self._decoder.add(request)
+        except Exception as error:
+            answers.put(as_api_error(error))
+            self._forget(answers)
+            return
+        answers.rows.append(row)
+        with self._changed:
+            self._rows[row] = (answers, index)
 
     def _cancel(self) -> None:
         with self._changed:
@@ -234,6 +269,7 @@ class Engine:
             self._forget(answers)
 
     def _forget(self, answers: Answers) -> None:
+        answers.waiting.clear()
         for row in answers.rows:
             with self._changed:
                 is_running = self._rows.pop(row, None) is not None
@@ -270,6 +306,8 @@ class Engine:
                     del self._rows[delta.row]
             if delta.error is None:
                 answers.put((index, delta))
+                if delta.finish:
+                    self._add_next(answers)
             else:
                 answers.put(as_api_error(delta.error))
                 self._forget(answers)

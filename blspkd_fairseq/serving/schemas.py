@@ -18,6 +18,11 @@ def _only(*neutral: Any) -> Any:
     return Annotated[Any, BeforeValidator(check)]
 
 
+def _or(value: Any) -> Any:
+    """A field that clients send as null when it is not set: it is this then."""
+    return BeforeValidator(lambda given: value if given is None else given)
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -69,7 +74,7 @@ def _as_texts(stop: Any) -> Any:
 class StreamOptions(_Request):
     """Options of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: Annotated[bool, _or(False)] = False
     include_obfuscation: bool | None = None
 
 
@@ -78,9 +83,9 @@ class ChatRequest(_Request):
 
     model: str
     messages: list[Message]
-    stream: bool = False
+    stream: Annotated[bool, _or(False)] = False
     stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1)
+    n: Annotated[int, _or(1), Field(ge=1)] = 1
     stop: Annotated[list[str], BeforeValidator(_as_texts)] = []
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)

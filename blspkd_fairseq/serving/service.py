@@ -97,8 +97,8 @@ class Service:
             start += len(window)
         return windows
 
-    def ask(self, questions: Sequence[tuple[Sequence[Any], Sampling]]) -> Answers:
-        """An answer to each conversation, of messages in this package's shape.
+    def ask(self, questions: Sequence[tuple[Sequence[Any], Sampling]], at_once: int | None = None) -> Answers:
+        """An answer to each conversation, of messages in this package's shape; all of them, or so many, at once.
 
         Raises:
             ApiError: too many answers are being made.
@@ -107,6 +107,7 @@ class Service:
             lambda: [self.model.request(messages, sampling, self.vad) for messages, sampling in questions],
             len(questions),
             self.limits.answer_seconds,
+            at_once,
         )
 
     @contextlib.contextmanager

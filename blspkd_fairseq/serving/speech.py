@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -60,32 +62,36 @@ async def _answer(request: Request, task: str, prompt: str | None) -> Response:
     answers = _ask(service, transcription.windows, prompt, body.temperature)
     if body.stream:
         return service.stream(_events(transcription, answers), request, answers)
+    transcript = None
     with service.leaving(request, answers):
         async for _ in transcription.follow(answers):
             pass
+        if has_times:
+            transcript = await _with_words(service, transcription, seconds, answers)
     if body.response_format == "text":
         return PlainTextResponse(f"{transcription.text}\n")
     if body.response_format == "json":
         return JSONResponse({"text": transcription.text, "usage": transcription.usage})
-    transcript = await service.engine.call(lambda: _with_words(service, transcription, seconds))
+    assert transcript is not None
     if body.response_format == "srt":
         return PlainTextResponse(as_srt(transcript))
     if body.response_format == "vtt":
         return PlainTextResponse(as_vtt(transcript), media_type="text/vtt")
-    return JSONResponse(_verbose(task, body, transcript, transcription.usage))
+    verbose = partial(_verbose, service, task, body, transcript, transcription)
+    return JSONResponse(await service.engine.call(verbose))  # there the tokenizer is
 
 
 class _Transcription:
     """Texts of the windows of a recording, while they are decoded.
 
     Attributes:
-        windows: in order. texts: of each. usages: of those that are finished.
+        windows: in order. texts: of each. usages: of those that are finished, by their number.
     """
 
     def __init__(self, windows: Sequence[Window]) -> None:
         self.windows = windows
         self.texts = [""] * len(windows)
-        self.usages: list[Usage] = []
+        self.usages: dict[int, Usage] = {}
 
     @property
     def text(self) -> str:
@@ -95,7 +101,8 @@ class _Transcription:
     @property
     def usage(self) -> dict[str, Any]:
         """Tokens, as the API counts them."""
-        read, written = sum(usage.prompt for usage in self.usages), sum(usage.answer for usage in self.usages)
+        usages = self.usages.values()
+        read, written = sum(usage.prompt for usage in usages), sum(usage.answer for usage in usages)
         return {"type": "tokens", "input_tokens": read, "output_tokens": written, "total_tokens": read + written}
 
     async def follow(self, answers: Answers) -> AsyncIterator[str]:
@@ -114,7 +121,7 @@ class _Transcription:
     def _take(self, index: int, delta: Delta) -> None:
         self.texts[index] += delta.text
         if delta.usage is not None:
-            self.usages.append(delta.usage)
+            self.usages[index] = delta.usage
 
 
 async def _read_form(request: Request) -> tuple[SpeechRequest, bytes]:
@@ -140,7 +147,10 @@ async def _read_form(request: Request) -> tuple[SpeechRequest, bytes]:
 
 
 def _ask(service: Service, windows: Sequence[Window], prompt: str | None, temperature: float) -> Answers:
-    """Asks for the text of each window; without a prompt, for the tokens nearest to what is heard."""
+    """Asks for the text of each window; without a prompt, for the tokens nearest to what is heard.
+
+    Those of a long recording take half of the places at most, so that others are answered meanwhile.
+    """
     if prompt is None:
         sampling = Sampling(nearest=True)
     else:
@@ -149,7 +159,9 @@ def _ask(service: Service, windows: Sequence[Window], prompt: str | None, temper
     before, _, after = (prompt or SPEECH_SLOT).partition(SPEECH_SLOT)
     texts = [{"type": "text", "text": text} for text in (before, after)]
     speeches = [{"type": "audio", "audio": (window.samples, SAMPLE_RATE)} for window in windows]
-    return service.ask([([{"role": "user", "content": [texts[0], speech, texts[1]]}], sampling) for speech in speeches])
+    contents = [[texts[0], speech, texts[1]] for speech in speeches]
+    questions = [([{"role": "user", "content": content}], sampling) for content in contents]
+    return service.ask(questions, at_once=max(1, service.limits.rows // 2))
 
 
 async def _events(transcription: _Transcription, answers: Answers) -> AsyncIterator[dict[str, Any]]:
@@ -159,17 +171,43 @@ async def _events(transcription: _Transcription, answers: Answers) -> AsyncItera
     yield {"type": "transcript.text.done", "text": transcription.text, "usage": transcription.usage}
 
 
-def _with_words(service: Service, transcription: _Transcription, seconds: float) -> Transcript:
-    """Adds the times at which CIF cuts the words."""
-    pairs = zip(transcription.windows, transcription.texts, strict=True)
-    spoken = [(window, text.strip()) for window, text in pairs if text.strip()]
-    return Transcript(seconds, tuple(service.model.segment(window, text) for window, text in spoken))
+async def _with_words(service: Service, transcription: _Transcription, seconds: float, answers: Answers) -> Transcript:
+    """Adds the times at which CIF cuts the words, a window between two steps of the answers of others.
+
+    Raises:
+        ApiError: the time is over. ClientLeft: nobody waits.
+    """
+    segments = []
+    for window, text in zip(transcription.windows, transcription.texts, strict=True):
+        if text.strip():
+            answers.check()
+            segments.append(await service.engine.call(partial(service.model.segment, window, text.strip())))
+    return Transcript(seconds, tuple(segments))
 
 
-def _verbose(task: str, body: SpeechRequest, transcript: Transcript, usage: dict[str, Any]) -> dict[str, Any]:
+def _verbose(
+    service: Service, task: str, body: SpeechRequest, transcript: Transcript, transcription: _Transcription
+) -> dict[str, Any]:
     parts = as_dict(transcript)
-    granularities = {f"{granularity}s" for granularity in body.timestamp_granularities}
     times = {name: parts.pop(name) for name in ("segments", "words")}
+    usages = [transcription.usages[i] for i, text in enumerate(transcription.texts) if text.strip()]
+    for segment, usage in zip(times["segments"], usages, strict=True):
+        segment |= _figures(service, segment, usage) | {"temperature": body.temperature}
+    granularities = {f"{granularity}s" for granularity in body.timestamp_granularities}
     shown = {name: times[name] for name in times if name in granularities}
     language = "english" if task == "translate" else body.language or "und"
-    return {"task": task, "language": language, **parts, **shown, "usage": usage}
+    seconds = {"type": "duration", "seconds": round(transcript.seconds, 3)}
+    return {"task": task, "language": language, **parts, **shown, "usage": seconds}
+
+
+def _figures(service: Service, segment: dict[str, Any], usage: Usage) -> dict[str, Any]:
+    """What the API's segments have besides; where nobody speaks there is no segment."""
+    text = segment["text"].encode()
+    probability = usage.log_probability
+    return {
+        "seek": round(100 * segment["start"]),
+        "tokens": service.model.chat_format.encode_transcript(segment["text"]),
+        "avg_logprob": None if probability is None else round(probability / usage.answer, 4),
+        "compression_ratio": round(len(text) / len(zlib.compress(text)), 4),
+        "no_speech_prob": 0.0,
+    }

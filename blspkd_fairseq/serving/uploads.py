@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
 import tempfile
 
 import numpy as np
@@ -13,6 +14,7 @@ import soundfile
 from blspkd_fairseq.data.audio import AudioError, load_audio
 from blspkd_fairseq.serving.errors import ApiError
 
+_REMEDY = re.compile(r"[:,] (restore the file or )?leave it out$")  # for who has the file
 _SAMPLES_PER_SECOND = 192_000  # of all channels: a small file of silence can be decoded to gigabytes
 
 
@@ -37,7 +39,7 @@ def decode_audio(content: bytes, max_seconds: float, param: str) -> np.ndarray:
         try:
             return load_audio(file.name, max_seconds=max_seconds)
         except AudioError as error:
-            reason = str(error).replace(file.name, "the audio").split(": remove its row")[0]
+            reason = _REMEDY.sub("", str(error).replace(file.name, "the audio"))
             raise ApiError(400, reason, "invalid_audio", param) from error
 
 

@@ -1,8 +1,8 @@
 """How often words were said in training, and which sentences are worth saying next.
 
 A word that training said n times is missed with the probability ``floor + (1 - floor) / (1 + n / half)`` (measured:
-HISTORY.md, "A sixth part"). What one more exposure is worth is how much less often the word is then missed, times how often
-people say it: most for words that were said now and then.
+HISTORY.md, "A sixth part"). What one more exposure is worth is how much less often the word is then missed, times how
+often people say it: most for words that were said now and then.
 """
 
 import heapq

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blspkd_fairseq.data.corpora.items import MALFORMED, NO_CLIP, CorpusError, Dropped, Entry, Item
-from blspkd_fairseq.data.corpora.tables import READERS, read_tsv
+from blspkd_fairseq.data.corpora.tables import READERS, MissingColumns, read_tsv
 
 IMPORT_COLUMNS = ("path", "text", "start", "end", "translation", "speaker", "id", "src_lang", "tgt_lang", "seconds")
 
@@ -46,7 +46,7 @@ def read_listed(
     names = {column: column for column in IMPORT_COLUMNS} | dict(names or {})
     if path.is_dir():
         names |= _folder_names(table, names, quotes)
-    for row in _read(table, (names["path"], names["text"]), quotes):
+    for row in _read(table, names, (names["path"], names["text"]), quotes):
         if isinstance(row, Dropped):
             yield row
             continue
@@ -60,9 +60,16 @@ def read_listed(
         )
 
 
-def _read(table: Path, required: Sequence[str], quotes: str) -> Iterator[Any]:
+def _read(table: Path, names: Mapping[str, str], required: Sequence[str], quotes: str) -> Iterator[Any]:
+    """The rows of a list, whose columns may be named by the one who has it."""
     reader = READERS.get(table.suffix.lower())
-    return reader(table, required) if reader else read_tsv(table, required, quotes)
+    try:
+        yield from reader(table, required) if reader else read_tsv(table, required, quotes)
+    except MissingColumns as error:
+        if len(error.columns) < 2:  # rather another separator
+            raise
+        options = " ".join(f"--column {ours}=COLUMN" for ours, name in names.items() if name in error.missing)
+        raise CorpusError(f"{error.found}: say what they are called, with {options}") from error
 
 
 def metadata_of(folder: Path) -> Path:
@@ -86,7 +93,7 @@ def _folder_names(table: Path, names: Mapping[str, str], quotes: str) -> dict[st
     Raises:
         CorpusError: none of the usual names.
     """
-    first = next((row for row in _read(table, (), quotes) if isinstance(row, dict)), {})
+    first = next((row for row in _read(table, {}, (), quotes) if isinstance(row, dict)), {})
     chosen = {}
     for column, usual in (("path", _FOLDER_PATHS), ("text", _FOLDER_TEXTS)):
         candidates = usual if names[column] == column else (names[column],)

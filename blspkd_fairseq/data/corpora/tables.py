@@ -55,13 +55,23 @@ def _row(path: Path, number: int, cells: Sequence[str], columns: Sequence[str]) 
     return dict(zip(columns, cells, strict=True))
 
 
+class MissingColumns(CorpusError):
+    """A table without columns that it must have.
+
+    Attributes:
+        found: what is wrong. missing: these columns. columns: those that it has.
+    """
+
+    def __init__(self, found: str, remedy: str, missing: Sequence[str], columns: Sequence[str]) -> None:
+        super().__init__(f"{found}: {remedy}")
+        self.found, self.missing, self.columns = found, missing, columns
+
+
 def _check_columns(path: Path, columns: Sequence[str], required: Sequence[str], how: str) -> None:
     missing = [name for name in required if name not in columns]
     if missing:
-        raise CorpusError(
-            f"{path} has no column {', '.join(missing)} (it has {', '.join(columns) or 'none'}): is it the file of "
-            f"this corpus, {how}?"
-        )
+        found = f"{path} has no column {', '.join(missing)} (it has {', '.join(columns) or 'none'})"
+        raise MissingColumns(found, f"is it the file of this corpus, {how}?", missing, columns)
 
 
 # --- quoted tables --------------------------------------------------------------------------------
