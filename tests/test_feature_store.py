@@ -58,6 +58,26 @@ def open_store(folder: Path) -> FeatureStore:
     return FeatureStore(folder, "encoder", WIDTH)
 
 
+def test_of_what_was_written_twice_the_whole_one_is_taken(tmp_path: Path) -> None:
+    """One that is damaged is not heard and written again by every run."""
+    stores = [open_store(tmp_path) for _ in range(3)]
+    for store in stores:  # none knows of the others'
+        store._refreshed = time.monotonic() + 1e9
+        add(store, [1, 2])
+    files = sorted(tmp_path.rglob("*.frames"))
+    assert len(files) == 3
+    for damaged in (files[:1], files[1:2], files[:2], files[2:]):
+        whole = {file: file.read_bytes() for file in files}
+        for file in damaged:
+            file.write_bytes(bytes([whole[file][0] ^ 1]) + whole[file][1:])
+        again = open_store(tmp_path)
+        for number in (1, 2, 1):
+            one = found(again, number)
+            assert one is not None and torch.equal(one, frames_of(number))
+        for file, content in whole.items():
+            file.write_bytes(content)
+
+
 def in_processes(*calls: Any) -> list[Any]:
     """Runs each in a process of its own, all at once; their exit codes."""
     processes = [multiprocessing.get_context("fork").Process(target=call) for call in calls]

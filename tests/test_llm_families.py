@@ -11,6 +11,7 @@ from blspkd_fairseq.data.batch import Batch, PlanRow, plan_batch
 from blspkd_fairseq.data.conversation import Speech
 from blspkd_fairseq.modules.build import find_logit_transform
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
+from blspkd_fairseq.modules.llm_trial import check_llm
 from blspkd_fairseq.modules.partial_lora import add_partial_lora
 from blspkd_fairseq.modules.speech_llm import ChatLLM
 
@@ -56,6 +57,48 @@ def make(kind: str) -> PreTrainedModel:
            "bos_token_id": 1, "eos_token_id": 2, **sizes, **FAMILIES[kind]},
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    # They look token ids up in every layer.
+    "gemma3n_text": ({**HYBRID, "head_dim": 8, "sliding_window": 4,
+                      "layer_types": ["sliding_attention", "full_attention"] * 2,
+                      "vocab_size_per_layer_input": WORDS, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
+                      "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4, "altup_num_inputs": 2},
+                     "speech has no tokens"),
+    "gemma4_text": ({**HYBRID, "head_dim": 8, "global_head_dim": 8, "sliding_window": 4,
+                     "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": WORDS,
+                     "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}, "cannot read speech"),
+    # Their states do not go on from embeddings, or not rightly.
+    "mamba": ({"state_size": 8}, "answers otherwise"),
+    "mamba2": ({"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1}, "answers otherwise"),
+    "rwkv": ({"attention_hidden_size": 32}, "cannot read speech"),
+    "falcon_h1": ({"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+                  "cannot read speech"),
+    # Its decoder is the LLM itself.
+    "llama4_text": ({**HYBRID, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1,
+                     "attention_chunk_size": 4, "intermediate_size_mlp": 64}, "cannot read speech"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_reads_and_answers_embeddings_is_taken(kind: str) -> None:
+    check_llm(make(kind), kind)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_does_not_is_refused_before_anything_is_trained(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, message = REFUSED[kind]
+    monkeypatch.setitem(FAMILIES, kind, options)
+    try:
+        llm = make(kind)
+    except (KeyError, ValueError, ImportError, AttributeError) as error:
+        pytest.skip(f"this transformers makes no {kind}: {error}")
+    for name, parameter in llm.named_parameters():
+        if "norm" not in name and parameter.numel() > 1 and parameter.std() < 1e-6:
+            torch.nn.init.normal_(parameter, std=0.3)  # what begins at 0 hides what it would do
+    with pytest.raises(ValueError, match=f"the kind {kind}.*{message}"):
+        check_llm(llm, kind)
 
 
 def plan(share_prefix: bool) -> Batch:

@@ -84,7 +84,7 @@ def test_a_repeated_id_is_refused_and_nothing_of_its_batch_written(tmp_path: Pat
     assert (tmp_path / "a.jsonl").read_text() == '{"id": "a"}\n'
 
 
-@pytest.mark.parametrize("line", ["no json", "[1]", '{"text": "no id"}', '{"id": "a"}'])
+@pytest.mark.parametrize("line", ["no json", "[1]", '{"id": [1]}', '{"text": "no id"}', '{"id": "a"}'])
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     with store(path) as one:
@@ -98,6 +98,16 @@ def test_records_of_unknown_origin_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"id": "a"}\n')
     with pytest.raises(StoreError, match="settings.json"):
         store(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", "{", '"text"'])
+def test_damaged_settings_are_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.jsonl"
+    with store(path) as one:
+        one.add([{"id": "a"}])
+    (tmp_path / "a.jsonl.settings.json").write_text(content)
+    with pytest.raises(StoreError, match=r"a.jsonl.settings.json is damaged.*move both away"):
+        store(path)
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ from fairseq.data import FairseqDataset, data_utils  # noqa: E402
 from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, audio_identity, load_audio  # noqa: E402
 from blspkd_fairseq.data.augment import Augmenter, Others  # noqa: E402
 from blspkd_fairseq.data.batch import PlanRow, SpeechLengths, pad_ids, pad_waveforms, plan_batch  # noqa: E402
-from blspkd_fairseq.data.chat import ChatFormat  # noqa: E402
+from blspkd_fairseq.data.chat import ChatError, ChatFormat  # noqa: E402
 from blspkd_fairseq.data.conversation import (  # noqa: E402
     MOST_PIECES,
     TAUGHT_TWICE,
     AudioPart,
     Conversation,
-    Segment,  # noqa: E402
+    Segment,
+    Speech,
     one_turn,
     read_conversation,
 )
@@ -83,8 +84,8 @@ class Utterance(NamedTuple):
     alike: list[list[tuple[int, int]]] | None = None
 
 
-class _OtherText(ManifestError):
-    """A transcript that cannot be that of its audio."""
+class _UnusableRow(ManifestError):
+    """A transcript that cannot be that of its audio, or more than the LLM reads."""
 
 
 class SpeechTextDataset(FairseqDataset):
@@ -97,7 +98,7 @@ class SpeechTextDataset(FairseqDataset):
         chat: chat format of the LLM.
         prompt: instruction of rows without one: a name or a text (see :mod:`blspkd_fairseq.data.prompts`).
         audio_root: folder that holds all audio; default: relative paths start at the manifest, absolute ones anywhere.
-        max_seconds: rows that are longer are an error.
+        max_seconds: rows that are longer are an error; of a conversation, each piece of speech.
         shuffle: train on other batches in another order every epoch, which follow from the seed and the number of the
             epoch alone; batches hold utterances of similar length.
         skip_bad_audio: leave out rows whose audio is too long, missing, unreadable or of another text.
@@ -106,6 +107,7 @@ class SpeechTextDataset(FairseqDataset):
         share_prefix: what all rows of a batch begin with is read once.
         max_response_tokens: of a longer response the rest is cut off; 0: never.
         augmenter: changes the sound of every utterance in every epoch.
+        context: tokens that the LLM reads; a row that has more of them is an error, or left out as bad audio is.
 
     Attributes:
         store: frames of speech that the encoder has heard; such speech is not decoded, and batches say what is missing.
@@ -126,6 +128,7 @@ class SpeechTextDataset(FairseqDataset):
         share_prefix: bool = True,
         max_response_tokens: int = 0,
         augmenter: Augmenter | None = None,
+        context: int | None = None,
     ) -> None:
         self.manifest = manifest
         self.chat = chat
@@ -139,11 +142,14 @@ class SpeechTextDataset(FairseqDataset):
         self.share_prefix = share_prefix
         self.max_response_tokens = max_response_tokens
         self.augmenter = augmenter
+        self.context = context
         self.epoch = 1
         self.store: FeatureStore | None = None
         self.reading = ReadingRecord(self._describe)
         self._stand_in: Utterance | None = None
         too_long = np.flatnonzero(manifest.n_frames > max_seconds * SAMPLE_RATE)
+        if "conversation" in manifest.columns:  # whose pieces are looked at when they are read
+            too_long = np.array([i for i in too_long.tolist() if not manifest[i]["conversation"]], dtype=np.int64)
         if len(too_long) and not skip_bad_audio:
             first = int(too_long[0])
             raise ManifestError(
@@ -177,7 +183,7 @@ class SpeechTextDataset(FairseqDataset):
         self.reading.begin(index)
         try:
             return self._read(index, self.manifest[index])
-        except (AudioError, _OtherText) as error:
+        except (AudioError, _UnusableRow) as error:
             if not self.skip_bad_audio:
                 raise
             return LeftOut(str(self.manifest.path), index, self.manifest.n_frames[index] / SAMPLE_RATE, str(error))
@@ -200,16 +206,40 @@ class SpeechTextDataset(FairseqDataset):
             waveforms = [] if stored else self._changed(self._load(pieces, n_frames), index, row)
         except AudioError as error:
             raise AudioError(f"{where}: {error}", error.reason) from error
+        try:
+            return self._encoded(index, row, conversation, pieces, prompt, is_cut, waveforms, keys, stored)
+        except ChatError as error:
+            raise ManifestError(f"{where}: {error}") from error
+
+    def _encoded(
+        self,
+        index: int,
+        row: dict[str, str],
+        conversation: Conversation,
+        pieces: Sequence[AudioPart],
+        prompt: str,
+        is_cut: bool,
+        waveforms: list[Tensor],
+        keys: list[bytes],
+        stored: list[Stored],
+    ) -> Utterance:
+        """An utterance whose sound is there, with its texts as ids.
+
+        Raises:
+            ChatError: the chat template or the tokenizer cannot write them. ManifestError: they are not those of it.
+        """
+        where = self.manifest.location(index)
         transcripts = [self.chat.encode_transcript(piece.transcript) for piece in pieces]
         samples = [one.samples for one in stored] or [len(waveform) for waveform in waveforms]
         for count, transcript in zip(samples, transcripts, strict=True):
             if len(transcript) > max(_ANY_TOKENS, _TOKENS_PER_SECOND * count / SAMPLE_RATE):
-                raise _OtherText(
+                raise _UnusableRow(
                     f"{where}: {len(transcript)} tokens of transcript for {count / SAMPLE_RATE:.1f} s of "
                     "audio: it is not the text of this audio, or lacks its end"
                 )
         response, shortened = self._response(index, row.get("tgt_text", ""), is_cut)
         segments = self.chat.render(conversation)
+        self._check_context(where, segments, transcripts, response)
         taught, alike = self._taught(row, where), None
         if taught is None and self.chat.transcript_merges:  # then the teacher goes on reading the LLM's own tokens
             taught = [self.chat.encode_text(piece.transcript) for piece in pieces]
@@ -239,6 +269,17 @@ class SpeechTextDataset(FairseqDataset):
         where, given = self.manifest.location(index), f"tgt_text has {len(ids)} tokens"
         said = f"{where}: {given}, of which the first {most} are kept (--max-response-tokens)"
         return ids[:most], Shortened(str(self.manifest.path), index, said)
+
+    def _check_context(
+        self, where: str, segments: Sequence[Segment], transcripts: Sequence[Sequence[int]], response: Sequence[int]
+    ) -> None:
+        parts = [segment for segment in segments if not isinstance(segment, Speech)]
+        tokens = sum(map(len, [*parts, *transcripts, response]))
+        if self.context is not None and tokens > self.context:
+            raise _UnusableRow(
+                f"{where}: it has {tokens} tokens, response included, and the LLM reads {self.context}: shorten it, or "
+                "leave it out (--skip-bad-audio does, of training)"
+            )
 
     def _taught(self, row: Mapping[str, str], where: str) -> list[list[int]] | None:
         """What the teacher reads in place of the transcript."""

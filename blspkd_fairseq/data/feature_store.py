@@ -90,6 +90,7 @@ class FeatureStore:
             raise self._unwritable(error) from error
         # Another thread may look for entries while this one adds some: what either does, it may do twice.
         self._places: dict[bytes, int] = {}  # the number of the file and that of the record
+        self._copies: dict[bytes, list[int]] = {}  # further places of what was written twice
         self._names: dict[int, str] = {}
         self._read: dict[str, tuple[int, int]] = {}  # number of each file, records read of it
         self._numbers = itertools.count()
@@ -137,7 +138,7 @@ class FeatureStore:
                 raise ValueError("wrong checksum")
         except (OSError, ValueError) as error:
             self._forget(key, name, error)
-            return None
+            return self.find(key) if key in self._places else None
         return Stored(bits.reshape(-1, self.width), int(record["samples"]))
 
     def refresh(self) -> None:
@@ -160,7 +161,9 @@ class FeatureStore:
         for number in range(len(content) // _RECORD.itemsize):
             record = content[number * _RECORD.itemsize : (number + 1) * _RECORD.itemsize]
             if record[-4:] == _checksum(record[:-4]):
-                self._places.setdefault(record[:16], file << _RECORD_BITS | (read + number))
+                key, place = record[:16], file << _RECORD_BITS | (read + number)
+                if self._places.setdefault(key, place) != place:
+                    self._copies.setdefault(key, []).append(place)
         self._read[name] = file, read + len(content) // _RECORD.itemsize
 
     def _mapped(self, name: str, dtype: np.dtype[Any], end: int) -> np.ndarray:
@@ -176,6 +179,8 @@ class FeatureStore:
 
     def _forget(self, key: bytes, name: str, error: Exception) -> None:
         self._places.pop(key, None)
+        if copies := self._copies.get(key):
+            self._places[key] = copies.pop()
         if name not in self._damaged:
             self._damaged.add(name)
             logger.warning(

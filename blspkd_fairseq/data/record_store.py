@@ -125,7 +125,7 @@ class RecordStore:
         elif not path.exists():
             raise StoreError(f"{self.path} has no {path.name} beside it, so what made it is unknown: move it away")
         else:
-            self._compare(json.loads(path.read_text(encoding="utf-8")))
+            self._compare(_read_settings(path))
 
     def _compare(self, found: dict[str, Any]) -> None:
         names = [name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name)]
@@ -144,6 +144,8 @@ class RecordStore:
                     break
                 try:
                     record_id = json.loads(line)["id"]
+                    if not isinstance(record_id, str):
+                        raise TypeError("the id is no text")
                 except (ValueError, KeyError, TypeError) as error:
                     raise StoreError(f"{self.path} line {number} is no record: remove this line") from error
                 if record_id in self._offsets:
@@ -151,6 +153,21 @@ class RecordStore:
                 self._offsets[record_id] = end
                 end += len(line)
         return end
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """What a store was made with.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise StoreError(f"{path} is damaged, so what made the records beside it is unknown: move both away")
+    return settings
 
 
 def _open_locked(path: Path) -> io.FileIO:

@@ -3,14 +3,14 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from blspkd_fairseq import compat
@@ -201,6 +201,42 @@ def answer_speech(
 
 
 @torch.no_grad()
+def answer_where_it_fits(
+    model: SpeechLLM,
+    chat: ChatFormat,
+    waveforms: Tensor | None,
+    lengths: Tensor,
+    prompts: Sequence[Instruction],
+    options: DecodingOptions = DecodingOptions(),
+    with_scores: bool = False,
+    **speech: Any,
+) -> list[list[Hypothesis] | str]:
+    """As :func:`answer_speech`; of a conversation that the LLM has no room for, why there is no answer."""
+    embeddings, counts = hear(model, waveforms, lengths, **speech)
+    conversations = [render_prompt(chat, prompt) for prompt in prompts]
+    pieces = iter(range(len(counts)))
+    chosen: list[int] = []  # pieces of the conversations that fit
+    found: list[list[Hypothesis] | str] = []
+    fitting: list[Sequence[Segment]] = []
+    for conversation in conversations:
+        own = list(islice(pieces, sum(isinstance(segment, Speech) for segment in conversation)))
+        texts = sum(len(segment) for segment in conversation if not isinstance(segment, Speech))
+        try:
+            check_context(model, texts + sum(counts[piece] for piece in own))
+        except ContextError as error:
+            found.append(str(error))
+        else:
+            found.append([])
+            fitting.append(conversation)
+            chosen += own
+    if fitting:
+        heard = embeddings[chosen], [counts[piece] for piece in chosen]
+        answers = iter(answer_heard(model, chat, heard, fitting, options, with_scores))
+        found = [one if isinstance(one, str) else next(answers) for one in found]
+    return found
+
+
+@torch.no_grad()
 def answer_heard(
     model: SpeechLLM,
     chat: ChatFormat,
@@ -302,7 +338,12 @@ def hear_windows(
 
 def context_of(model: ChatLLM) -> int | None:
     """Most tokens that the LLM was made for, or None where its configuration does not say."""
-    context: int | None = getattr(model.llm.config.get_text_config(), "max_position_embeddings", None)
+    return llm_context(model.llm)
+
+
+def llm_context(llm: PreTrainedModel) -> int | None:
+    """:func:`context_of` an LLM alone."""
+    context: int | None = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
     return context
 
 
@@ -443,8 +484,11 @@ def _positions(valid: Tensor) -> Tensor:
 def answer_prompts(
     model: ChatLLM, chat: ChatFormat, prompts: Prompts, options: DecodingOptions, with_scores: bool
 ) -> list[list[Hypothesis]]:
-    arguments = options.as_generate_arguments()
     check_context(model, prompts.longest, prompts.lengths.index(prompts.longest))
+    if (context := context_of(model)) is not None:  # some LLMs have no positions beyond it
+        most, least = (min(n, context - prompts.longest) for n in (options.max_new_tokens, options.min_new_tokens))
+        options = replace(options, max_new_tokens=most, min_new_tokens=least)
+    arguments = options.as_generate_arguments()
     per_row = arguments["num_return_sequences"]
     likeliest = _Likeliest() if with_scores and options.takes_the_likeliest else None
     cache = read_prompts(model, prompts)

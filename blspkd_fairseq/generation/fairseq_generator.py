@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.generation.decoding import DecodingOptions, Hypothesis, answer_speech
+from blspkd_fairseq.generation.decoding import DecodingOptions, Hypothesis, answer_where_it_fits
 from blspkd_fairseq.generation.fairseq_rows import LinesToAnswer, RowsToAnswer
 from blspkd_fairseq.generation.results import Results
 
@@ -105,10 +105,14 @@ class LlmGenerator:
         answers: dict[int, list[Hypothesis]] = {}
         if batch.places:
             self._seed(batch.all_places)
-            groups = answer_speech(
+            groups = answer_where_it_fits(
                 model.speech_llm, self.chat, batch.waveforms, batch.lengths, batch.prompts, self.options, True
             )
-            answers = dict(zip(batch.places, groups, strict=True))
+            for place, group in zip(batch.places, groups, strict=True):
+                if isinstance(group, str):
+                    self.source.fail(place, group)
+                else:
+                    answers[place] = group
             self.results.add([(self.source.asked(place), group) for place, group in answers.items()])
         return [self._hypotheses(place, answers) for place in batch.all_places]
 

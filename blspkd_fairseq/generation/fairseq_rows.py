@@ -165,6 +165,10 @@ class RowsToAnswer(SpeechTextDataset):
         """Why a row could not be read, or ""."""
         return self._failures.get(place, "")
 
+    def fail(self, place: int, reason: str) -> None:
+        """It was read, and cannot be answered."""
+        self._failures[place] = reason
+
     def asked(self, place: int) -> Asked:
         """A readable row as it is answered."""
         row = self.manifest[place]
@@ -253,6 +257,10 @@ class LinesToAnswer:
     def failure(self, place: int) -> str:
         """Why a line could not be read, or ""."""
         return self._failures.get(place, "")
+
+    def fail(self, place: int, reason: str) -> None:
+        """It was read, and cannot be answered."""
+        self._failures[place] = reason
 
     def asked(self, place: int) -> Asked:
         """A readable line as it is answered."""

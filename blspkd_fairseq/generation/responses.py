@@ -8,6 +8,7 @@ one that was not.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ import torch
 
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.prompts import PROMPTS
+from blspkd_fairseq.generation.decoding import llm_context
 from blspkd_fairseq.generation.identity import llm_identity, model_identity
 from blspkd_fairseq.modules.build import SpeechLlmConfig, load_chat_format, load_llm
 
@@ -28,6 +30,8 @@ __all__ = [
     "BACKENDS", "HuggingFaceBackend", "Request", "Response", "ResponseSettings", "VllmBackend", "answer_locally",
     "answer_with_ray", "is_refusal", "model_identity", "plan_batches", "response", "shard_of", "token_ids",
 ]  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 WINDOW_BATCHES = 64
 """Batches that are planned together: rows are sorted by length within so many, so that rows added at the end of the
@@ -166,8 +170,12 @@ class HuggingFaceBackend:
     @torch.no_grad()
     def answer(self, batch: Sequence[Request]) -> list[Response]:
         """See :class:`Backend`."""
-        settings = self.settings
         prompts = [token_ids(self.chat, request) for request in batch]
+        context = llm_context(self.llm)
+        fits = [context is None or len(prompt) < context for prompt in prompts]
+        if not all(fits):
+            return self._without(batch, prompts, fits)
+        settings = self.settings
         width = max(map(len, prompts))
         pad = self.chat.eos_ids[0]
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.llm.device)
@@ -180,6 +188,20 @@ class HuggingFaceBackend:
         out = self.llm.generate(input_ids=ids, attention_mask=mask, min_new_tokens=1, max_new_tokens=limit, **options)
         rows = out[:, width:].tolist()
         return [response(self.chat, request, row) for request, row in zip(batch, rows, strict=True)]
+
+    def _without(
+        self, batch: Sequence[Request], prompts: Sequence[Sequence[int]], fits: Sequence[bool]
+    ) -> list[Response]:
+        """As :meth:`answer`, with nothing for those that the LLM cannot read."""
+        for request, prompt, does in zip(batch, prompts, fits, strict=True):
+            if not does:
+                logger.warning(f"no response to {request.id}: its {len(prompt)} tokens leave the LLM no room")
+        rest = [request for request, does in zip(batch, fits, strict=True) if does]
+        answers = iter(self.answer(rest) if rest else [])
+        return [
+            next(answers) if does else Response(request.id, "", "0", request.digest())
+            for request, does in zip(batch, fits, strict=True)
+        ]
 
 
 class VllmBackend:

@@ -15,6 +15,7 @@ from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
 from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
+from blspkd_fairseq.modules.llm_trial import check_llm
 from blspkd_fairseq.modules.partial_lora import add_partial_lora
 from blspkd_fairseq.modules.precision import usable_dtype
 from blspkd_fairseq.modules.pretrained import load_pretrained, load_unquantized
@@ -259,7 +260,8 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
     ``option`` is the one that an error names.
 
     Raises:
-        ValueError: it cannot be loaded, embeds fewer tokens than its tokenizer has, or its head is of an unknown kind.
+        ValueError: it cannot be loaded, embeds fewer tokens than its tokenizer has, cannot read embeddings and answer
+            them, or its head is of an unknown kind.
     """
     llm = load_unquantized(
         AutoModelForCausalLM, config.llm, option, "LLM", config.trust_remote_code, dtype=DTYPES[config.llm_dtype]
@@ -274,6 +276,7 @@ def load_llm(config: SpeechLlmConfig, chat: ChatFormat, option: str = "llm") -> 
     # What Hugging Face ships as defaults (sampling, repetition penalty) would change results without anyone asking.
     llm.generation_config = GenerationConfig(eos_token_id=chat.eos_ids, pad_token_id=chat.eos_ids[0])
     compat.use_fast_cpu_attention(llm)
+    check_llm(llm, config.llm)
     quantize_linears(llm, config.llm_quantization)
     llm.logit_transform = find_logit_transform(llm, config.llm)
     return llm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor
 
 from blspkd_fairseq.compat import generation as compat_generation
+from blspkd_fairseq.data.audio import SAMPLE_RATE
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.dataset import SpeechDataset, SpeechTextDataset
 from blspkd_fairseq.data.prompts import resolve_prompt
@@ -44,11 +46,16 @@ class AnsweringTask(FairseqTask):
         """What the model hears at once; None before there is one."""
         raise NotImplementedError
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the LLM reads; None before there is one, or where it does not say."""
+        raise NotImplementedError
+
     def dataset_class(self) -> tuple[Callable[..., SpeechTextDataset], dict[str, Any]]:
         """The data set of this command and its own options."""
-        seconds = {"max_seconds": self.cfg.max_audio_seconds}
-        if self.command is None:
-            return SpeechTextDataset, seconds
+        if self.command is None:  # what is trained on is heard at once
+            most = math.inf if self.max_samples is None else self.max_samples / SAMPLE_RATE
+            return SpeechTextDataset, {"max_seconds": min(self.cfg.max_audio_seconds, most), "context": self.context}
         shard, shards = self.command.dataset.shard_id, self.command.dataset.num_shards
         if not 0 <= shard < shards:
             raise ValueError(f"--shard-id must be between 0 and --num-shards - 1 = {shards - 1}, got {shard}")
@@ -65,7 +72,7 @@ class AnsweringTask(FairseqTask):
             ManifestError: a row is longer than --max-tokens.
         """
         if isinstance(dataset, SpeechTextDataset):
-            options["max_positions"] = None if isinstance(dataset, RowsToAnswer) else self.max_samples
+            options["max_positions"] = None  # what is too long was said when the rows were loaded
         batches = super().get_batch_iterator(dataset, *args, **options)
         if isinstance(dataset, RowsToAnswer):
             begin = batches.next_epoch_itr

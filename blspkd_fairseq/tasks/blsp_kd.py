@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from blspkd_fairseq.evaluation.metrics import BleuCounts, bleu_counts, bleu_scor
 from blspkd_fairseq.faults.errors import DoesNotFit, TrainingError, is_out_of_memory, listed, names_of
 from blspkd_fairseq.faults.limits import FaultLimits, check_limits
 from blspkd_fairseq.faults.update import UpdateGuard
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, speech_of
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_where_it_fits, context_of, speech_of
 from blspkd_fairseq.generation.fairseq_generator import LlmDictionary
 from blspkd_fairseq.modules.build import adopt_options
 from blspkd_fairseq.modules.fingerprint import identity
@@ -268,6 +269,10 @@ class BlspKdTask(AnsweringTask):
     def max_samples(self) -> int | None:
         return None if self._model is None else self._model.speech_encoder.max_samples
 
+    @property
+    def context(self) -> int | None:
+        return None if self._model is None else context_of(self._model)
+
     def training_tokens(self) -> Tensor:
         """Sorted ids of all tokens that occur in the training transcripts, in all folders of the data."""
         tokens: set[int] = set()
@@ -402,17 +407,20 @@ class BlspKdTask(AnsweringTask):
         return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
     def _answers(self, sample: dict[str, Any], model: Any, prompt: str, rows: Sequence[int]) -> list[str]:
-        """Greedy answers to rows of a batch under ``prompt``, or under their own."""
+        """Greedy answers to rows of a batch: to ``prompt``, conversations to what they ask, all of them without one."""
         chosen = [sample["plan_rows"][row] for row in rows]
         prompts: list[Any] = [row.segments for row in chosen]
-        if prompt:
-            cells = [sample["rows"][row] for row in rows]
-            prompts = [resolve_prompt(prompt, one.get("src_lang", ""), one.get("tgt_lang", "")) for one in cells]
+        for place, cells in enumerate(sample["rows"][row] for row in rows):
+            if prompt and not cells.get("conversation"):
+                prompts[place] = resolve_prompt(prompt, cells.get("src_lang", ""), cells.get("tgt_lang", ""))
         pieces = [piece for row in chosen for piece in row.pieces]
         speech = speech_of(sample["net_input"], pieces)
         options = DecodingOptions(max_new_tokens=self.cfg.eval_max_tokens)
-        groups = answer_speech(model.speech_llm, self.chat, prompts=prompts, options=options, **speech)
-        return [group[0].text for group in groups]
+        groups = answer_where_it_fits(model.speech_llm, self.chat, prompts=prompts, options=options, **speech)
+        for row, group in zip(rows, groups, strict=True):
+            if isinstance(group, str):
+                logger.warning(f"no answer to {sample['rows'][row]['id']} of the validation set: {group}")
+        return ["" if isinstance(group, str) else group[0].text for group in groups]
 
     def _wer_sums(self, sample: dict[str, Any], model: Any) -> dict[str, float]:
         sums = dict.fromkeys(("_wer_errors", "_wer_words", "_wer_raw_errors", "_wer_raw_words"), 0.0)
@@ -427,21 +435,23 @@ class BlspKdTask(AnsweringTask):
         return sums
 
     def _bleu_sums(self, sample: dict[str, Any], model: Any) -> dict[str, float]:
-        references = [row["tgt_text"] for row in sample["rows"]]
-        rows = range(sample["nsentences"])
-        prompt = self.cfg.eval_bleu_prompt if not any(row.get("conversation") for row in sample["rows"]) else ""
-        answers = self._answers(sample, model, prompt, rows)
-        counts = bleu_counts(answers, references, sample["rows"][0].get("tgt_lang", ""))
-        sums = {"_bleu_hyp": float(counts.hypothesis_length), "_bleu_ref": float(counts.reference_length)}
-        for n in range(_BLEU_ORDER):
-            sums |= {f"_bleu_correct_{n}": float(counts.correct[n]), f"_bleu_total_{n}": float(counts.total[n])}
-        return sums
+        rows = sample["rows"]
+        answers = self._answers(sample, model, self.cfg.eval_bleu_prompt, range(len(rows)))
+        sums: Counter[str] = Counter()
+        for language in dict.fromkeys(row.get("tgt_lang", "") for row in rows):
+            own = [place for place, row in enumerate(rows) if row.get("tgt_lang", "") == language]
+            references = [rows[place]["tgt_text"] for place in own]
+            counts = bleu_counts([answers[place] for place in own], references, language)
+            sums.update({"_bleu_hyp": counts.hypothesis_length, "_bleu_ref": counts.reference_length})
+            for n in range(_BLEU_ORDER):
+                sums.update({f"_bleu_correct_{n}": counts.correct[n], f"_bleu_total_{n}": counts.total[n]})
+        return {name: float(count) for name, count in sums.items()}
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         super().reduce_metrics(logging_outputs, criterion)
         for key in {key for log in logging_outputs for key in log if key.startswith(("_wer", "_bleu"))}:
             metrics.log_scalar(key, float(sum(log.get(key, 0) for log in logging_outputs)))
-        if any("_wer_words" in log for log in logging_outputs):
+        if any(log.get("_wer_words") for log in logging_outputs):  # else there was no row to repeat
             metrics.log_derived("wer", lambda meters: _rate(meters, "_wer_errors", "_wer_words"))
             metrics.log_derived("wer_raw", lambda meters: _rate(meters, "_wer_raw_errors", "_wer_raw_words"))
         if any("_bleu_ref" in log for log in logging_outputs):
