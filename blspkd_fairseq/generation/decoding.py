@@ -195,7 +195,8 @@ def answer_speech(
         speech: further arguments of :meth:`SpeechLLM.adapt`.
 
     Returns:
-        For each conversation its ``n_best`` hypotheses, best first. They do not depend on the rest of the batch.
+        For each conversation its ``n_best`` hypotheses, best first. They do not depend on the rest of the batch, unless
+        the LLM's context ends before ``max_new_tokens``: then they end as early as the one of the longest prompt must.
     """
     return answer_heard(model, chat, hear(model, waveforms, lengths, **speech), prompts, options, with_scores)
 
