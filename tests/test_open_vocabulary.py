@@ -443,6 +443,10 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     publish.check_rows(results)
     with pytest.raises(ValueError, match=r"set phone has other rows in each result \(text 2, model 2, cascade 1\)"):
         publish.check_rows({**results, "cascade": {"phone": {"id": ["a"]}}})
+    assert publish.noise_table(tmp_path / "noise.json") == ""
+    (tmp_path / "noise.json").write_text(json.dumps({"sets": {"test": model, "test white:10": model}}))
+    noise = publish.noise_table(tmp_path / "noise.json")
+    assert "WER heard of the heard voices" in noise and "| clean | white:10 |" in noise and noise.count("12.5 [") == 2
     shown = publish.front(results)
     assert "| telephone prompts (a person) | 2 | 12.5 [0.0, 25.0] | 12.5 [0.0, 25.0] | 0.0 [0.0, 0.0] | 0.0 " in shown
     assert "heard voices" not in shown and "but for 1 of 1 clips" in shown

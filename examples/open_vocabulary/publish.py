@@ -3,8 +3,8 @@
     python examples/open_vocabulary/publish.py --checkpoint MODEL --results DIR --example CLIP.flac --said "its text" \
         --training training.md --out blspkd_fairseq/pretrained/NAME [--readme README.md]
 
-DIR has model.json, cascade.json and text.json of hear.py; training.md says in sentences what it was trained on. The
-README gets the figures that it shows, between two comments.
+DIR has model.json, cascade.json and text.json of hear.py, and may have noise.json (--conditions); training.md says in
+sentences what it was trained on. The README gets the figures that it shows, between two comments.
 """
 
 import argparse
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rank=model.config.lora_rank,
         training=args.training.read_text(encoding="utf-8").strip(),
         table=table(results),
+        noise=noise_table(args.results / "noise.json"),
     )
     write_whole(args.out / "README.md", text)
     if args.readme is not None:
@@ -141,6 +142,20 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown_table(["measure", "system", *(TITLES[name] for name in sets)], lines)
 
 
+def noise_table(path: Path) -> str:
+    """What is heard of a set in noise, a column per condition; nothing where that was not measured."""
+    if not path.exists():
+        return ""
+    sets = json.loads(path.read_text())["sets"]
+    figures = [format_score(scores_of(found, None)["WER heard"]) for found in sets.values()]
+    heading = [name.partition(" ")[2] or "clean" for name in sets]
+    first = next(iter(sets))
+    return (
+        f"\nWER heard of the {TITLES.get(first, first)}, under noise (dB) and of a telephone's band:\n\n"
+        + markdown_table(heading, [figures])
+    )
+
+
 _CARD = """---
 license: mit
 language: en
@@ -190,8 +205,7 @@ speech embeddings (hearing itself), "WER repeat" that of what the LLM says when 
 those to the speech alone, against those of the same LLM to the text. `bash
 examples/open_vocabulary/evaluate.sh` measures the real speech anew.
 
-{table}
-
+{table}{noise}
 Text behaviour: the LLM reading text is bit for bit that of SmolLM2-135M-Instruct.
 """
 
