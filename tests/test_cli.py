@@ -98,7 +98,7 @@ def test_every_command_has_help_with_an_example(words: list[str], capsys: pytest
         (["align", __file__, "--device", "cuda:99"], 1, "blspkd align: there is no device cuda:99 here: give cpu"),
         (["transcribe", __file__, "--batch-size", "0"], 1, "--batch-size must be at least 1, got 0"),
         (["transcribe", __file__, "--batch-size", "-2"], 1, "--batch-size must be at least 1, got -2"),
-        (["transcribe", __file__, "--max-new-tokens", "0"], 1, "max (0), max > 0"),
+        (["transcribe", __file__, "--max-new-tokens", "0"], 1, "max_new_tokens must be at least 1, got 0"),
         (["transcribe", __file__, "--beam", "0"], 1, "the beam must be 1 to 1024"),
         (["transcribe", __file__, "--prompt", "nonesuch"], 1, "there is no prompt 'nonesuch'"),
         (["chat", "--temperature", "-1"], 1, "the temperature must be at least 0"),

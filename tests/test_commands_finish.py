@@ -74,26 +74,26 @@ def answers(world: World) -> list[dict[str, Any]]:
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each batch had that was answered."""
     sizes: list[int] = []
-    answer = fairseq_generator.answer_speech
+    answer = fairseq_generator.answer_where_it_fits
 
     def counted(model: Any, chat: Any, waveforms: Any, lengths: Any, prompts: Any, *args: Any) -> Any:
         sizes.append(len(prompts))
         return answer(model, chat, waveforms, lengths, prompts, *args)
 
-    monkeypatch.setattr(fairseq_generator, "answer_speech", counted)
+    monkeypatch.setattr(fairseq_generator, "answer_where_it_fits", counted)
     return sizes
 
 
 def cut_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """The command is interrupted at a batch, from 0."""
-    answer, batches = fairseq_generator.answer_speech, iter(range(100))
+    answer, batches = fairseq_generator.answer_where_it_fits, iter(range(100))
 
     def interrupted(*args: Any) -> Any:
         if next(batches) == batch:
             raise KeyboardInterrupt
         return answer(*args)
 
-    monkeypatch.setattr(fairseq_generator, "answer_speech", interrupted)
+    monkeypatch.setattr(fairseq_generator, "answer_where_it_fits", interrupted)
 
 
 def lines_of(path: Path, kind: str) -> dict[int, str]:
@@ -375,9 +375,9 @@ def test_errors_of_commands_are_one_sentence(world: World, tmp_path: Path, monke
 
 
 def test_faults_of_programs_keep_their_traceback(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fairseq_generator, "answer_speech", lambda *_: [][1])
+    monkeypatch.setattr(fairseq_generator, "answer_where_it_fits", lambda *_: [][1])
     assert "IndexError" in ends_with(lambda: world.generate(world.data, tmp_path)).splitlines()[-1]
-    monkeypatch.setattr(fairseq_generator, "answer_speech", lambda *_: torch.zeros(2).view(3))
+    monkeypatch.setattr(fairseq_generator, "answer_where_it_fits", lambda *_: torch.zeros(2).view(3))
     assert "Traceback" in ends_with(lambda: world.generate(world.data, tmp_path))
 
     def not_a_command() -> None:

@@ -248,7 +248,9 @@ def test_formats() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> BlspKd:
-    return tiny_model(tmp_path_factory.mktemp("long"), window_seconds=6.0)
+    return tiny_model(
+        tmp_path_factory.mktemp("long"), window_seconds=6.0, adapter_pre_layers=4, adapter_post_layers=4, lora_rank=16
+    )
 
 
 def test_windows_are_heard_alike_whatever_they_are_batched_with(model: BlspKd) -> None:

@@ -38,7 +38,8 @@ class Shell:
             f"set -euo pipefail; out={shlex.quote(str(self.folder))} root=$out stage=0 stop_stage=9 nodes=1 node_rank=0"
         )
         return subprocess.Popen(
-            ["bash", "-c", f"{begin}\nsource {EXAMPLES}/common.sh\n{script}"], text=True, stdout=subprocess.PIPE,
+            ["bash", "-c", f"{begin}\nsource {EXAMPLES}/common.sh\n{script}", "run.sh"],
+            text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, cwd=self.folder, env=environment | {k: str(v) for k, v in own.items()},
         )  # fmt: skip
 
