@@ -30,7 +30,14 @@ from blspkd_fairseq.data.prompts import PROMPTS, resolve_prompt
 from blspkd_fairseq.data.transcript import Segment, Transcript, words_of
 from blspkd_fairseq.data.vad import speech_windows
 from blspkd_fairseq.data.windows import cut_windows, sounding, starts
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear_windows, most_written, nearest_tokens
+from blspkd_fairseq.generation.decoding import (
+    DecodingOptions,
+    answer_heard,
+    hear_windows,
+    most_written,
+    nearest_texts,
+    nearest_tokens,
+)
 from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
 from blspkd_fairseq.generation.text_stream import TextStream
 from blspkd_fairseq.model_card import Card, write_card
@@ -261,8 +268,7 @@ class BlspKd:
         """The texts of ``[samples]``, asked for by a resolved prompt; they do not depend on what is heard together."""
         heard = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
         if prompt is None:
-            ids = iter(self.nearest_tokens(torch.cat([one[:count] for one, count in zip(*heard, strict=True)])))
-            return [self.chat_format.decode(list(islice(ids, count))) for count in heard[1]]
+            return nearest_texts(self.model, self.chat_format, [[one[:n]] for one, n in zip(*heard, strict=True)])
         limits = [options.max_new_tokens] * len(windows)
         if options.takes_the_likeliest and self.repeats_by(prompt):
             limits = [min(limit, most_written(count)) for limit, count in zip(limits, heard[1], strict=True)]

@@ -76,9 +76,9 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     answer = fairseq_generator.answer_where_it_fits
 
-    def counted(model: Any, chat: Any, waveforms: Any, lengths: Any, prompts: Any, *args: Any) -> Any:
+    def counted(model: Any, chat: Any, heard: Any, prompts: Any, *args: Any) -> Any:
         sizes.append(len(prompts))
-        return answer(model, chat, waveforms, lengths, prompts, *args)
+        return answer(model, chat, heard, prompts, *args)
 
     monkeypatch.setattr(fairseq_generator, "answer_where_it_fits", counted)
     return sizes

@@ -182,15 +182,10 @@ def test_it_can_write_what_is_heard_without_asking_the_llm(model: BlspKd, monkey
         streamed = [event.delta for event in create(model=NAME, file=upload, stream=True) if hasattr(event, "delta")]
         assert "".join(streamed) == expected.text and len(streamed) == 2
         usage = create(model=NAME, file=upload).usage
-        assert usage.input_tokens == usage.output_tokens == sum(map(len, _tokens(model, long)))
+        counted = [int(model.adapt((window, 16_000)).lengths[0]) for window in model.windows(long)]
+        assert usage.input_tokens == usage.output_tokens == sum(counted)
         with pytest.raises(openai.BadRequestError, match="not drawn: leave it at 0"):
             create(model=NAME, file=upload, temperature=0.5)
-
-
-def _tokens(model: BlspKd, audio: bytes) -> list[list[int]]:
-    """What CIF counts in each window in which somebody speaks."""
-    adapted = [model.adapt((window, 16_000)) for window in model.windows(audio)]
-    return [[0] * int(one.lengths[0]) for one in adapted]
 
 
 def test_a_translation_is_asked_of_the_llm_all_the_same(model: BlspKd) -> None:

@@ -13,7 +13,7 @@ from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import read_messages
 from blspkd_fairseq.data.dataset import SpeechTextDataset
 from blspkd_fairseq.data.manifest import Manifest, ManifestError, write_manifest
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_where_it_fits, context_of
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_where_it_fits, context_of, hear
 from blspkd_fairseq.generation.responses import HuggingFaceBackend, Request, ResponseSettings
 
 CONTEXT = 512  # of the tiny LLM
@@ -50,7 +50,7 @@ def test_a_conversation_without_room_gets_a_reason_and_the_others_their_answers(
     lengths = torch.tensor([12_000, 9_000, 8_000, 12_000])
     long = chat.render(read_messages(conversation("word " * CONTEXT, "a", "b"))[0])
     prompts = ["Repeat: {speech}", long, "{speech}"]
-    found = answer_where_it_fits(model.model, chat, waveforms, lengths, prompts, options)
+    found = answer_where_it_fits(model.model, chat, hear(model.model, waveforms, lengths), prompts, options)
     assert isinstance(found[1], str) and f"the LLM reads {CONTEXT}" in found[1]
     alone = answer_speech(model.model, chat, waveforms[[0, 3]], lengths[[0, 3]], [prompts[0], prompts[2]], options)
     assert [found[0], found[2]] == alone

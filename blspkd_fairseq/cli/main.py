@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from blspkd_fairseq.cli import sentence
+
 
 class Command(NamedTuple):
     """Attributes: the ``module`` and ``what`` it does in a line; or ``below``, the commands that begin with it."""
@@ -100,7 +102,7 @@ def _run(words: list[str], program: str, commands: Mapping[str, Command]) -> int
     except (ValueError, OSError) as error:
         if os.environ.get("BLSPKD_DEBUG", "") not in ("", "0"):
             traceback.print_exc()
-        print(f"{program}: {_sentence(error)}", file=sys.stderr)
+        print(f"{program}: {sentence(error)}", file=sys.stderr)
         return 1
     return int(status or 0)
 
@@ -138,9 +140,3 @@ def usage(program: str, commands: Mapping[str, Command]) -> str:
 
 def _indented(text: str) -> str:
     return "\n".join(f"  {line}".rstrip() for line in text.strip().splitlines())
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__

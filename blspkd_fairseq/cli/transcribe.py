@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from blspkd_fairseq.cli import sentence
 from blspkd_fairseq.cli.model_arguments import (
     add_model_arguments,
     add_vad_argument,
@@ -72,8 +73,7 @@ def main(args: argparse.Namespace) -> int:
             raise
         except (AudioError, OSError) as error:
             failed += 1
-            said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-            print(f"blspkd transcribe: {said}", file=sys.stderr)
+            print(f"blspkd transcribe: {sentence(error)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -194,6 +194,17 @@ class SpeechTextDataset(FairseqDataset):
         return f"{self.manifest.location(index)}, {self._root(audio) or ''}/{audio}"
 
     def _read(self, index: int, row: dict[str, str]) -> Utterance:
+        """A row's utterance.
+
+        Raises:
+            ManifestError, AudioError: it cannot be used; they name it.
+        """
+        try:
+            return self._utterance(index, row)
+        except ChatError as error:  # wherever the template or the tokenizer meets one of its texts
+            raise ManifestError(f"{self.manifest.location(index)}: {error}") from error
+
+    def _utterance(self, index: int, row: dict[str, str]) -> Utterance:
         where = self.manifest.location(index)
         try:
             conversation, pieces, prompt = self._conversation(row)
@@ -206,29 +217,6 @@ class SpeechTextDataset(FairseqDataset):
             waveforms = [] if stored else self._changed(self._load(pieces, n_frames), index, row)
         except AudioError as error:
             raise AudioError(f"{where}: {error}", error.reason) from error
-        try:
-            return self._encoded(index, row, conversation, pieces, prompt, is_cut, waveforms, keys, stored)
-        except ChatError as error:
-            raise ManifestError(f"{where}: {error}") from error
-
-    def _encoded(
-        self,
-        index: int,
-        row: dict[str, str],
-        conversation: Conversation,
-        pieces: Sequence[AudioPart],
-        prompt: str,
-        is_cut: bool,
-        waveforms: list[Tensor],
-        keys: list[bytes],
-        stored: list[Stored],
-    ) -> Utterance:
-        """An utterance whose sound is there, with its texts as ids.
-
-        Raises:
-            ChatError: the chat template or the tokenizer cannot write them. ManifestError: they are not those of it.
-        """
-        where = self.manifest.location(index)
         transcripts = [self.chat.encode_transcript(piece.transcript) for piece in pieces]
         samples = [one.samples for one in stored] or [len(waveform) for waveform in waveforms]
         for count, transcript in zip(samples, transcripts, strict=True):

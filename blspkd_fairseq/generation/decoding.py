@@ -167,6 +167,19 @@ def nearest_tokens(model: SpeechLLM, embeddings: Tensor) -> list[int]:
     return ids
 
 
+def nearest_texts(model: SpeechLLM, chat: ChatFormat, heard: Sequence[Sequence[Tensor]]) -> list[str]:
+    """The text of the nearest tokens of each piece of speech, all with one look at the LLM's table.
+
+    Args:
+        model: whose adapter gives one embedding for each token.
+        chat: the chat format of its LLM.
+        heard: of each piece the embeddings ``[U, D]`` of its windows, one after another.
+    """
+    windows = [window for piece in heard for window in piece]
+    ids = iter(nearest_tokens(model, torch.cat(windows)) if windows else [])
+    return [chat.decode(list(islice(ids, sum(map(len, piece))))) for piece in heard]
+
+
 Instruction = str | Sequence[Segment]
 """A prompt with one ``{speech}`` slot, or a rendered conversation (:meth:`ChatFormat.render`)."""
 
@@ -205,15 +218,12 @@ def answer_speech(
 def answer_where_it_fits(
     model: SpeechLLM,
     chat: ChatFormat,
-    waveforms: Tensor | None,
-    lengths: Tensor,
+    heard: tuple[Tensor, list[int]],
     prompts: Sequence[Instruction],
-    options: DecodingOptions = DecodingOptions(),
-    with_scores: bool = False,
-    **speech: Any,
+    *how: Any,
 ) -> list[list[Hypothesis] | str]:
-    """As :func:`answer_speech`; of a conversation that the LLM has no room for, why there is no answer."""
-    embeddings, counts = hear(model, waveforms, lengths, **speech)
+    """As :func:`answer_heard`; of a conversation that the LLM has no room for, why there is no answer."""
+    embeddings, counts = heard
     conversations = [render_prompt(chat, prompt) for prompt in prompts]
     pieces = iter(range(len(counts)))
     chosen: list[int] = []  # pieces of the conversations that fit
@@ -231,8 +241,7 @@ def answer_where_it_fits(
             fitting.append(conversation)
             chosen += own
     if fitting:
-        heard = embeddings[chosen], [counts[piece] for piece in chosen]
-        answers = iter(answer_heard(model, chat, heard, fitting, options, with_scores))
+        answers = iter(answer_heard(model, chat, (embeddings[chosen], [counts[i] for i in chosen]), fitting, *how))
         found = [one if isinstance(one, str) else next(answers) for one in found]
     return found
 
@@ -293,6 +302,7 @@ def speech_of(inputs: Mapping[str, Any], pieces: Sequence[int]) -> dict[str, Any
     return speech | {"waveforms": None, "features": torch.cat([frames[piece] for piece in pieces])}
 
 
+@torch.no_grad()
 def hear(model: SpeechLLM, waveforms: Tensor | None, lengths: Tensor, **options: Any) -> tuple[Tensor, list[int]]:
     """Speech embeddings ``[P, U, D]`` of pieces of speech, and how many each has; longer ones are heard in windows."""
     if not len(lengths):

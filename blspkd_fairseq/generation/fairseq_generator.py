@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.generation.decoding import DecodingOptions, Hypothesis, answer_where_it_fits
+from blspkd_fairseq.generation.decoding import DecodingOptions, Hypothesis, answer_where_it_fits, hear
 from blspkd_fairseq.generation.fairseq_rows import LinesToAnswer, RowsToAnswer
 from blspkd_fairseq.generation.results import Results
 
@@ -105,9 +105,8 @@ class LlmGenerator:
         answers: dict[int, list[Hypothesis]] = {}
         if batch.places:
             self._seed(batch.all_places)
-            groups = answer_where_it_fits(
-                model.speech_llm, self.chat, batch.waveforms, batch.lengths, batch.prompts, self.options, True
-            )
+            heard = hear(model.speech_llm, batch.waveforms, batch.lengths)
+            groups = answer_where_it_fits(model.speech_llm, self.chat, heard, batch.prompts, self.options, True)
             for place, group in zip(batch.places, groups, strict=True):
                 if isinstance(group, str):
                     self.source.fail(place, group)

@@ -36,7 +36,6 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -47,7 +46,7 @@ from blspkd_fairseq import compat
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
-from blspkd_fairseq.generation.decoding import check_context, context_of, most_written, nearest_tokens
+from blspkd_fairseq.generation.decoding import check_context, context_of, most_written, nearest_texts
 from blspkd_fairseq.generation.kv_cache import (
     cache_bytes,
     can_cut,
@@ -416,12 +415,9 @@ class StreamingDecoder:
         if not rows:
             return []
         heard = [[self._heard[digest] for piece in row.digests for digest in piece] for row in rows]
-        windows = [window for one in heard for window in one]
-        ids = iter(nearest_tokens(self.model, torch.cat(windows)) if windows else [])
         deltas = []
-        for row, one in zip(rows, heard, strict=True):
-            count = sum(map(len, one))
-            text = self.chat.decode(list(islice(ids, count)))
+        for row, windows, text in zip(rows, heard, nearest_texts(self.model, self.chat, heard), strict=True):
+            count = sum(map(len, windows))
             deltas.append(Delta(row.number, text, "stop", Usage(count, count, 0)))
             self._waiting.remove(row)
         self._forget_speech()

@@ -63,9 +63,9 @@ class BlspKdModel(BaseFairseqModel):
         # Without fairseq's walk over all modules, none of which wants to know.
         self.num_updates = num_updates
 
-    def max_positions(self) -> int | None:
-        """Samples that fit the speech encoder in training; in use, longer speech is heard in windows."""
-        return self.speech_llm.speech_encoder.max_samples if self.training else None
+    def max_positions(self) -> None:
+        """fairseq leaves out nothing: what is too long to train on is said when its manifest is loaded."""
+        return None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Trained parameters only: every way in which fairseq saves, averages or copies weights comes through here."""

@@ -62,17 +62,14 @@ async def _answer(request: Request, task: str, prompt: str | None) -> Response:
     answers = _ask(service, transcription.windows, prompt, body.temperature)
     if body.stream:
         return service.stream(_events(transcription, answers), request, answers)
-    transcript = None
     with service.leaving(request, answers):
         async for _ in transcription.follow(answers):
             pass
-        if has_times:
-            transcript = await _with_words(service, transcription, seconds, answers)
-    if body.response_format == "text":
-        return PlainTextResponse(f"{transcription.text}\n")
-    if body.response_format == "json":
-        return JSONResponse({"text": transcription.text, "usage": transcription.usage})
-    assert transcript is not None
+        if body.response_format == "text":
+            return PlainTextResponse(f"{transcription.text}\n")
+        if body.response_format == "json":
+            return JSONResponse({"text": transcription.text, "usage": transcription.usage})
+        transcript = await _with_words(service, transcription, seconds, answers)
     if body.response_format == "srt":
         return PlainTextResponse(as_srt(transcript))
     if body.response_format == "vtt":

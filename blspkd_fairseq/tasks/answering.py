@@ -72,7 +72,7 @@ class AnsweringTask(FairseqTask):
             ManifestError: a row is longer than --max-tokens.
         """
         if isinstance(dataset, SpeechTextDataset):
-            options["max_positions"] = None  # what is too long was said when the rows were loaded
+            options["max_positions"] = None  # in which fairseq's training puts --max-tokens
         batches = super().get_batch_iterator(dataset, *args, **options)
         if isinstance(dataset, RowsToAnswer):
             begin = batches.next_epoch_itr

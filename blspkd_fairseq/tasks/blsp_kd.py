@@ -29,7 +29,7 @@ from blspkd_fairseq.evaluation.metrics import BleuCounts, bleu_counts, bleu_scor
 from blspkd_fairseq.faults.errors import DoesNotFit, TrainingError, is_out_of_memory, listed, names_of
 from blspkd_fairseq.faults.limits import FaultLimits, check_limits
 from blspkd_fairseq.faults.update import UpdateGuard
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_where_it_fits, context_of, speech_of
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_where_it_fits, context_of, hear, speech_of
 from blspkd_fairseq.generation.fairseq_generator import LlmDictionary
 from blspkd_fairseq.modules.build import adopt_options
 from blspkd_fairseq.modules.fingerprint import identity
@@ -197,7 +197,7 @@ class BlspKdTask(AnsweringTask):
         return self.dictionary
 
     def max_positions(self) -> None:
-        """The model says how many samples fit."""
+        """As of the model."""
         return None
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
@@ -416,7 +416,7 @@ class BlspKdTask(AnsweringTask):
         pieces = [piece for row in chosen for piece in row.pieces]
         speech = speech_of(sample["net_input"], pieces)
         options = DecodingOptions(max_new_tokens=self.cfg.eval_max_tokens)
-        groups = answer_where_it_fits(model.speech_llm, self.chat, prompts=prompts, options=options, **speech)
+        groups = answer_where_it_fits(model.speech_llm, self.chat, hear(model.speech_llm, **speech), prompts, options)
         for row, group in zip(rows, groups, strict=True):
             if isinstance(group, str):
                 logger.warning(f"no answer to {sample['rows'][row]['id']} of the validation set: {group}")
