@@ -469,7 +469,8 @@ def test_the_readme_shows_the_figures_of_the_card() -> None:
         return [cell.strip() for cell in line.strip("|").split("|")]
 
     card = (ROOT / "blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m/README.md").read_text(encoding="utf-8")
-    rows = [cells(line) for line in card.splitlines() if line.startswith("| ")]
+    table = card[card.index("| measure | system |") :].partition("\n\n")[0]  # noise has a table of its own
+    rows = [cells(line) for line in table.splitlines()]
     columns = dict(zip(rows[0], zip(*rows[2:], strict=True), strict=True))
     wanted = [(measure, system) for measure in ("WER heard", "WER repeat") for system in publish.MEASURED.values()]
     places = [list(zip(columns["measure"], columns["system"], strict=True)).index(one) for one in wanted]
