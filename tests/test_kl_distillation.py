@@ -1,6 +1,5 @@
 """Terms of the criterion kl_distillation against their plain formulas."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,11 +32,16 @@ WEIGHTS = (
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[BlspKdModel, dict[str, Any]]]:
-    root = tmp_path_factory.mktemp("world")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[BlspKdModel, dict[str, Any]]:
+    return made_world(tmp_path_factory.mktemp("world"))
+
+
+def made_world(root: Path, **options: Any) -> tuple[BlspKdModel, dict[str, Any]]:
+    """A model and three utterances, one of whose responses the length limit ended."""
     config = SpeechLlmConfig(
         speech_encoder=str(save_whisper(root / "whisper")), llm=str(save_llm(root / "llm")), llm_dtype="float32",
         adapter_pre_layers=1, adapter_post_layers=1, adapter_heads=2, adapter_dropout=0, lora_rank=4, lora_dropout=0,
+        **options,
     )  # fmt: skip
     torch.manual_seed(0)
     model = BlspKdModel(*build_speech_llm(config)).train()
@@ -47,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[BlspKdMode
     lines = [rows[0] + "\tcut", *(f"{row}\t{flag}" for row, flag in zip(rows[1:], cut, strict=True))]
     (root / "train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     data = SpeechTextDataset(Manifest.load(Path(root / "train.tsv")), model.chat)
-    yield model, data.collater([data[row] for row in range(3)])
+    return model, data.collater([data[row] for row in range(3)])
 
 
 def loss_of(model: BlspKdModel, sample: dict[str, Any], **options: Any) -> tuple[torch.Tensor, dict[str, float]]:
@@ -132,3 +136,32 @@ def test_every_term_of_the_response_needs_responses() -> None:
     assert [name for name in WEIGHTS if needs[name]] == [
         "response_kl", "response_ce", "end_of_turn_kl", "response_l2",
     ]  # fmt: skip
+
+
+def test_soft_tokens_are_told_apart_by_their_posterior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sample = made_world(tmp_path, adapter_soft_tokens=True)
+    soft = model.speech_llm.adapter.soft_tokens
+    torch.nn.init.normal_(soft.listen.weight)
+    output = model(**sample["net_input"], positions=())
+    queries = output.adapter.queries.flatten(0, 1).index_select(0, output.batch.student.source)
+    expected = soft.cross_entropy(queries, output.batch.transcript.targets)
+    with monkeypatch.context() as patch:  # a warm-up needs no means of embeddings
+        patch.setattr(type(soft), "forward", lambda *_: pytest.fail("soft tokens were made for nobody"))
+        loss, log = loss_of(model, sample, token_ce_weight=1.0)
+    assert log["token_ce_sum"] == pytest.approx(float(expected.detach().sum()), rel=1e-5)
+    names = {name for name, p in model.speech_llm.adapter.named_parameters() if p.requires_grad}
+    loss_of(model, sample, token_mse_weight=1.0)[0].backward()
+    assert names == {name for name, p in model.speech_llm.adapter.named_parameters() if p.grad is not None}
+    with pytest.raises(ValueError, match="--token-ce-scale is of embeddings that are no soft tokens"):
+        KlDistillationCriterion(
+            KlDistillationConfig(token_ce_scale=20.0), SimpleNamespace(chat=model.chat, target_dictionary=None)
+        ).check_model(model.speech_llm)
+
+
+def test_distillation_trains_the_posterior_through_what_the_llm_reads(tmp_path: Path) -> None:
+    model, sample = made_world(tmp_path, adapter_soft_tokens=True)
+    loss, _ = loss_of(model, sample, response_kl_weight=1.0)
+    loss.backward()
+    soft = model.speech_llm.adapter.soft_tokens
+    assert float(soft.log_sharpness.grad.abs()) > 0
+    assert float(soft.listen.weight.grad.abs().sum()) > 0

@@ -22,7 +22,7 @@ from blspkd_fairseq.modules.distillation_loss import (
     linear_cross_entropy,
     linear_kl_div_with_agreement,
 )
-from blspkd_fairseq.modules.speech_llm import Distillation, SpeechLLM, SpeechLlmOutput
+from blspkd_fairseq.modules.speech_llm import Distillation, SpeechLLM, SpeechLlmOutput, soft_tokens_of
 
 
 class Term(NamedTuple):
@@ -130,7 +130,8 @@ class KlDistillationCriterion(FairseqCriterion):
         self.cfg = cfg
         self.weights = {term.name: float(getattr(cfg, term.option)) for term in TERMS}
         _check(cfg, self.weights)
-        self._vocabulary: tuple[Tensor, Tensor] | None = None
+        self._vocabulary: Tensor | None = None
+        self._table: Tensor | None = None
 
     @classmethod
     def build_criterion(cls, cfg: KlDistillationConfig, task: Any) -> "KlDistillationCriterion":
@@ -152,6 +153,11 @@ class KlDistillationCriterion(FairseqCriterion):
         Raises:
             ValueError: names the options.
         """
+        if soft_tokens_of(model) is not None and self.cfg.token_ce_scale:
+            raise ValueError(
+                "--token-ce-scale is of embeddings that are no soft tokens: leave it out, or --adapter-soft-tokens, "
+                "which learns how sharp its posterior is"
+            )
         if model.adapter.one_to_one:
             return
         given = [term.option for term in TERMS if term.one_to_one and self.weights[term.name]]
@@ -189,6 +195,8 @@ class KlDistillationCriterion(FairseqCriterion):
 
         # What the warm-up leaves out still belongs to the loss.
         unused = [] if positions else [p for p in model.speech_llm.llm.parameters() if p.requires_grad]
+        soft = soft_tokens_of(model.speech_llm)
+        unused += list(soft.parameters()) if soft is not None and not positions | (names & {"token_ce"}) else []
         loss = anchor(output.adapter, unused)
         loss = loss + sum(self.weights[name] * values.sum() for name, values in losses.items() if self.weights[name])
         sums.add("loss", loss)
@@ -249,29 +257,38 @@ class KlDistillationCriterion(FairseqCriterion):
         hidden = output.adapter.embeddings.flatten(0, 1).index_select(0, output.batch.student.source)
         losses = {}
         if "token_ce" in wanted:
-            table, targets = self._token_table(model, labels.targets)
-            chunk, scale = chunk_size_on(self.cfg, hidden.device), self.cfg.token_ce_scale
-            if scale:
-                ce = distance_cross_entropy(hidden, targets, table, scale, chunk)
-            else:
-                ce = linear_cross_entropy(hidden, targets, table.to(hidden.dtype), chunk_size=chunk)
-            losses["token_ce"] = sums.mean("token_ce", ce, labels)
+            losses["token_ce"] = sums.mean("token_ce", self._token_ce(hidden, labels.targets, output, model), labels)
         if "token_mse" in wanted:
             tokens = model.speech_llm.embed(labels.targets).float()
             distance = (hidden.float() - tokens) / model.speech_llm.adapter.output_scale
             losses["token_mse"] = sums.mean("token_mse", distance.square().mean(1), labels)
         return losses
 
-    def _token_table(self, model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings ``[V', D]`` of the tokens to discern, and the index of each id among them."""
+    def _token_ce(self, hidden: Tensor, ids: Tensor, output: SpeechLlmOutput, model: Any) -> Tensor:
+        """``[N]`` nats of the tokens ``ids`` [N], by the embeddings or, where they are soft, by their posterior."""
+        soft = soft_tokens_of(model.speech_llm)
+        tokens = self._discerned(model, ids.device)
+        # A token outside gets the next id as label, so it always counts as wrong.
+        targets = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
+        if soft is not None:
+            assert output.adapter.queries is not None
+            queries = output.adapter.queries.flatten(0, 1).index_select(0, output.batch.student.source)
+            ce: Tensor = soft.cross_entropy(queries, targets, tokens if self.cfg.token_vocabulary == "train" else None)
+            return ce
+        if self._table is None:
+            self._table = model.speech_llm.embed(tokens).float()
+        chunk, scale = chunk_size_on(self.cfg, hidden.device), self.cfg.token_ce_scale
+        if scale:
+            return distance_cross_entropy(hidden, targets, self._table, scale, chunk)
+        return linear_cross_entropy(hidden, targets, self._table.to(hidden.dtype), chunk_size=chunk)
+
+    def _discerned(self, model: Any, device: torch.device) -> Tensor:
+        """Sorted ids of the tokens that are told apart."""
         if self._vocabulary is None:
             size = model.speech_llm.llm.get_input_embeddings().num_embeddings
             tokens = torch.arange(size) if self.cfg.token_vocabulary == "all" else self.task.training_tokens()
-            tokens = tokens.to(ids.device)
-            self._vocabulary = tokens, model.speech_llm.embed(tokens).float()
-        tokens, table = self._vocabulary
-        # A token outside the table gets the next id as label, so it always counts as wrong.
-        return table, torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
+            self._vocabulary = tokens.to(device)
+        return self._vocabulary
 
     # ---- logging -----------------------------------------------------------------------------------------------
 

@@ -20,7 +20,9 @@ from blspkd_fairseq.modules.partial_lora import add_partial_lora
 from blspkd_fairseq.modules.precision import usable_dtype
 from blspkd_fairseq.modules.pretrained import load_pretrained, load_unquantized
 from blspkd_fairseq.modules.quantized import QUANTIZATIONS, quantize_linears
+from blspkd_fairseq.modules.soft_tokens import SoftTokens
 from blspkd_fairseq.modules.speech_llm import LORA_SCOPES, SpeechLLM
+from blspkd_fairseq.modules.spelling import speakable_tokens
 from blspkd_fairseq.modules.whisper_encoder import SpeechEncoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,6 +80,11 @@ class AdapterOptions:
     adapter_alignment: str = _option(
         "cif", "frames to tokens in the cformer: cif, or pif, a smooth alignment (after E-Paraformer)"
     )
+    adapter_soft_tokens: bool = _option(
+        False,
+        "the cformer gives out means of the LLM's token embeddings under a posterior over its tokens, which goes by "
+        "their spelling, too, so that words are heard that no training said",
+    )
     transcript_merges: int = _option(
         0,
         "write what is heard with so many of the merges of the LLM's BPE tokenizer: rarer words become several "
@@ -124,6 +131,7 @@ SHAPING_OPTIONS = (
     "adapter_heads",
     "adapter_ffn_dim",
     "adapter_alignment",
+    "adapter_soft_tokens",
     "transcript_merges",
     "adapter_conv_layers",
     "adapter_kernel_size",
@@ -210,6 +218,10 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
 
     encoder = _load_speech_encoder(config)
     adapter = ADAPTERS[config.adapter](config, encoder.output_dim, llm.config.hidden_size, scale)
+    if config.adapter_soft_tokens:
+        table = llm.get_input_embeddings()
+        tokens = speakable_tokens(chat.tokenizer, table.num_embeddings)
+        adapter.soft_tokens = SoftTokens(table, tokens, encoder.output_dim)
     model = SpeechLLM(
         encoder,
         adapter,
@@ -314,6 +326,10 @@ def _check(config: SpeechLlmConfig) -> None:
         raise ValueError(
             f"--adapter-alignment {config.adapter_alignment} aligns tokens in the cformer: the {config.adapter} "
             "adapter has none"
+        )
+    if config.adapter != "cformer" and config.adapter_soft_tokens:
+        raise ValueError(
+            f"--adapter-soft-tokens needs an embedding for each token: the {config.adapter} adapter has none"
         )
     if config.cache_encoder_features and config.unfreeze_speech_encoder:
         raise ValueError("--cache-encoder-features needs a frozen speech encoder: leave out --unfreeze-speech-encoder")

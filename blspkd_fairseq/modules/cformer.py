@@ -9,6 +9,7 @@ from blspkd_fairseq.data.batch import Rows
 from blspkd_fairseq.modules.attention import attend_stacked
 from blspkd_fairseq.modules.cif import continuous_integrate_and_fire, parallel_integrate_and_fire
 from blspkd_fairseq.modules.ragged import Ragged, pack, pad, rows_of
+from blspkd_fairseq.modules.soft_tokens import SoftTokens
 
 ALIGNMENTS = {"cif": continuous_integrate_and_fire, "pif": parallel_integrate_and_fire}
 
@@ -22,6 +23,7 @@ class AdapterOutput(NamedTuple):
         alpha: ``[B, T]`` CIF weight of each frame before rescaling, or None (an adapter without CIF).
         alpha_sum: ``[B]`` their sum, which should be the number of tokens, or None.
         boundaries: ``[B, U]`` frame at which each token ends, or None.
+        queries: ``[B, U, D + K]`` of which each soft token's posterior is computed, or None (an adapter without).
     """
 
     embeddings: Tensor
@@ -29,6 +31,7 @@ class AdapterOutput(NamedTuple):
     alpha: Tensor | None = None
     alpha_sum: Tensor | None = None
     boundaries: Tensor | None = None
+    queries: Tensor | None = None
 
 
 class CFormer(nn.Module):
@@ -48,6 +51,9 @@ class CFormer(nn.Module):
         dropout: of the transformer layers.
         alignment: how frames become tokens: "cif", or "pif", its smooth variant.
         tokens_per_frame: speech rate that alpha starts from, 4 tokens a second at 50 frames a second by default.
+
+    Attributes:
+        soft_tokens: if there is one, what is given out is no free vector but a mean of the LLM's token embeddings.
     """
 
     one_to_one = True
@@ -101,6 +107,7 @@ class CFormer(nn.Module):
         self.project = nn.Linear(input_dim, output_dim)
         self.output_norm = nn.LayerNorm(output_dim)
         self.output_scale = output_scale
+        self.soft_tokens: SoftTokens | None = None
 
     def forward(self, features: Tensor, padding_mask: Tensor, target_lengths: Tensor | None = None) -> AdapterOutput:
         """Adapts a batch.
@@ -114,8 +121,11 @@ class CFormer(nn.Module):
         tokens = None if target_lengths is None else rows_of(target_lengths)
         return self.adapt(Ragged(pack(features, rows), rows), tokens)
 
-    def adapt(self, frames: Ragged, tokens: Rows | None = None) -> AdapterOutput:
-        """As :meth:`forward`, of frames without padding; with ``tokens``, the device is asked for nothing."""
+    def adapt(self, frames: Ragged, tokens: Rows | None = None, reads: bool = True) -> AdapterOutput:
+        """As :meth:`forward`, of frames without padding; with ``tokens``, the device is asked for nothing.
+
+        Where no LLM ``reads`` the embeddings, they are not made soft tokens.
+        """
         hidden = self.input_norm(frames.values)
         for layer in self.pre:
             hidden = layer(hidden) if isinstance(layer, nn.Linear) else layer(hidden, frames.rows)
@@ -129,8 +139,13 @@ class CFormer(nn.Module):
         packed = self.expand(pack(cif.embeddings, rows))
         for layer in self.post:
             packed = layer(packed, rows)
-        embeddings = self.output_norm(self.project(self.post_norm(packed))) * self.output_scale
-        return AdapterOutput(pad(embeddings, rows), cif.lengths, alpha, cif.alpha_sum, cif.boundaries)
+        states = self.post_norm(packed)
+        embeddings, queries = self.output_norm(self.project(states)) * self.output_scale, None
+        if self.soft_tokens is not None:
+            packed_queries = self.soft_tokens.queries(embeddings, states)
+            embeddings = self.soft_tokens(packed_queries) if reads else embeddings
+            queries = pad(packed_queries, rows)
+        return AdapterOutput(pad(embeddings, rows), cif.lengths, alpha, cif.alpha_sum, cif.boundaries, queries)
 
 
 class PackedTransformerLayer(nn.TransformerEncoderLayer):

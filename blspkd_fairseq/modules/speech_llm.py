@@ -33,6 +33,7 @@ from blspkd_fairseq.modules.partial_lora import (
 )
 from blspkd_fairseq.modules.precision import has_bfloat16, usable_dtype
 from blspkd_fairseq.modules.ragged import Ragged, pad, rows_of
+from blspkd_fairseq.modules.soft_tokens import SoftTokens
 from blspkd_fairseq.modules.whisper_encoder import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
@@ -299,6 +300,7 @@ class SpeechLLM(ChatLLM):
         target_lengths: Tensor | Rows | None = None,
         samples: Seq[int] | None = None,
         features: Tensor | None = None,
+        reads: bool = True,
     ) -> AdapterOutput:
         """Speech embeddings of waveforms ``[B, S]`` (fp32, 16 kHz) of ``lengths`` [B] samples.
 
@@ -307,6 +309,7 @@ class SpeechLLM(ChatLLM):
             target_lengths: ``[B]`` tokens of each in training; by default the adapter counts, and the device is asked.
             samples: ``lengths`` as Python numbers; without them the device is asked.
             features: ``[N, D]`` the encoder's frames of all pieces, end to end, in place of the waveforms.
+            reads: the LLM reads them; otherwise an adapter with soft tokens gives out what these are made of.
         """
         samples = lengths.tolist() if samples is None else samples
         if features is not None:
@@ -320,7 +323,8 @@ class SpeechLLM(ChatLLM):
             frames = Ragged(frames.values.to(self.adapter_dtype), frames.rows)
             adapt = getattr(self.adapter, "adapt", None)
             if callable(adapt):
-                return adapt(frames, tokens)
+                spared = not reads and soft_tokens_of(self) is not None
+                return adapt(frames, tokens, reads=False) if spared else adapt(frames, tokens)
             # An adapter of one's own may know padded frames alone.
             return self.adapter(pad(*frames), frames.rows.is_padding, None if tokens is None else tokens.lengths)
 
@@ -365,7 +369,7 @@ class SpeechLLM(ChatLLM):
         samples = src_lengths.tolist() if samples is None else samples
         if isinstance(text, Batch) and not count_tokens:
             batch = text.to(src_lengths.device)
-            adapter = self.adapt(src_tokens, src_lengths, batch.pieces, samples, features)
+            adapter = self.adapt(src_tokens, src_lengths, batch.pieces, samples, features, reads=bool(positions))
         else:
             if isinstance(text, Batch):
                 raise ValueError("a plan knows how many tokens there are: let count_tokens be off")
@@ -417,6 +421,11 @@ class SpeechLLM(ChatLLM):
         counts = adapter.lengths.tolist()
         plan = plan_from_text(text, samples, counts, "response" in positions, self.share_prefix)
         return plan.to(src_lengths.device), adapter
+
+
+def soft_tokens_of(model: SpeechLLM) -> SoftTokens | None:
+    """The adapter's soft tokens; an adapter of one's own need not say that it has none."""
+    return getattr(model.adapter, "soft_tokens", None)
 
 
 def _at_speech(hearing: Tensor, taught: Tensor | None, batch: Batch) -> Distillation:

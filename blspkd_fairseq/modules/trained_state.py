@@ -96,7 +96,8 @@ def deepen_adapter(model: SpeechLLM, state: Mapping[str, Tensor]) -> dict[str, T
     """The state of a CFormer with fewer layers, completed for this one: the output stays what it was.
 
     The layers that it lacks come after those that it has. They begin as they were initialised here, but for the
-    projections of what each adds to its input, which are zero.
+    projections of what each adds to its input, which are zero. Soft tokens begin as they were initialised, too, which
+    changes what the LLM reads.
 
     Args:
         model: the deeper model, freshly built.
@@ -113,7 +114,14 @@ def deepen_adapter(model: SpeechLLM, state: Mapping[str, Tensor]) -> dict[str, T
     if missing:
         layers = sorted({_layer(name) for name in missing})
         logger.info(f"{', '.join(layers)}: not among the trained layers, begin by adding nothing")
-    return {**state, **missing}
+    untrained = {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if name.startswith("adapter.soft_tokens.") and name not in state
+    }
+    if untrained:
+        logger.info("adapter.soft_tokens: not in the trained model, begins by distances alone")
+    return {**state, **missing, **untrained}
 
 
 def _layer(name: str) -> str:

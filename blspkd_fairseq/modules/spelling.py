@@ -1,0 +1,83 @@
+"""What tokens are spelt of: so that a token that was never heard has something in common with those that were.
+
+A token is the sum of its pieces, strings of one to three characters (as fastText, arXiv 1607.04606). Words that sound
+alike are mostly spelt alike, so a classifier whose rows are made of pieces finds words that no training said, which one
+with a row for each token cannot (acoustically grounded word embeddings, Settle et al., arXiv 1903.12306).
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LONGEST_PIECE = 3
+_SPACES = str.maketrans({"Ġ": "_", "▁": "_"})  # how byte-level BPE and SentencePiece write one
+
+
+def pieces_of(token: str) -> Iterator[str]:
+    """The pieces of a token as its tokenizer writes it: strings of characters between ``<`` and ``>``, and its case."""
+    written = token.translate(_SPACES)
+    letters = [one for one in written if one.isalpha()]
+    if letters and letters[0].isupper():
+        yield "<Aa>"
+        if len(letters) > 1 and all(one.isupper() for one in letters):
+            yield "<AA>"
+    bounded = f"<{written.lower()}>"
+    for length in range(1, LONGEST_PIECE + 1):
+        for start in range(len(bounded) - length + 1):
+            yield bounded[start : start + length]
+
+
+def speakable_tokens(tokenizer: Any, size: int) -> list[str | None]:
+    """``size`` tokens as the tokenizer writes them; None for those that no text has (special ones, padding)."""
+    added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    count = min(size, len(tokenizer))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(count)))
+    return [None if i in added else token for i, token in enumerate(tokens)] + [None] * (size - count)
+
+
+class Spelling(nn.Module):
+    """A vector for each token of a vocabulary, computed from its pieces.
+
+    Args:
+        tokens: of the vocabulary; None where there is none.
+        dim: of the vectors.
+        pieces: how many are known; of more, those that fewest tokens have are left out.
+        piece_dim, hidden_dim: widths of the table of pieces, and of the layer behind their sum.
+    """
+
+    offsets: Tensor
+    pieces: Tensor
+
+    def __init__(
+        self, tokens: Sequence[str | None], dim: int, pieces: int = 4096, piece_dim: int = 160, hidden_dim: int = 320
+    ) -> None:
+        super().__init__()
+        spelt = [[] if token is None else list(pieces_of(token)) for token in tokens]
+        counts = Counter(chain.from_iterable(set(one) for one in spelt))
+        # Ties in the order of the alphabet: the same tokenizer always has the same table.
+        known = sorted(counts, key=lambda piece: (-counts[piece], piece))[:pieces]
+        index = {piece: i for i, piece in enumerate(known)}
+        rows = [[index[piece] for piece in one if piece in index] for one in spelt]
+        lengths = torch.tensor([len(row) for row in rows])
+        self.register_buffer("pieces", torch.tensor(list(chain.from_iterable(rows))), persistent=False)
+        self.register_buffer("offsets", lengths.cumsum(0) - lengths, persistent=False)
+        self.table = nn.EmbeddingBag(pieces, piece_dim, mode="sum")
+        nn.init.normal_(self.table.weight, std=0.1)
+        self.transform = nn.Sequential(
+            nn.LayerNorm(piece_dim), nn.Linear(piece_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, dim)
+        )
+
+    def forward(self, ids: Tensor | None = None) -> Tensor:
+        """``[V, dim]`` vectors of all tokens, or of those of ``ids`` [V]."""
+        if ids is None:
+            return self.transform(self.table(self.pieces, self.offsets))
+        ends = torch.cat([self.offsets[1:], self.offsets.new_tensor([len(self.pieces)])])
+        starts, lengths = self.offsets[ids], ends[ids] - self.offsets[ids]
+        offsets = lengths.cumsum(0) - lengths
+        places = torch.arange(int(lengths.sum()), device=ids.device)
+        places = places + (starts - offsets).repeat_interleave(lengths, output_size=len(places))
+        return self.transform(self.table(self.pieces[places], offsets))

@@ -1,0 +1,201 @@
+"""Soft tokens and the spelling of tokens, against slow versions in float64."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_llm, save_whisper, tiny_model
+from torch import nn
+
+from blspkd_fairseq.modules import soft_tokens
+from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm, load_tokenizer
+from blspkd_fairseq.modules.soft_tokens import SoftTokens
+from blspkd_fairseq.modules.spelling import Spelling, pieces_of, speakable_tokens
+from blspkd_fairseq.modules.trained_state import deepen_adapter, load_trained_state_dict, trained_state_dict
+
+WORDS = ["Ġcat", "Ġcats", "Ġcar", "cat", "ĠCat", None, "Ġdog", "."]
+
+
+@pytest.fixture
+def soft() -> SoftTokens:
+    """Of eight tokens with embeddings of five numbers, in float64 and with all parameters at random."""
+    table = nn.Embedding(len(WORDS), 5).requires_grad_(False)
+    made = SoftTokens(table, WORDS, input_dim=6, dim=4)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return made
+
+
+def slow_posterior(soft: SoftTokens, points: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """``[N, V]`` token by token, as the docstring says it."""
+    table, spelt = soft.embeddings.double(), soft.spelling().double()
+    words = [i for i, word in enumerate(WORDS) if word is not None]
+    mean_square = torch.stack([table[i] @ table[i] for i in words]).mean()
+    heard = states.double() @ soft.listen.weight.double().T + soft.listen.bias.double()
+    logits = torch.full((len(points), len(WORDS)), -torch.inf, dtype=torch.float64)
+    for n in range(len(points)):
+        for i in words:
+            distance = (points[n].double() - table[i]).square().sum() / mean_square
+            logits[n, i] = -soft.log_sharpness.double().exp() / 2 * distance + heard[n] @ spelt[i] / 2
+    return logits.softmax(1)
+
+
+def test_the_posterior_is_of_nearness_and_spelling(soft: SoftTokens) -> None:
+    points, states = torch.randn(3, 5), torch.randn(3, 6)
+    expected = slow_posterior(soft, points, states)
+    queries = soft.queries(points, states)
+    torch.testing.assert_close(soft(queries).double(), expected @ soft.embeddings.double(), rtol=1e-4, atol=1e-5)
+    assert soft.likeliest(queries).tolist() == expected.argmax(1).tolist()
+    targets = torch.tensor([0, 6, 2])
+    nats = -expected.gather(1, targets.unsqueeze(1)).squeeze(1).log()
+    torch.testing.assert_close(soft.cross_entropy(queries, targets).double(), nats, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cross_entropy_among_some_tokens(soft: SoftTokens) -> None:
+    points, states = torch.randn(2, 5), torch.randn(2, 6)
+    some = torch.tensor([0, 2, 7])
+    expected = slow_posterior(soft, points, states)[:, some]
+    nats = -(expected / expected.sum(1, keepdim=True))[[0, 1], [2, 0]].log()
+    found = soft.cross_entropy(soft.queries(points, states), torch.tensor([2, 0]), some)
+    torch.testing.assert_close(found.double(), nats, rtol=1e-4, atol=1e-5)
+
+
+def test_in_parts_it_is_the_same_with_the_same_gradients(soft: SoftTokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    points, states = torch.randn(5, 5, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    targets = torch.tensor([0, 1, 2, 3, 4])
+
+    def everything() -> list[torch.Tensor]:
+        queries = soft.queries(points, states)
+        entropy, mean = soft.cross_entropy(queries, targets), soft(queries)
+        inputs = [points, states, *soft.parameters()]
+        return [entropy, mean, *torch.autograd.grad(entropy.sum() + mean.square().sum(), inputs)]
+
+    whole = everything()
+    monkeypatch.setattr(soft_tokens, "_LOGITS_AT_ONCE", 2 * len(WORDS))
+    for one, other in zip(everything(), whole, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_gradient_is_that_of_finite_differences(soft: SoftTokens) -> None:
+    points, states, direction = torch.randn(2, 5), torch.randn(2, 6), torch.randn(2, 5)
+    weights = torch.randn(2, 5)
+
+    def mean(step: float) -> torch.Tensor:
+        posterior = slow_posterior(soft, points.double() + step * direction.double(), states)
+        return (posterior @ soft.embeddings.double() * weights.double()).sum()
+
+    moved = points.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((soft(soft.queries(moved, states)) * weights).sum(), moved)
+    expected = float((mean(1e-5) - mean(-1e-5)).detach()) / 2e-5
+    assert float((gradient * direction).sum()) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_what_stands_for_no_text_is_never_chosen(soft: SoftTokens) -> None:
+    queries = soft.queries(soft.embeddings[5:6], torch.zeros(1, 6))  # right at the embedding of what is no token
+    assert int(soft.likeliest(queries)) != 5
+
+
+def test_an_llm_that_scales_its_table(soft: SoftTokens) -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) * 3
+
+    table = Scaled(len(WORDS), 5)
+    table.weight = nn.Parameter(soft.embeddings.clone(), requires_grad=False)
+    scaled = SoftTokens(table, WORDS, 6, 4)
+    scaled.load_state_dict(soft.state_dict())
+    queries, states = torch.randn(2, 5), torch.randn(2, 6)
+    torch.testing.assert_close(scaled(scaled.queries(3 * queries, states)), 3 * soft(soft.queries(queries, states)))
+
+
+def test_an_llm_whose_embeddings_are_no_table() -> None:
+    class Odd(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids).sin() + ids.unsqueeze(1)
+
+    with pytest.raises(ValueError, match="rows of one table"):
+        SoftTokens(Odd(len(WORDS), 5), WORDS, 6)
+
+
+def test_in_use_the_spelling_is_computed_once(soft: SoftTokens) -> None:
+    queries = soft.queries(torch.randn(2, 5), torch.randn(2, 6)).detach()
+    with torch.no_grad():
+        before, spelt = soft(queries), soft._all_spelt()
+        assert soft._all_spelt() is spelt
+        soft.spelling.table.weight.mul_(2)
+        assert not torch.equal(soft(queries), before)
+
+
+# ---- spelling --------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_of_a_token() -> None:
+    assert list(pieces_of("ĠA")) == ["<Aa>", "<", "_", "a", ">", "<_", "_a", "a>", "<_a", "_a>"]
+    assert list(pieces_of("▁ok"))[:2] == ["<", "_"]
+    assert [piece for piece in pieces_of("OK") if len(piece) > 3] == ["<Aa>", "<AA>"]
+    assert set(pieces_of("Ġcat")) - set(pieces_of("cat")) == {"_", "<_", "_c", "<_c", "_ca"}
+
+
+def test_vectors_are_sums_of_pieces_transformed() -> None:
+    spelling = Spelling(WORDS, 3)
+    known = sorted({piece for word in WORDS if word for piece in pieces_of(word)})
+    counts = {piece: sum(word is not None and piece in pieces_of(word) for word in WORDS) for piece in known}
+    order = sorted(known, key=lambda piece: (-counts[piece], piece))
+    for i, word in enumerate(WORDS):
+        rows = [order.index(piece) for piece in pieces_of(word)] if word else []
+        expected = spelling.transform(spelling.table.weight[rows].sum(0))
+        torch.testing.assert_close(spelling()[i], expected)
+        torch.testing.assert_close(spelling(torch.tensor([i, 0, i]))[[0, 2]], expected.expand(2, -1))
+
+
+def test_of_too_many_pieces_the_rarest_are_left_out() -> None:
+    spelling = Spelling(WORDS, 3, pieces=4)  # of seven tokens all have both ends, and most a space
+    assert int(spelling.pieces.max()) == 3
+    assert spelling.table.weight.shape[0] == 4
+
+
+def test_tokens_that_texts_have(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(SpeechLlmConfig(llm=str(save_llm(tmp_path / "llm"))))
+    tokens = speakable_tokens(tokenizer, len(tokenizer) + 3)
+    assert len(tokens) == len(tokenizer) + 3
+    assert tokens[-3:] == [None] * 3
+    assert all(tokens[i] is None for i in tokenizer.all_special_ids)
+    assert sum(token is None for token in tokens) == 3 + len(
+        {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    )
+
+
+# ---- in the model ----------------------------------------------------------------------------------------------------
+
+
+def config_of(folder: Path, **options: object) -> SpeechLlmConfig:
+    given = {"adapter_pre_layers": 1, "adapter_post_layers": 1, "adapter_heads": 2, "llm_dtype": "float32", **options}
+    return SpeechLlmConfig(
+        speech_encoder=str(save_whisper(folder / "whisper")), llm=str(save_llm(folder / "llm")), **given
+    )
+
+
+def test_the_llm_reads_means_of_its_embeddings(tmp_path: Path) -> None:
+    speech = tiny_model(tmp_path, adapter_soft_tokens=True)
+    adapted = speech.adapt(((0.1 * torch.randn(16000)).numpy(), 16000), 4)
+    table = speech.model.llm.get_input_embeddings().weight.detach()
+    assert adapted.embeddings.shape == (1, 4, table.shape[1])
+    assert bool((adapted.embeddings <= table.amax(0) + 1e-5).all()) and bool(
+        (adapted.embeddings >= table.amin(0) - 1e-5).all()
+    )
+
+
+def test_a_model_without_them_goes_on_with_them(tmp_path: Path) -> None:
+    plain, _ = build_speech_llm(config_of(tmp_path))
+    model, _ = build_speech_llm(config_of(tmp_path, adapter_soft_tokens=True))
+    state = trained_state_dict(plain)
+    with pytest.raises(ValueError, match=r"adapter\.soft_tokens\S+ is missing"):
+        load_trained_state_dict(model, state)
+    load_trained_state_dict(model, deepen_adapter(model, state))
+    torch.testing.assert_close(model.adapter.project.weight, plain.adapter.project.weight)
+    load_trained_state_dict(model, trained_state_dict(model))
+
+
+def test_an_adapter_that_has_no_embedding_for_each_token(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--adapter-soft-tokens needs an embedding for each token"):
+        build_speech_llm(config_of(tmp_path, adapter="cnn", adapter_soft_tokens=True))
