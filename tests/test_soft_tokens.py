@@ -44,7 +44,9 @@ def test_the_posterior_is_of_nearness_and_spelling(soft: SoftTokens) -> None:
     points, states = torch.randn(3, 5), torch.randn(3, 6)
     expected = slow_posterior(soft, points, states)
     queries = soft.queries(points, states)
-    torch.testing.assert_close(soft(queries).double(), expected @ soft.embeddings.double(), rtol=1e-4, atol=1e-5)
+    focused = expected ** soft.log_focus.double().exp()
+    mean = focused / focused.sum(1, keepdim=True) @ soft.embeddings.double()
+    torch.testing.assert_close(soft(queries).double(), mean, rtol=1e-4, atol=1e-5)
     assert soft.likeliest(queries).tolist() == expected.argmax(1).tolist()
     targets = torch.tensor([0, 6, 2])
     nats = -expected.gather(1, targets.unsqueeze(1)).squeeze(1).log()
@@ -82,7 +84,8 @@ def test_the_gradient_is_that_of_finite_differences(soft: SoftTokens) -> None:
 
     def mean(step: float) -> torch.Tensor:
         posterior = slow_posterior(soft, points.double() + step * direction.double(), states)
-        return (posterior @ soft.embeddings.double() * weights.double()).sum()
+        posterior = posterior ** soft.log_focus.double().exp()
+        return (posterior / posterior.sum(1, keepdim=True) @ soft.embeddings.double() * weights.double()).sum()
 
     moved = points.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((soft(soft.queries(moved, states)) * weights).sum(), moved)
@@ -163,6 +166,25 @@ def test_tokens_that_texts_have(tmp_path: Path) -> None:
     assert sum(token is None for token in tokens) == 3 + len(
         {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     )
+
+
+def test_tokens_that_were_never_said_are_found_by_their_spelling() -> None:
+    """Sounds are sums over syllables, so that what is said of some words says something of all."""
+    syllables = [a + b for a in "bdgkm" for b in "aeiou"]
+    chosen = torch.randint(len(syllables), (200, 3))
+    words = [f"Ġ{''.join(syllables[i] for i in row)}" for row in chosen.tolist()]
+    sounds = torch.randn(len(syllables), 24)[chosen].sum(1)
+    soft = SoftTokens(nn.Embedding(200, 8).requires_grad_(False), words, input_dim=24, dim=32)
+    said = torch.arange(150)
+    optimizer = torch.optim.Adam(soft.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        queries = soft.queries(torch.zeros(200, 8), sounds)
+        soft.cross_entropy(queries[:150], said, said).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = soft.likeliest(soft.queries(torch.zeros(200, 8), sounds))
+    assert float((found[150:] == torch.arange(150, 200)).float().mean()) > 0.5  # by chance: 0.005
 
 
 # ---- in the model ----------------------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ class SoftTokens(nn.Module):
 
     A query is ``[points | heard]``, ``[D + K]``: a vector that should lie at its token's embedding, and one whose dot
     product with the token's spelling should be large. The logit of token w with embedding E and spelling t is
-    ``-sharpness / 2 |points - E_w|^2 / mean_v |E_v|^2 + heard . t_w / sqrt(K)``.
+    ``-sharpness / 2 |points - E_w|^2 / mean_v |E_v|^2 + heard . t_w / sqrt(K)``. The mean is under the posterior to the
+    power of ``focus``: where it is flat, as for voices unlike those of the training, the token nearest to a plain mean
+    is often one that nobody would have chosen.
 
     Args:
         table: the LLM's input embeddings, frozen; they stay the LLM's.
@@ -35,7 +37,7 @@ class SoftTokens(nn.Module):
             which is never chosen.
         input_dim: of the adapter's states.
         dim: K.
-        sharpness: that training begins with.
+        sharpness, focus: that training begins with.
 
     Raises:
         ValueError: an LLM whose embeddings are no multiple of its table.
@@ -45,7 +47,13 @@ class SoftTokens(nn.Module):
     barred: Tensor
 
     def __init__(
-        self, table: nn.Module, tokens: Sequence[str | None], input_dim: int, dim: int = 160, sharpness: float = 20.0
+        self,
+        table: nn.Module,
+        tokens: Sequence[str | None],
+        input_dim: int,
+        dim: int = 160,
+        sharpness: float = 20.0,
+        focus: float = 3.0,
     ) -> None:
         super().__init__()
         self.factor = _factor_of(table)
@@ -54,13 +62,13 @@ class SoftTokens(nn.Module):
         none = torch.tensor([token is None for token in tokens], device=squares.device)
         self.mean_square = float(squares[~none].mean())
         self.register_buffer("squares", squares, persistent=False)
-        # Apart from the squares, by which the sharpness has its gradient: 0 x inf is NaN.
         self.register_buffer("barred", torch.zeros_like(squares).masked_fill(none, -torch.inf), persistent=False)
         self.listen = nn.Linear(input_dim, dim)
         nn.init.zeros_(self.listen.weight)  # spelling begins by saying nothing
         nn.init.zeros_(self.listen.bias)
         self.spelling = Spelling(tokens, dim)
         self.log_sharpness = nn.Parameter(torch.tensor(sharpness).log())
+        self.log_focus = nn.Parameter(torch.tensor(focus).log())
         self._spelt: tuple[object, Tensor] | None = None
 
     @property
@@ -74,18 +82,18 @@ class SoftTokens(nn.Module):
         return torch.cat([points, self.listen(states)], 1)
 
     def forward(self, queries: Tensor) -> Tensor:
-        """``[N, D]`` the mean of the embeddings under the posterior of each query ``[N, D + K]``."""
-        spelt, table = self._all_spelt(), self.embeddings
+        """``[N, D]`` the mean of the embeddings under the focused posterior of each query ``[N, D + K]``."""
+        spelt, table, focus = self._all_spelt(), self.embeddings, self.log_focus.float().exp()
 
         def mean(rows: Tensor) -> Tensor:
-            return self._logits(rows, spelt).softmax(1).to(table.dtype) @ table
+            return (focus * self._logits(rows, spelt) + self.barred).softmax(1).to(table.dtype) @ table
 
         return _in_parts(mean, len(table), queries).to(queries.dtype) * self.factor
 
     def likeliest(self, queries: Tensor) -> Tensor:
         """``[N]`` ids of the likeliest token of each query."""
         spelt = self._all_spelt()
-        return _in_parts(lambda rows: self._logits(rows, spelt).argmax(1), len(spelt), queries)
+        return _in_parts(lambda rows: (self._logits(rows, spelt) + self.barred).argmax(1), len(spelt), queries)
 
     def cross_entropy(self, queries: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """``[N]`` nats of the tokens ``targets`` [N].
@@ -96,22 +104,26 @@ class SoftTokens(nn.Module):
             vocabulary: ``[V']`` ids of the tokens to discern; None: all.
         """
         spelt = self._all_spelt() if vocabulary is None else self.spelling(vocabulary)
+        barred = self.barred if vocabulary is None else self.barred.index_select(0, vocabulary)
 
         def entropy(rows: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(self._logits(rows, spelt, vocabulary), labels, reduction="none")
+            return F.cross_entropy(self._logits(rows, spelt, vocabulary) + barred, labels, reduction="none")
 
         return _in_parts(entropy, len(spelt), queries, targets)
 
     def _logits(self, queries: Tensor, spelt: Tensor, vocabulary: Tensor | None = None) -> Tensor:
-        """``[N, V]`` in fp32, whatever autocast says: the products with the table run in the table's dtype."""
-        table, squares, barred = self.embeddings, self.squares, self.barred
+        """``[N, V]`` in fp32, whatever autocast says: the products with the table run in the table's dtype.
+
+        Those of what stands for no text are finite, too: 0 x inf would be in the gradient of what multiplies them.
+        """
+        table, squares = self.embeddings, self.squares
         if vocabulary is not None:
-            table, squares, barred = (one.index_select(0, vocabulary) for one in (table, squares, barred))
+            table, squares = table.index_select(0, vocabulary), squares.index_select(0, vocabulary)
         with torch.autocast(queries.device.type, enabled=False):
             points, heard = queries.float().split([table.shape[1], spelt.shape[1]], 1)
             nearness = self.log_sharpness.float().exp() / self.mean_square
             logits = ((nearness / self.factor * points).to(table.dtype) @ table.t()).float()
-            logits = logits - nearness / 2 * squares.float() + barred.float()
+            logits = logits - nearness / 2 * squares.float()
             return logits + (heard * spelt.shape[1] ** -0.5) @ spelt.float().t()
 
     def _all_spelt(self) -> Tensor:

@@ -96,13 +96,12 @@ train_part() {
         --product-dtype bfloat16 --criterion kl_distillation --optimizer adamw --adam-betas "(0.9, 0.98)" --clip-norm 1.0 \
         --lr-scheduler polynomial_decay --num-workers 0 --seed 1 --log-format json --log-interval 20 \
         --no-epoch-checkpoints --save-interval-updates 200 --keep-interval-updates 1 --validate-interval-updates 200 \
-        "${sizes[@]}" ${transcript_merges:+--transcript-merges "$transcript_merges"} "${features[@]}" --save-dir "$folder" "${@:3}" 2>&1 | tee -a "$folder.log"
+        --adapter-soft-tokens "${sizes[@]}" ${transcript_merges:+--transcript-merges "$transcript_merges"} "${features[@]}" --save-dir "$folder" "${@:3}" 2>&1 | tee -a "$folder.log"
 }
 
-by_distances=(--token-ce-scale 20 --token-vocabulary train)
 warm_up() {
     train_part "$model/warm-up" "$data" --pretrained-model "$pretrained" --batch-size $((3 * batch)) --lr 6e-4 \
-        "${by_distances[@]}" --token-ce-weight 1 --token-mse-weight 0.5 \
+        --token-ce-weight 1 --token-mse-weight 0.3 \
         --response-kl-weight 0 --input-kl-weight 0 \
         --warmup-updates $((warm_up_updates / 20)) --total-num-update "$warm_up_updates" --max-update "$warm_up_updates"
 }
@@ -114,7 +113,7 @@ distil() {
     [ "$(cat "$folder.start" 2>/dev/null)" = "$start" ] || rm -rf "$folder" "$folder.log"
     printf '%s' "$start" >"$folder.start"
     train_part "$folder" "$part" --finetune-from-model "$model/warm-up/checkpoint_last.pt" \
-        "${by_distances[@]}" --token-ce-weight 0.3 --token-mse-weight 0.1 \
+        --token-ce-weight 0.3 \
         --batch-size "$batch" --lr 3e-4 --warmup-updates $((updates / 20)) --total-num-update "$updates" \
         --max-update "$updates"
 }
