@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         megabytes=megabytes,
         before=model.config.adapter_pre_layers,
         after=model.config.adapter_post_layers,
+        soft=" that gives out soft tokens" if model.config.adapter_soft_tokens else "",
         rank=model.config.lora_rank,
         training=args.training.read_text(encoding="utf-8").strip(),
         table=table(results),
@@ -168,8 +169,8 @@ tags: [speech, speech-llm, cif, blsp-kd]
 # {name}
 
 A small model of BLSP-KD: SmolLM2-135M-Instruct hears everyday English through the encoder of Whisper tiny.en, a
-CFormer of {before} layers before and {after} after CIF, and Partial LoRA of rank {rank}. The file
-({megabytes:.1f} MB, fp16) holds what was trained; the base models stay apart, as `python
+CFormer of {before} layers before and {after} after CIF{soft}, and Partial LoRA of rank {rank}. The
+file ({megabytes:.1f} MB, fp16) holds what was trained; the base models stay apart, as `python
 examples/quickstart/fetch_models.py` puts them into `{cache}`.
 
 ```python
