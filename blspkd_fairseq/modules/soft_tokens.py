@@ -103,8 +103,9 @@ class SoftTokens(nn.Module):
             targets: ids, or their indices in the vocabulary.
             vocabulary: ``[V']`` ids of the tokens to discern; None: all.
         """
-        spelt = self._all_spelt() if vocabulary is None else self.spelling(vocabulary)
-        barred = self.barred if vocabulary is None else self.barred.index_select(0, vocabulary)
+        spelt, barred = self._all_spelt(), self.barred
+        if vocabulary is not None:
+            spelt, barred = spelt.index_select(0, vocabulary), barred.index_select(0, vocabulary)
 
         def entropy(rows: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(self._logits(rows, spelt, vocabulary) + barred, labels, reduction="none")

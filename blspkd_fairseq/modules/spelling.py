@@ -71,13 +71,7 @@ class Spelling(nn.Module):
             nn.LayerNorm(piece_dim), nn.Linear(piece_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, dim)
         )
 
-    def forward(self, ids: Tensor | None = None) -> Tensor:
-        """``[V, dim]`` vectors of all tokens, or of those of ``ids`` [V]."""
-        if ids is None:
-            return self.transform(self.table(self.pieces, self.offsets))
-        ends = torch.cat([self.offsets[1:], self.offsets.new_tensor([len(self.pieces)])])
-        starts, lengths = self.offsets[ids], ends[ids] - self.offsets[ids]
-        offsets = lengths.cumsum(0) - lengths
-        places = torch.arange(int(lengths.sum()), device=ids.device)
-        places = places + (starts - offsets).repeat_interleave(lengths, output_size=len(places))
-        return self.transform(self.table(self.pieces[places], offsets))
+    def forward(self) -> Tensor:
+        """``[V, dim]`` vectors of all tokens."""
+        vectors: Tensor = self.transform(self.table(self.pieces, self.offsets))
+        return vectors
