@@ -118,7 +118,9 @@ async function show(section, messages, before) {
   place.textContent = answered.text || "(it says nothing)";
   place.setAttribute("aria-busy", "false");
   const tokens = answered.usage?.completion_tokens ?? 0;
-  const rate = tokens > 1 ? `, ${Math.round((1000 * (tokens - 1)) / Math.max(1, answered.whole - answered.first))} tokens/s` : "";
+  const written = answered.whole - answered.first;
+  // What comes in one piece has no speed: a page that was busy reads all of it at once.
+  const rate = tokens > 1 && written > 100 ? `, ${Math.round((1000 * (tokens - 1)) / written)} tokens/s` : "";
   const whole = (before + answered.whole) / 1000;
   section.querySelector(".numbers").textContent =
     `first word after ${Math.round(before + answered.first)} ms, all after ${whole.toFixed(1)} s${rate}`;
