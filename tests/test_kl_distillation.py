@@ -143,7 +143,7 @@ def test_soft_tokens_are_told_apart_by_their_posterior(tmp_path: Path, monkeypat
     soft = model.speech_llm.adapter.soft_tokens
     torch.nn.init.normal_(soft.listen.weight)
     output = model(**sample["net_input"], positions=())
-    queries = output.adapter.queries.flatten(0, 1).index_select(0, output.batch.student.source)
+    queries = output.adapter.queries.of(output.batch.student.source)
     expected = soft.cross_entropy(queries, output.batch.transcript.targets)
     with monkeypatch.context() as patch:  # a warm-up needs no means of embeddings
         patch.setattr(type(soft), "forward", lambda *_: pytest.fail("soft tokens were made for nobody"))

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_llm, save_whisper, tiny_model
+from tiny import SMALL, save_llm, save_whisper, tiny_model
 from torch import nn
 
 from blspkd_fairseq.modules import soft_tokens
-from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm, load_tokenizer
-from blspkd_fairseq.modules.soft_tokens import SoftTokens
+from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm, load_chat_format
+from blspkd_fairseq.modules.soft_tokens import SoftTokens, TokenQueries
 from blspkd_fairseq.modules.spelling import Spelling, pieces_of, speakable_tokens
 from blspkd_fairseq.modules.trained_state import deepen_adapter, load_trained_state_dict, trained_state_dict
 
@@ -18,7 +18,7 @@ WORDS = ["Ġcat", "Ġcats", "Ġcar", "cat", "ĠCat", None, "Ġdog", "."]
 
 @pytest.fixture
 def soft() -> SoftTokens:
-    """Of eight tokens with embeddings of five numbers, in float64 and with all parameters at random."""
+    """Of eight tokens with embeddings of five numbers, with all parameters at random."""
     table = nn.Embedding(len(WORDS), 5).requires_grad_(False)
     made = SoftTokens(table, WORDS, input_dim=6, dim=4)
     for parameter in made.parameters():
@@ -40,6 +40,13 @@ def slow_posterior(soft: SoftTokens, points: torch.Tensor, states: torch.Tensor)
     return logits.softmax(1)
 
 
+def likeliest(soft: SoftTokens, queries: TokenQueries) -> torch.Tensor:
+    """``[N]`` the token of the smallest cross-entropy."""
+    count, tokens = len(queries.vectors), len(queries.spelt)
+    repeated = queries.of(torch.arange(count).repeat_interleave(tokens))
+    return soft.cross_entropy(repeated, torch.arange(tokens).repeat(count)).view(count, tokens).argmin(1)
+
+
 def test_the_posterior_is_of_nearness_and_spelling(soft: SoftTokens) -> None:
     points, states = torch.randn(3, 5), torch.randn(3, 6)
     expected = slow_posterior(soft, points, states)
@@ -47,7 +54,7 @@ def test_the_posterior_is_of_nearness_and_spelling(soft: SoftTokens) -> None:
     focused = expected ** soft.log_focus.double().exp()
     mean = focused / focused.sum(1, keepdim=True) @ soft.embeddings.double()
     torch.testing.assert_close(soft(queries).double(), mean, rtol=1e-4, atol=1e-5)
-    assert soft.likeliest(queries).tolist() == expected.argmax(1).tolist()
+    assert likeliest(soft, queries).tolist() == expected.argmax(1).tolist()
     targets = torch.tensor([0, 6, 2])
     nats = -expected.gather(1, targets.unsqueeze(1)).squeeze(1).log()
     torch.testing.assert_close(soft.cross_entropy(queries, targets).double(), nats, rtol=1e-4, atol=1e-5)
@@ -95,7 +102,7 @@ def test_the_gradient_is_that_of_finite_differences(soft: SoftTokens) -> None:
 
 def test_what_stands_for_no_text_is_never_chosen(soft: SoftTokens) -> None:
     queries = soft.queries(soft.embeddings[5:6], torch.zeros(1, 6))  # right at the embedding of what is no token
-    assert int(soft.likeliest(queries)) != 5
+    assert int(likeliest(soft, queries)) != 5
 
 
 def test_an_llm_that_scales_its_table(soft: SoftTokens) -> None:
@@ -121,12 +128,12 @@ def test_an_llm_whose_embeddings_are_no_table() -> None:
 
 
 def test_in_use_the_spelling_is_computed_once(soft: SoftTokens) -> None:
-    queries = soft.queries(torch.randn(2, 5), torch.randn(2, 6)).detach()
+    points, states = torch.randn(2, 5), torch.randn(2, 6)
     with torch.no_grad():
-        before, spelt = soft(queries), soft._all_spelt()
-        assert soft._all_spelt() is spelt
+        before = soft.queries(points, states)
+        assert soft.queries(points, states).spelt is before.spelt
         soft.spelling.table.weight.mul_(2)
-        assert not torch.equal(soft(queries), before)
+        assert not torch.equal(soft(soft.queries(points, states)), soft(before))
 
 
 # ---- spelling --------------------------------------------------------------------------------------------------------
@@ -157,8 +164,9 @@ def test_of_too_many_pieces_the_rarest_are_left_out() -> None:
 
 
 def test_tokens_that_texts_have(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(SpeechLlmConfig(llm=str(save_llm(tmp_path / "llm"))))
-    tokens = speakable_tokens(tokenizer, len(tokenizer) + 3)
+    chat = load_chat_format(SpeechLlmConfig(llm=str(save_llm(tmp_path / "llm"))))
+    tokenizer = chat.tokenizer
+    tokens = speakable_tokens(chat, len(tokenizer) + 3)
     assert len(tokens) == len(tokenizer) + 3
     assert tokens[-3:] == [None] * 3
     assert all(tokens[i] is None for i in tokenizer.all_special_ids)
@@ -179,10 +187,10 @@ def test_tokens_that_were_never_said_are_found_by_their_spelling() -> None:
     for _ in range(60):
         optimizer.zero_grad()
         queries = soft.queries(torch.zeros(200, 8), sounds)
-        soft.cross_entropy(queries[:150], said, said).mean().backward()
+        soft.cross_entropy(queries.of(said), said, said).mean().backward()
         optimizer.step()
     with torch.no_grad():
-        found = soft.likeliest(soft.queries(torch.zeros(200, 8), sounds))
+        found = likeliest(soft, soft.queries(torch.zeros(200, 8), sounds))
     assert float((found[150:] == torch.arange(150, 200)).float().mean()) > 0.5  # by chance: 0.005
 
 
@@ -190,10 +198,8 @@ def test_tokens_that_were_never_said_are_found_by_their_spelling() -> None:
 
 
 def config_of(folder: Path, **options: object) -> SpeechLlmConfig:
-    given = {"adapter_pre_layers": 1, "adapter_post_layers": 1, "adapter_heads": 2, "llm_dtype": "float32", **options}
-    return SpeechLlmConfig(
-        speech_encoder=str(save_whisper(folder / "whisper")), llm=str(save_llm(folder / "llm")), **given
-    )
+    llm, whisper = str(save_llm(folder / "llm")), str(save_whisper(folder / "whisper"))
+    return SpeechLlmConfig(speech_encoder=whisper, llm=llm, **{**SMALL, **options})
 
 
 def test_the_llm_reads_means_of_its_embeddings(tmp_path: Path) -> None:

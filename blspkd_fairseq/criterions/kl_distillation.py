@@ -194,9 +194,10 @@ class KlDistillationCriterion(FairseqCriterion):
             losses["quantity"] = quantity
 
         # What the warm-up leaves out still belongs to the loss.
-        unused = [] if positions else [p for p in model.speech_llm.llm.parameters() if p.requires_grad]
-        soft = soft_tokens_of(model.speech_llm)
-        unused += list(soft.parameters()) if soft is not None and not positions | (names & {"token_ce"}) else []
+        parts = (model.speech_llm.llm, soft_tokens_of(model.speech_llm))
+        unused = (
+            [] if positions else [p for part in parts if part is not None for p in part.parameters() if p.requires_grad]
+        )
         loss = anchor(output.adapter, unused)
         loss = loss + sum(self.weights[name] * values.sum() for name, values in losses.items() if self.weights[name])
         sums.add("loss", loss)
@@ -272,7 +273,7 @@ class KlDistillationCriterion(FairseqCriterion):
         targets = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
         if soft is not None:
             assert output.adapter.queries is not None
-            queries = output.adapter.queries.flatten(0, 1).index_select(0, output.batch.student.source)
+            queries = output.adapter.queries.of(output.batch.student.source)
             ce: Tensor = soft.cross_entropy(queries, targets, tokens if self.cfg.token_vocabulary == "train" else None)
             return ce
         if self._table is None:

@@ -220,7 +220,7 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
     adapter = ADAPTERS[config.adapter](config, encoder.output_dim, llm.config.hidden_size, scale)
     if config.adapter_soft_tokens:
         table = llm.get_input_embeddings()
-        tokens = speakable_tokens(chat.tokenizer, table.num_embeddings)
+        tokens = speakable_tokens(chat, table.num_embeddings)
         adapter.soft_tokens = SoftTokens(table, tokens, encoder.output_dim)
     model = SpeechLLM(
         encoder,

@@ -9,7 +9,7 @@ from blspkd_fairseq.data.batch import Rows
 from blspkd_fairseq.modules.attention import attend_stacked
 from blspkd_fairseq.modules.cif import continuous_integrate_and_fire, parallel_integrate_and_fire
 from blspkd_fairseq.modules.ragged import Ragged, pack, pad, rows_of
-from blspkd_fairseq.modules.soft_tokens import SoftTokens
+from blspkd_fairseq.modules.soft_tokens import SoftTokens, TokenQueries
 
 ALIGNMENTS = {"cif": continuous_integrate_and_fire, "pif": parallel_integrate_and_fire}
 
@@ -23,7 +23,7 @@ class AdapterOutput(NamedTuple):
         alpha: ``[B, T]`` CIF weight of each frame before rescaling, or None (an adapter without CIF).
         alpha_sum: ``[B]`` their sum, which should be the number of tokens, or None.
         boundaries: ``[B, U]`` frame at which each token ends, or None.
-        queries: ``[B, U, D + K]`` of which each soft token's posterior is computed, or None (an adapter without).
+        queries: of which each soft token's posterior is computed, ``[B, U]`` of them, or None (an adapter without).
     """
 
     embeddings: Tensor
@@ -31,7 +31,7 @@ class AdapterOutput(NamedTuple):
     alpha: Tensor | None = None
     alpha_sum: Tensor | None = None
     boundaries: Tensor | None = None
-    queries: Tensor | None = None
+    queries: TokenQueries | None = None
 
 
 class CFormer(nn.Module):
@@ -142,9 +142,9 @@ class CFormer(nn.Module):
         states = self.post_norm(packed)
         embeddings, queries = self.output_norm(self.project(states)) * self.output_scale, None
         if self.soft_tokens is not None:
-            packed_queries = self.soft_tokens.queries(embeddings, states)
-            embeddings = self.soft_tokens(packed_queries) if reads else embeddings
-            queries = pad(packed_queries, rows)
+            queries = self.soft_tokens.queries(embeddings, states)
+            embeddings = self.soft_tokens(queries) if reads else embeddings
+            queries = queries._replace(vectors=pad(queries.vectors, rows))
         return AdapterOutput(pad(embeddings, rows), cif.lengths, alpha, cif.alpha_sum, cif.boundaries, queries)
 
 

@@ -11,6 +11,7 @@ training said.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,22 @@ from torch.utils.checkpoint import checkpoint
 from blspkd_fairseq.modules.spelling import Spelling
 
 _LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32
+
+
+class TokenQueries(NamedTuple):
+    """What posteriors are computed from.
+
+    Attributes:
+        vectors: ``[N, D + K]`` or ``[B, U, D + K]``.
+        spelt: ``[V, K]`` spellings of all tokens, computed once for all that is asked of the queries.
+    """
+
+    vectors: Tensor
+    spelt: Tensor
+
+    def of(self, places: Tensor) -> "TokenQueries":
+        """Those at ``places`` [N], counted through the batch."""
+        return self._replace(vectors=self.vectors.flatten(0, -2).index_select(0, places))
 
 
 class SoftTokens(nn.Module):
@@ -77,42 +94,38 @@ class SoftTokens(nn.Module):
         weight: Tensor = self._table[0].weight  # type: ignore[assignment]
         return weight.detach()
 
-    def queries(self, points: Tensor, states: Tensor) -> Tensor:
-        """``[N, D + K]`` from vectors ``[N, D]`` in the space of the embeddings and the adapter's states."""
-        return torch.cat([points, self.listen(states)], 1)
+    def queries(self, points: Tensor, states: Tensor) -> TokenQueries:
+        """N queries from vectors ``[N, D]`` in the space of the embeddings and the adapter's states."""
+        return TokenQueries(torch.cat([points, self.listen(states)], 1), self._all_spelt())
 
-    def forward(self, queries: Tensor) -> Tensor:
-        """``[N, D]`` the mean of the embeddings under the focused posterior of each query ``[N, D + K]``."""
-        spelt, table, focus = self._all_spelt(), self.embeddings, self.log_focus.float().exp()
+    def forward(self, queries: TokenQueries) -> Tensor:
+        """``[N, D]`` the mean of the embeddings under the focused posterior of each query."""
+        vectors, spelt = queries
+        table, focus = self.embeddings, self.log_focus.float().exp()
 
         def mean(rows: Tensor) -> Tensor:
             return (focus * self._logits(rows, spelt) + self.barred).softmax(1).to(table.dtype) @ table
 
-        return _in_parts(mean, len(table), queries).to(queries.dtype) * self.factor
+        return _in_parts(mean, len(table), vectors).to(vectors.dtype) * self.factor
 
-    def likeliest(self, queries: Tensor) -> Tensor:
-        """``[N]`` ids of the likeliest token of each query."""
-        spelt = self._all_spelt()
-        return _in_parts(lambda rows: (self._logits(rows, spelt) + self.barred).argmax(1), len(spelt), queries)
-
-    def cross_entropy(self, queries: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+    def cross_entropy(self, queries: TokenQueries, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """``[N]`` nats of the tokens ``targets`` [N].
 
         Args:
-            queries: ``[N, D + K]``.
+            queries: N of them.
             targets: ids, or their indices in the vocabulary.
             vocabulary: ``[V']`` ids of the tokens to discern; None: all.
         """
-        spelt, barred = self._all_spelt(), self.barred
+        (vectors, spelt), barred = queries, self.barred
         if vocabulary is not None:
             spelt, barred = spelt.index_select(0, vocabulary), barred.index_select(0, vocabulary)
 
         def entropy(rows: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(self._logits(rows, spelt, vocabulary) + barred, labels, reduction="none")
 
-        return _in_parts(entropy, len(spelt), queries, targets)
+        return _in_parts(entropy, len(spelt), vectors, targets)
 
-    def _logits(self, queries: Tensor, spelt: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+    def _logits(self, vectors: Tensor, spelt: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """``[N, V]`` in fp32, whatever autocast says: the products with the table run in the table's dtype.
 
         Those of what stands for no text are finite, too: 0 x inf would be in the gradient of what multiplies them.
@@ -120,8 +133,8 @@ class SoftTokens(nn.Module):
         table, squares = self.embeddings, self.squares
         if vocabulary is not None:
             table, squares = table.index_select(0, vocabulary), squares.index_select(0, vocabulary)
-        with torch.autocast(queries.device.type, enabled=False):
-            points, heard = queries.float().split([table.shape[1], spelt.shape[1]], 1)
+        with torch.autocast(vectors.device.type, enabled=False):
+            points, heard = vectors.float().split([table.shape[1], spelt.shape[1]], 1)
             nearness = self.log_sharpness.float().exp() / self.mean_square
             logits = ((nearness / self.factor * points).to(table.dtype) @ table.t()).float()
             logits = logits - nearness / 2 * squares.float()

@@ -8,10 +8,11 @@ with a row for each token cannot (acoustically grounded word embeddings, Settle 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from blspkd_fairseq.data.chat import ChatFormat
 
 LONGEST_PIECE = 3
 _SPACES = str.maketrans({"Ġ": "_", "▁": "_"})  # how byte-level BPE and SentencePiece write one
@@ -31,12 +32,11 @@ def pieces_of(token: str) -> Iterator[str]:
             yield bounded[start : start + length]
 
 
-def speakable_tokens(tokenizer: Any, size: int) -> list[str | None]:
-    """``size`` tokens as the tokenizer writes them; None for those that no text has (special ones, padding)."""
-    added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    count = min(size, len(tokenizer))
-    tokens = tokenizer.convert_ids_to_tokens(list(range(count)))
-    return [None if i in added else token for i, token in enumerate(tokens)] + [None] * (size - count)
+def speakable_tokens(chat: ChatFormat, size: int) -> list[str | None]:
+    """``size`` tokens as the tokenizer writes them; None for those that no text has (control tokens, padding)."""
+    count = min(size, len(chat.tokenizer))
+    tokens = chat.tokenizer.convert_ids_to_tokens(list(range(count)))
+    return [None if i in chat.control_ids else token for i, token in enumerate(tokens)] + [None] * (size - count)
 
 
 class Spelling(nn.Module):

@@ -25,6 +25,7 @@ _NO_WEIGHT = (_FINGERPRINT, _SETTING)
 _CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _SHA256 = "weights_sha256"
+_SOFT_TOKENS = "adapter.soft_tokens."
 _ADDS = re.compile(r"\.(self_attn\.out_proj|linear2)\.(weight|bias)$")  # the last of what a layer adds to its input
 
 logger = logging.getLogger(__name__)
@@ -109,19 +110,14 @@ def deepen_adapter(model: SpeechLLM, state: Mapping[str, Tensor]) -> dict[str, T
     missing = {
         name: torch.zeros_like(parameter) if _ADDS.search(name) else parameter.detach().clone()
         for name, parameter in model.named_parameters()
-        if name.startswith(("adapter.pre.", "adapter.post.")) and _layer(name) not in known
+        if name.startswith(("adapter.pre.", "adapter.post.", _SOFT_TOKENS)) and _layer(name) not in known
     }
-    if missing:
-        layers = sorted({_layer(name) for name in missing})
+    layers = sorted({_layer(name) for name in missing if not name.startswith(_SOFT_TOKENS)})
+    if layers:
         logger.info(f"{', '.join(layers)}: not among the trained layers, begin by adding nothing")
-    untrained = {
-        name: parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if name.startswith("adapter.soft_tokens.") and name not in state
-    }
-    if untrained:
+    if any(name.startswith(_SOFT_TOKENS) for name in missing):
         logger.info("adapter.soft_tokens: not in the trained model, begins by distances alone")
-    return {**state, **missing, **untrained}
+    return {**state, **missing}
 
 
 def _layer(name: str) -> str:
