@@ -121,7 +121,7 @@ sizes_of() {
     python -c 'import json, sys
 for name, value in json.load(open(f"{sys.argv[1]}/config.json")).items():
     if name.startswith(("adapter", "lora", "transcript")) and value not in ("", 0):
-        print("--" + name.replace("_", "-"), value, sep="\n")' "$1"
+        print("--" + name.replace("_", "-"), *([] if value is True else [value]), sep="\n")' "$1"
 }
 
 # short_warm_up: the learning rate must reach its peak before training ends; short trials would not get there

@@ -1,5 +1,7 @@
 """What the recipes' shell does with several GPUs and nodes; `python` is a stand-in that writes down its calls."""
 
+import argparse
+import json
 import os
 import shlex
 import signal
@@ -8,8 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from fairseq.dataclass.utils import gen_parser_from_dataclass
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from blspkd_fairseq.models.blsp_kd import BlspKdModelConfig
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 # Answers how many GPUs there are; fails for the shard in $FAILS; waits for $HANGS seconds.
 PYTHON = """#!/usr/bin/env bash
@@ -190,3 +196,22 @@ def test_nodes_must_know_each_other(tmp_path: Path, recipe: str, options: list[s
     command = ["bash", str(EXAMPLES / recipe / "run.sh"), "--out", str(tmp_path / "out"), *data, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and not (tmp_path / "out").exists()
+
+
+# ---- options of a saved model --------------------------------------------------------------------------------------
+
+PRETRAINED = ROOT / "blspkd_fairseq" / "pretrained" / "whisper-tiny.en-smollm2-135m"
+OTHERWISE = {"adapter_soft_tokens": False, "adapter_pre_layers": 2, "lora_target_modules": "q_proj,v_proj"}
+
+
+@pytest.mark.parametrize("changed", [{}, OTHERWISE], ids=["published", "otherwise"])
+def test_training_reads_the_options_of_a_saved_model_as_they_were_saved(tmp_path: Path, changed: dict) -> None:
+    saved = json.loads((PRETRAINED / "config.json").read_text()) | changed
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    script = f"source {EXAMPLES}/common.sh; sizes_of {shlex.quote(str(tmp_path))}"
+    words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
+    parser = argparse.ArgumentParser()
+    gen_parser_from_dataclass(parser, BlspKdModelConfig())
+    read = vars(parser.parse_args(words))
+    shaping = [name for name in saved if name.startswith(("adapter", "lora", "transcript"))]
+    assert len(shaping) > 10 and {name: read[name] for name in shaping} == {name: saved[name] for name in shaping}
