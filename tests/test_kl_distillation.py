@@ -54,10 +54,13 @@ def made_world(root: Path, **options: Any) -> tuple[BlspKdModel, dict[str, Any]]
     return model, data.collater([data[row] for row in range(3)])
 
 
-def loss_of(model: BlspKdModel, sample: dict[str, Any], **options: Any) -> tuple[torch.Tensor, dict[str, float]]:
+def criterion_of(model: BlspKdModel, **options: Any) -> KlDistillationCriterion:
     cfg = KlDistillationConfig(**{f"{name}_weight": 0.0 for name in WEIGHTS} | options)
-    task = SimpleNamespace(chat=model.chat, target_dictionary=None)
-    loss, _, log = KlDistillationCriterion(cfg, task)(model, sample)
+    return KlDistillationCriterion(cfg, SimpleNamespace(chat=model.chat, target_dictionary=None))
+
+
+def loss_of(model: BlspKdModel, sample: dict[str, Any], **options: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    loss, _, log = criterion_of(model, **options)(model, sample)
     return loss, log
 
 
@@ -156,6 +159,34 @@ def test_soft_tokens_are_told_apart_by_their_posterior(tmp_path: Path, monkeypat
         KlDistillationCriterion(
             KlDistillationConfig(token_ce_scale=20.0), SimpleNamespace(chat=model.chat, target_dictionary=None)
         ).check_model(model.speech_llm)
+
+
+def test_an_update_tells_its_tokens_apart_from_drawn_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sample = made_world(tmp_path, adapter_soft_tokens=True)
+    soft = model.speech_llm.adapter.soft_tokens
+    torch.nn.init.normal_(soft.listen.weight)
+    output = model(**sample["net_input"], positions=())
+    ids = output.batch.transcript.targets
+    drawn = torch.tensor([7, 9, 9, int(ids[0])])
+    some = torch.cat([ids, drawn]).unique()
+    queries = output.adapter.queries.of(output.batch.student.source)
+    expected = soft.cross_entropy(queries, torch.searchsorted(some, ids), some)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: drawn)
+    every_one = loss_of(model, sample, token_ce_weight=1.0)[1]["token_ce_sum"]
+    criterion = criterion_of(model, token_ce_weight=1.0, token_negatives=4)
+    losses = {training: criterion.train(training)(model, sample)[2]["token_ce_sum"] for training in (True, False)}
+    assert losses[True] == pytest.approx(float(expected.detach().sum()), rel=1e-5)
+    assert losses[False] == pytest.approx(every_one, rel=1e-5) and losses[True] < losses[False]
+    criterion.train()
+    criterion(model, sample)[0].backward()
+    assert float(soft.spelling.table.weight.grad.abs().sum()) > 0
+
+
+def test_negatives_are_of_soft_tokens(world: tuple[BlspKdModel, dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match="--token-negatives are drawn for soft tokens"):
+        criterion_of(world[0], token_ce_weight=1.0, token_negatives=5).check_model(world[0].speech_llm)
+    with pytest.raises(ValueError, match="--token-negatives must not be negative"):
+        criterion_of(world[0], token_ce_weight=1.0, token_negatives=-1)
 
 
 def test_distillation_trains_the_posterior_through_what_the_llm_reads(tmp_path: Path) -> None:

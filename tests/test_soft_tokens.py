@@ -65,7 +65,13 @@ def test_the_cross_entropy_among_some_tokens(soft: SoftTokens) -> None:
     some = torch.tensor([0, 2, 7])
     expected = slow_posterior(soft, points, states)[:, some]
     nats = -(expected / expected.sum(1, keepdim=True))[[0, 1], [2, 0]].log()
-    found = soft.cross_entropy(soft.queries(points, states), torch.tensor([2, 0]), some)
+    for spells in (True, False):
+        found = soft.cross_entropy(soft.queries(points, states, spells), torch.tensor([2, 0]), some)
+        torch.testing.assert_close(found.double(), nats, rtol=1e-4, atol=1e-5)
+    # 0 and 7 stand there twice, and count once
+    found = soft.cross_entropy(
+        soft.queries(points, states, False), torch.tensor([3, 0]), torch.tensor([0, 0, 2, 7, 7, 7])
+    )
     torch.testing.assert_close(found.double(), nats, rtol=1e-4, atol=1e-5)
 
 
@@ -155,6 +161,8 @@ def test_vectors_are_sums_of_pieces_transformed() -> None:
         rows = [order.index(piece) for piece in pieces_of(word)] if word else []
         expected = spelling.transform(spelling.table.weight[rows].sum(0))
         torch.testing.assert_close(spelling()[i], expected)
+    some = torch.tensor([6, 5, 1, 6])
+    torch.testing.assert_close(spelling(some), spelling()[some])
 
 
 def test_of_too_many_pieces_the_rarest_are_left_out() -> None:

@@ -142,7 +142,7 @@ class CFormer(nn.Module):
         states = self.post_norm(packed)
         embeddings, queries = self.output_norm(self.project(states)) * self.output_scale, None
         if self.soft_tokens is not None:
-            queries = self.soft_tokens.queries(embeddings, states)
+            queries = self.soft_tokens.queries(embeddings, states, spells=reads)
             embeddings = self.soft_tokens(queries) if reads else embeddings
             queries = queries._replace(vectors=pad(queries.vectors, rows))
         return AdapterOutput(pad(embeddings, rows), cif.lengths, alpha, cif.alpha_sum, cif.boundaries, queries)

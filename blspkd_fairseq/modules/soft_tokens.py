@@ -28,11 +28,12 @@ class TokenQueries(NamedTuple):
 
     Attributes:
         vectors: ``[N, D + K]`` or ``[B, U, D + K]``.
-        spelt: ``[V, K]`` spellings of all tokens, computed once for all that is asked of the queries.
+        spelt: ``[V, K]`` spellings of all tokens, computed once for all that is asked of the queries; None where only
+            some tokens are.
     """
 
     vectors: Tensor
-    spelt: Tensor
+    spelt: Tensor | None
 
     def of(self, places: Tensor) -> "TokenQueries":
         """Those at ``places`` [N], counted through the batch."""
@@ -94,13 +95,17 @@ class SoftTokens(nn.Module):
         weight: Tensor = self._table[0].weight  # type: ignore[assignment]
         return weight.detach()
 
-    def queries(self, points: Tensor, states: Tensor) -> TokenQueries:
-        """N queries from vectors ``[N, D]`` in the space of the embeddings and the adapter's states."""
-        return TokenQueries(torch.cat([points, self.listen(states)], 1), self._all_spelt())
+    def queries(self, points: Tensor, states: Tensor, spells: bool = True) -> TokenQueries:
+        """N queries from vectors ``[N, D]`` in the space of the embeddings and the adapter's states.
+
+        Without ``spells`` only the cross-entropy can be asked of them; it spells the tokens that it is told of.
+        """
+        return TokenQueries(torch.cat([points, self.listen(states)], 1), self._all_spelt() if spells else None)
 
     def forward(self, queries: TokenQueries) -> Tensor:
         """``[N, D]`` the mean of the embeddings under the focused posterior of each query."""
         vectors, spelt = queries
+        assert spelt is not None
         table, focus = self.embeddings, self.log_focus.float().exp()
 
         def mean(rows: Tensor) -> Tensor:
@@ -114,11 +119,13 @@ class SoftTokens(nn.Module):
         Args:
             queries: N of them.
             targets: ids, or their indices in the vocabulary.
-            vocabulary: ``[V']`` ids of the tokens to discern; None: all.
+            vocabulary: ``[V']`` sorted ids of the tokens to discern; one that stands there again does not count
+                again, and its first place is its index. None: all.
         """
-        (vectors, spelt), barred = queries, self.barred
+        vectors, spelt, barred = queries.vectors, self._spelt_of(queries, vocabulary), self.barred
         if vocabulary is not None:
-            spelt, barred = spelt.index_select(0, vocabulary), barred.index_select(0, vocabulary)
+            again = F.pad(vocabulary[1:] == vocabulary[:-1], (1, 0))
+            barred = barred.index_select(0, vocabulary).masked_fill(again, -torch.inf)
 
         def entropy(rows: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(self._logits(rows, spelt, vocabulary) + barred, labels, reduction="none")
@@ -139,6 +146,11 @@ class SoftTokens(nn.Module):
             logits = ((nearness / self.factor * points).to(table.dtype) @ table.t()).float()
             logits = logits - nearness / 2 * squares.float()
             return logits + (heard * spelt.shape[1] ** -0.5) @ spelt.float().t()
+
+    def _spelt_of(self, queries: TokenQueries, vocabulary: Tensor | None) -> Tensor:
+        if vocabulary is None:
+            return self._all_spelt() if queries.spelt is None else queries.spelt
+        return self.spelling(vocabulary) if queries.spelt is None else queries.spelt.index_select(0, vocabulary)
 
     def _all_spelt(self) -> Tensor:
         """``[V, K]``; in use they are computed once."""

@@ -50,6 +50,7 @@ class Spelling(nn.Module):
     """
 
     offsets: Tensor
+    lengths: Tensor
     pieces: Tensor
 
     def __init__(
@@ -65,13 +66,24 @@ class Spelling(nn.Module):
         lengths = torch.tensor([len(row) for row in rows])
         self.register_buffer("pieces", torch.tensor(list(chain.from_iterable(rows))), persistent=False)
         self.register_buffer("offsets", lengths.cumsum(0) - lengths, persistent=False)
+        self.register_buffer("lengths", lengths, persistent=False)
+        self.longest = int(lengths.max())
         self.table = nn.EmbeddingBag(pieces, piece_dim, mode="sum")
         nn.init.normal_(self.table.weight, std=0.1)
         self.transform = nn.Sequential(
             nn.LayerNorm(piece_dim), nn.Linear(piece_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, dim)
         )
 
-    def forward(self) -> Tensor:
-        """``[V, dim]`` vectors of all tokens."""
-        vectors: Tensor = self.transform(self.table(self.pieces, self.offsets))
+    def forward(self, ids: Tensor | None = None) -> Tensor:
+        """``[V, dim]`` vectors of all tokens, or of the tokens ``ids`` [V]."""
+        sums = self.table(self.pieces, self.offsets) if ids is None else self._sums(ids)
+        vectors: Tensor = self.transform(sums)
         return vectors
+
+    def _sums(self, ids: Tensor) -> Tensor:
+        """``[V, piece_dim]`` of some tokens; padded, so that a device is not asked how many pieces they have."""
+        places = torch.arange(self.longest, device=ids.device)
+        is_piece = places < self.lengths[ids].unsqueeze(1)
+        pieces = self.pieces[torch.where(is_piece, self.offsets[ids].unsqueeze(1) + places, 0)]
+        weights: Tensor = self.table.weight
+        return nn.functional.embedding_bag(pieces, weights, mode="sum", per_sample_weights=is_piece.to(weights.dtype))

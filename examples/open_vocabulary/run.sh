@@ -52,7 +52,7 @@ use_environment quickstart,recordings
 speech_encoder=${speech_encoder:-$cache/whisper-tiny.en}
 llm=${llm:-$cache/smollm2-135m-instruct}
 here=examples/open_vocabulary data=$out/data asked=$out/data/asked model=$out/model results=$out/results
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); else device=(--cpu); fi
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=() negatives=0; else device=(--cpu) negatives=3000; fi
 
 gather_sentences() {
     if [ -n "$sentences" ]; then
@@ -101,7 +101,7 @@ train_part() {
 
 warm_up() {
     train_part "$model/warm-up" "$data" --pretrained-model "$pretrained" --batch-size $((3 * batch)) --lr 6e-4 \
-        --token-ce-weight 1 --token-mse-weight 0.3 \
+        --token-ce-weight 1 --token-mse-weight 0.3 --token-negatives "$negatives" \
         --response-kl-weight 0 --input-kl-weight 0 \
         --warmup-updates $((warm_up_updates / 20)) --total-num-update "$warm_up_updates" --max-update "$warm_up_updates"
 }
