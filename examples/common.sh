@@ -178,7 +178,7 @@ answer_on_gpus() {
 # published_schedule: sets schedule, the options of fairseq-train that all recipes share, of lr, warm_up, max_update,
 # batch, accumulation and save_every
 published_schedule() {
-    schedule=(--optimizer adam --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warm_up" --weight-decay 0.05
+    schedule=(--optimizer adamw --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warm_up" --weight-decay 0.05
         --clip-norm 1.0 --max-update "$max_update" --total-num-update "$max_update"
         --batch-size "$batch" --update-freq "$accumulation" --max-tokens $((batch * 480000))
         --skip-bad-audio --seed 1 --num-workers 2 --log-interval 10

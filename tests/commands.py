@@ -23,7 +23,7 @@ PACKAGE = Path(blspkd_fairseq.__file__).parent
 DEVICE = os.environ.get("BLSPKD_TEST_DEVICE", "cpu")
 _TINY = """
     --arch blsp_kd --criterion kl_distillation --llm-dtype float32 --adapter-pre-layers 1 --adapter-post-layers 1
-    --adapter-heads 2 --adapter-dropout 0 --lora-rank 4 --lora-dropout 0 --optimizer adam --lr 1e-3 --clip-norm 1.0
+    --adapter-heads 2 --adapter-dropout 0 --lora-rank 4 --lora-dropout 0 --optimizer adamw --lr 1e-3 --clip-norm 1.0
     --batch-size 4 --log-format simple --log-interval 1 --seed 1 --num-workers 0 --no-progress-bar
 """
 TRAIN_OPTIONS = tuple(_TINY.split())

@@ -124,6 +124,12 @@ def test_an_llm_that_scales_its_table(soft: SoftTokens) -> None:
     torch.testing.assert_close(scaled(scaled.queries(3 * queries, states)), 3 * soft(soft.queries(queries, states)))
 
 
+def test_a_table_that_begins_with_zeros() -> None:
+    table = nn.Embedding(200, 5).requires_grad_(False)
+    table.weight[:100] = 0
+    assert SoftTokens(table, ["Ġa"] * 200, 6).factor == pytest.approx(1)
+
+
 def test_an_llm_whose_embeddings_are_no_table() -> None:
     class Odd(nn.Embedding):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:

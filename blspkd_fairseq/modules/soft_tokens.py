@@ -175,7 +175,8 @@ def _in_parts(function: Callable[..., Tensor], vocabulary: int, *rows: Tensor) -
 def _factor_of(table: nn.Module) -> float:
     """By how much the LLM multiplies its table."""
     weight: Tensor = table.weight  # type: ignore[assignment]
-    ids = torch.arange(min(64, len(weight)), device=weight.device)
+    # From all over the table: many a table begins with rows of zeros.
+    ids = torch.linspace(0, len(weight) - 1, min(4096, len(weight)), device=weight.device).long()
     with torch.no_grad():
         plain, embedded = weight[ids].float(), type(table).forward(table, ids).float()
     factor = float((plain * embedded).sum() / plain.square().sum())

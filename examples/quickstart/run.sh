@@ -51,7 +51,7 @@ run_training() {
     common=(--user-dir blspkd_fairseq --task blsp_kd --audio-root "$data" "${device[@]}"
         --arch blsp_kd --speech-encoder "$speech_encoder" --llm "$llm" --speech-encoder-dtype bfloat16
         --cache-encoder-features
-        --criterion kl_distillation --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0
+        --criterion kl_distillation --optimizer adamw --adam-betas "(0.9, 0.98)" --clip-norm 1.0
         --lr-scheduler polynomial_decay --num-workers 0 --seed 1 --log-interval 10 --no-epoch-checkpoints)
     if [ -n "$pretrained" ]; then
         mapfile -t start < <(sizes_of "$pretrained")
