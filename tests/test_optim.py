@@ -1,4 +1,4 @@
-"""The fused AdamW against fairseq's Adam, and through training that is resumed."""
+"""The fused AdamW against fairseq's Adam, and both through training that is resumed."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,10 +75,11 @@ def test_nothing_has_the_norm_0(max_norm: float) -> None:
     assert float(AdamW(SETTINGS, [nn.Parameter(torch.ones(2))]).clip_grad_norm(max_norm)) == 0
 
 
-def test_training_with_it_is_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+def test_training_is_resumed(tmp_path: Path, optimizer: str) -> None:
     llm, whisper = save_llm(tmp_path / "llm"), save_whisper(tmp_path / "whisper")
     write_split(tmp_path, "train", 4)
-    options = ("--optimizer", "adamw", "--weight-decay", 0.1, "--disable-validation", "--adam-betas", "(0.9, 0.98)")
+    options = ("--optimizer", optimizer, "--weight-decay", 0.1, "--disable-validation", "--adam-betas", "(0.9, 0.98)")
     for folder, stops in (("whole", (4,)), ("parts", (2, 4))):
         for updates in stops:
             train(tmp_path, tmp_path / folder, llm, whisper, *options, "--max-update", updates)
