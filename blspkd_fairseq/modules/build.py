@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
+from blspkd_fairseq.data.prompts import SPEECH_SLOT
 from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
 from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
+from blspkd_fairseq.modules.language_prior import LanguagePrior
 from blspkd_fairseq.modules.llm_trial import check_llm
 from blspkd_fairseq.modules.partial_lora import add_partial_lora
 from blspkd_fairseq.modules.precision import usable_dtype
@@ -85,6 +87,12 @@ class AdapterOptions:
         "the cformer gives out means of the LLM's token embeddings under a posterior over its tokens, which goes by "
         "their spelling, too, so that words are heard that no training said",
     )
+    adapter_prior_weight: float = _option(
+        0.0,
+        "in use, soft tokens go by what the LLM expects after those before them, too: the power of its prediction in "
+        "their posterior (0: by the sound alone)",
+    )
+    adapter_prior_passes: int = _option(2, "how often the LLM reads what is heard so far, for --adapter-prior-weight")
     transcript_merges: int = _option(
         0,
         "write what is heard with so many of the merges of the LLM's BPE tokenizer: rarer words become several "
@@ -132,6 +140,8 @@ SHAPING_OPTIONS = (
     "adapter_ffn_dim",
     "adapter_alignment",
     "adapter_soft_tokens",
+    "adapter_prior_weight",
+    "adapter_prior_passes",
     "transcript_merges",
     "adapter_conv_layers",
     "adapter_kernel_size",
@@ -231,9 +241,24 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
         share_prefix=not config.no_shared_prefix,
         product_dtype=DTYPES.get(config.product_dtype),
         speech_encoder_dtype=DTYPES.get(config.speech_encoder_dtype),
+        prior=_prior(config, llm, chat),
     )
     model.window_seconds = min(config.window_seconds or model.window_seconds, model.window_seconds)
     return model, chat
+
+
+def _prior(config: SpeechLlmConfig, llm: PreTrainedModel, chat: ChatFormat) -> LanguagePrior | None:
+    """What the LLM's prediction counts for in hearing."""
+    if not config.adapter_prior_weight:
+        return None
+    predicted, embedded = llm.get_output_embeddings().weight.shape[0], llm.get_input_embeddings().weight.shape[0]
+    if predicted != embedded:
+        raise ValueError(
+            f"--adapter-prior-weight needs an LLM that predicts the tokens that it reads: {config.llm} predicts "
+            f"{predicted} and reads {embedded}"
+        )
+    opening, _ = chat.prompt_ids(SPEECH_SLOT)
+    return LanguagePrior(config.adapter_prior_weight, config.adapter_prior_passes, tuple(opening))
 
 
 def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:
@@ -330,6 +355,13 @@ def _check(config: SpeechLlmConfig) -> None:
     if config.adapter != "cformer" and config.adapter_soft_tokens:
         raise ValueError(
             f"--adapter-soft-tokens needs an embedding for each token: the {config.adapter} adapter has none"
+        )
+    if config.adapter_prior_weight and not config.adapter_soft_tokens:
+        raise ValueError("--adapter-prior-weight is of the posterior of soft tokens: add --adapter-soft-tokens")
+    if config.adapter_prior_weight < 0 or config.adapter_prior_passes < 1:
+        raise ValueError(
+            f"--adapter-prior-weight must not be negative and --adapter-prior-passes be at least 1, got "
+            f"{config.adapter_prior_weight} and {config.adapter_prior_passes}"
         )
     if config.cache_encoder_features and config.unfreeze_speech_encoder:
         raise ValueError("--cache-encoder-features needs a frozen speech encoder: leave out --unfreeze-speech-encoder")

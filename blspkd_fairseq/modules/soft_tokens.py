@@ -102,16 +102,28 @@ class SoftTokens(nn.Module):
         """
         return TokenQueries(torch.cat([points, self.listen(states)], 1), self._all_spelt() if spells else None)
 
-    def forward(self, queries: TokenQueries) -> Tensor:
-        """``[N, D]`` the mean of the embeddings under the focused posterior of each query."""
+    def forward(
+        self, queries: TokenQueries, states: Tensor | None = None, prior: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """``[N, D]`` the mean of the embeddings under the focused posterior of each query.
+
+        Args:
+            queries: N of them.
+            states: ``[N, H]`` of which ``prior`` gives what is added to the logits, ``[n, V]`` of n of them.
+            prior: see :mod:`blspkd_fairseq.modules.language_prior`; None: by the sound alone.
+        """
         vectors, spelt = queries
         assert spelt is not None
         table, focus = self.embeddings, self.log_focus.float().exp()
 
-        def mean(rows: Tensor) -> Tensor:
-            return (focus * self._logits(rows, spelt) + self.barred).softmax(1).to(table.dtype) @ table
+        def mean(rows: Tensor, *expecting: Tensor) -> Tensor:
+            logits = self._logits(rows, spelt)
+            if prior is not None:
+                logits = logits + prior(*expecting)
+            return (focus * logits + self.barred).softmax(1).to(table.dtype) @ table
 
-        return _in_parts(mean, len(table), vectors).to(vectors.dtype) * self.factor
+        rows = (vectors,) if states is None else (vectors, states)
+        return _in_parts(mean, len(table), *rows).to(vectors.dtype) * self.factor
 
     def cross_entropy(self, queries: TokenQueries, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """``[N]`` nats of the tokens ``targets`` [N].

@@ -23,6 +23,7 @@ from blspkd_fairseq.modules.decoder_trial import known_decoder
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.fingerprint import fingerprint
 from blspkd_fairseq.modules.fused_norm import fuse_norms
+from blspkd_fairseq.modules.language_prior import LanguagePrior, expect
 from blspkd_fairseq.modules.packed_llm import can_read_packed, padded_places, read_packed, read_padded
 from blspkd_fairseq.modules.partial_lora import (
     ALL_POSITIONS,
@@ -179,6 +180,7 @@ class SpeechLLM(ChatLLM):
         product_dtype: of the matrix products of adapter, LoRA and a trained encoder, whose weights stay in float32.
             None: bfloat16 on a GPU that has it, with TF32 for what remains in float32; else float32.
         speech_encoder_dtype: of the frozen encoder; None: as the products.
+        prior: of soft tokens in use; None: they go by the sound alone.
     """
 
     def __init__(
@@ -191,6 +193,7 @@ class SpeechLLM(ChatLLM):
         share_prefix: bool = True,
         product_dtype: torch.dtype | None = None,
         speech_encoder_dtype: torch.dtype | None = None,
+        prior: LanguagePrior | None = None,
     ) -> None:
         if lora_scope not in LORA_SCOPES:
             raise ValueError(f"unknown LoRA scope {lora_scope!r}: choose from {', '.join(LORA_SCOPES)}")
@@ -201,6 +204,7 @@ class SpeechLLM(ChatLLM):
         self.window_seconds = speech_encoder.max_samples / SAMPLE_RATE  # of longer speech in use
         self.product_dtype = product_dtype
         self.speech_encoder_dtype = speech_encoder_dtype
+        self.prior = prior
         self.speech_encoder.requires_grad_(train_speech_encoder)
         # Whisper's position table is a fixed sinusoid in its own training, too.
         self.speech_encoder.encoder.embed_positions.requires_grad_(False)
@@ -311,22 +315,33 @@ class SpeechLLM(ChatLLM):
             features: ``[N, D]`` the encoder's frames of all pieces, end to end, in place of the waveforms.
             reads: the LLM reads them; otherwise an adapter with soft tokens gives out what these are made of.
         """
-        samples = lengths.tolist() if samples is None else samples
-        if features is not None:
-            frames = Ragged(features, rows_of(frame_lengths(lengths), frame_counts(samples)))
-        elif waveforms is not None:
-            frames = self.encode(waveforms, lengths, samples)
-        else:
-            raise ValueError("there is no speech: give waveforms or features")
+        frames = self._frames(waveforms, lengths, samples, features)
         with self._autocast():
             tokens = rows_of(target_lengths) if isinstance(target_lengths, Tensor) else target_lengths
-            frames = Ragged(frames.values.to(self.adapter_dtype), frames.rows)
-            adapt = getattr(self.adapter, "adapt", None)
-            if callable(adapt):
-                spared = not reads and soft_tokens_of(self) is not None
-                return adapt(frames, tokens, reads=False) if spared else adapt(frames, tokens)
-            # An adapter of one's own may know padded frames alone.
-            return self.adapter(pad(*frames), frames.rows.is_padding, None if tokens is None else tokens.lengths)
+            adapted = self._adapted(Ragged(frames.values.to(self.adapter_dtype), frames.rows), tokens, reads)
+        if self.prior is None or self.training or not reads:
+            return adapted
+        return expect(self, adapted, self.prior)
+
+    def _frames(
+        self, waveforms: Tensor | None, lengths: Tensor, samples: Seq[int] | None, features: Tensor | None
+    ) -> Ragged:
+        samples = lengths.tolist() if samples is None else samples
+        if features is not None:
+            return Ragged(features, rows_of(frame_lengths(lengths), frame_counts(samples)))
+        if waveforms is None:
+            raise ValueError("there is no speech: give waveforms or features")
+        return self.encode(waveforms, lengths, samples)
+
+    def _adapted(self, frames: Ragged, tokens: Rows | None, reads: bool) -> AdapterOutput:
+        adapt = getattr(self.adapter, "adapt", None)
+        if callable(adapt):
+            spared = not reads and soft_tokens_of(self) is not None
+            output: AdapterOutput = adapt(frames, tokens, reads=False) if spared else adapt(frames, tokens)
+            return output
+        # An adapter of one's own may know padded frames alone.
+        output = self.adapter(pad(*frames), frames.rows.is_padding, None if tokens is None else tokens.lengths)
+        return output
 
     def _autocast(self, trains: bool = True) -> torch.autocast:
         """Products of weights that are trained, and so in float32, in the precision of products."""
@@ -376,7 +391,7 @@ class SpeechLLM(ChatLLM):
             batch, adapter = self._planned(src_tokens, src_lengths, text, positions, count_tokens, samples, features)
         if not positions:
             return SpeechLlmOutput(adapter, None, None, None, batch)
-        hearing, taught = self._hear(adapter, batch.student), self.teach(batch.teacher) if teacher else None
+        hearing, taught = self.hear(adapter, batch.student), self.teach(batch.teacher) if teacher else None
         heard: dict[str, Distillation] = {}
         if "input" in positions:
             heard["input"] = _at_speech(hearing, taught, batch)
@@ -393,7 +408,7 @@ class SpeechLLM(ChatLLM):
             text_response = Distillation(reading, teaching, *replies.response)
         return SpeechLlmOutput(adapter, heard.get("input"), heard.get("response"), text_response, batch)
 
-    def _hear(self, adapter: AdapterOutput, layout: Layout) -> Tensor:
+    def hear(self, adapter: AdapterOutput, layout: Layout) -> Tensor:
         """Hidden states ``[N, D]`` of the sequences with the speech."""
         speech = adapter.embeddings.flatten(0, 1).index_select(0, layout.source).to(self.llm.dtype)
         embeds = torch.cat([speech, self.embed(layout.ids[layout.speech :])])

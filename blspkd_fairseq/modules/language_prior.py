@@ -1,0 +1,80 @@
+"""What the LLM expects, beside what is heard: a prior over soft tokens.
+
+As speech recognisers add the logits of a language model to their own (shallow fusion, arXiv 1503.03535), the posterior
+of a soft token becomes ``p(w | sound) p(w | what is before)^weight``. The language model is the LLM itself, and what is
+before are the soft tokens, of all places at once: the LLM reads what was heard, and its prediction at each place helps
+to hear the next one; read again, the better tokens make a better prediction.
+
+Only in use: in training the adapter learns from the sound. A piece of speech is read behind the words that a user's
+turn begins with, whatever the conversation, so that what is heard depends on the sound alone.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blspkd_fairseq.data.batch import Batch, Layout, PlanRow, plan_batch
+from blspkd_fairseq.data.conversation import Speech
+from blspkd_fairseq.modules.cformer import AdapterOutput
+from blspkd_fairseq.modules.ragged import pack, pad
+
+if TYPE_CHECKING:
+    from blspkd_fairseq.modules.speech_llm import SpeechLLM
+
+
+class LanguagePrior(NamedTuple):
+    """How much the LLM's prediction counts.
+
+    Attributes:
+        weight: its power in the posterior, beside that of the sound, 1.
+        passes: how often the LLM reads what is heard so far.
+        opening: ids behind which it reads; without any, the first token is heard by its sound alone.
+    """
+
+    weight: float
+    passes: int
+    opening: tuple[int, ...]
+
+
+@torch.no_grad()
+def expect(model: "SpeechLLM", heard: AdapterOutput, prior: LanguagePrior) -> AdapterOutput:
+    """``heard``, its soft tokens under the posterior of sound and prediction; the device is asked for its lengths."""
+    soft = getattr(model.adapter, "soft_tokens", None)
+    counts = heard.lengths.tolist()
+    if soft is None or heard.queries is None or not any(counts):
+        return heard
+    batch = _plan(prior.opening, counts, model.share_prefix).to(heard.lengths.device)
+    before = _places_before(batch.student)
+    queries = heard.queries._replace(vectors=pack(heard.queries.vectors, batch.pieces))
+    weight, bias = model.head
+    transform = model.logit_transform
+
+    def logits(hidden: Tensor) -> Tensor:
+        products = F.linear(hidden, weight, bias).float()
+        return prior.weight * (products if transform is None else transform.apply_(products)[0])
+
+    for _ in range(prior.passes):
+        hidden = model.hear(heard, batch.student)
+        # What no token is before has the prediction of nothing, which is the same for all tokens.
+        expected = F.pad(hidden, (0, 0, 1, 0)).index_select(0, before + 1)
+        tokens = soft(queries, expected, logits).to(heard.embeddings.dtype)
+        heard = heard._replace(embeddings=pad(tokens, batch.pieces))
+    return heard
+
+
+def _plan(opening: Sequence[int], counts: Sequence[int], share_prefix: bool) -> Batch:
+    """Each piece of speech by itself behind the opening."""
+    rows = [PlanRow([opening, Speech(0)], [[0] * count], [count], [], [i]) for i, count in enumerate(counts)]
+    return plan_batch(rows, counts, with_response=False, share_prefix=share_prefix)
+
+
+def _places_before(layout: Layout) -> Tensor:
+    """``[N]`` the places that predict the N speech embeddings; -1 for those before which there is nothing."""
+    rows, speech = layout.rows, layout.speech
+    assert rows.order is not None and rows.place is not None
+    first = layout.positions[:speech] == rows.prefix
+    before = rows.order[rows.place[:speech] - 1]
+    return torch.where(first, rows.order[rows.prefix - 1] if rows.prefix else -1, before)

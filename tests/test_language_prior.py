@@ -1,0 +1,185 @@
+"""What the LLM expects beside what is heard, against a slow version that asks the LLM place by place."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import SMALL, save_llm, save_whisper, tiny_model, wake_lora
+from torch import Tensor, nn
+
+from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.modules.build import SpeechLlmConfig, adopt_options, build_speech_llm
+from blspkd_fairseq.modules.cformer import AdapterOutput
+from blspkd_fairseq.modules.distillation_loss import LogitTransform
+from blspkd_fairseq.modules.language_prior import LanguagePrior, expect
+from blspkd_fairseq.modules.partial_lora import speech_positions
+
+RATE = 16_000
+COUNTS = (4, 1, 6)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> BlspKd:
+    """Its spelling and its LoRA far from saying nothing."""
+    options = {"adapter_soft_tokens": True, "adapter_prior_weight": 0.7, "adapter_dropout": 0.0}
+    made = tiny_model(tmp_path_factory.mktemp("prior"), **options)
+    torch.manual_seed(3)
+    nn.init.normal_(made.model.adapter.soft_tokens.listen.weight)
+    wake_lora(made.model)
+    return made
+
+
+@pytest.fixture
+def prior(speech: BlspKd) -> LanguagePrior:
+    found = speech.model.prior
+    assert found is not None and found.weight == 0.7 and found.passes == 2 and found.opening
+    return found
+
+
+def by_sound(speech: BlspKd, counts: tuple[int, ...] = COUNTS) -> AdapterOutput:
+    """Pieces of speech as the sound alone says."""
+    torch.manual_seed(5)
+    waveforms = 0.1 * torch.randn(len(counts), RATE)
+    lengths = torch.full((len(counts),), RATE)
+    kept, speech.model.prior = speech.model.prior, None
+    try:
+        with torch.no_grad():
+            return speech.model.adapt(waveforms, lengths, torch.tensor(counts))
+    finally:
+        speech.model.prior = kept
+
+
+@torch.no_grad()
+def slowly(speech: BlspKd, heard: AdapterOutput, row: int, prior: LanguagePrior) -> Tensor:
+    """``[n, D]`` of one piece, in float64 but for the LLM's hidden states, which it makes for one place at a time."""
+    model = speech.model
+    soft, count = model.adapter.soft_tokens, int(heard.lengths[row])
+    table, spelt = soft.embeddings.double(), soft.spelling().double()
+    points, listening = heard.queries.vectors[row, :count].double().split([table.shape[1], spelt.shape[1]], 1)
+    opening = model.embed(torch.tensor(prior.opening, dtype=torch.long))
+    weight, transform = model.head[0].double(), model.logit_transform
+    tokens = heard.embeddings[row, :count].clone()
+    for _ in range(prior.passes):
+        better = []
+        for place in range(count):
+            distance = (points[place] - table).square().sum(1) / soft.mean_square
+            logits = (
+                -soft.log_sharpness.double().exp() / 2 * distance + spelt @ listening[place] / spelt.shape[1] ** 0.5
+            )
+            before = torch.cat([opening, tokens[:place].to(opening.dtype)])
+            if len(before):
+                is_speech = (torch.arange(len(before)) >= len(opening)).unsqueeze(0)
+                with speech_positions(model.llm, is_speech):
+                    hidden = model.llm.get_decoder()(inputs_embeds=before.unsqueeze(0)).last_hidden_state[0, -1]
+                expected = weight @ hidden.double()
+                if transform is not None:
+                    expected = transform.cap * torch.tanh(transform.scale * expected / transform.cap)
+                logits = logits + prior.weight * expected
+            posterior = (soft.log_focus.double().exp() * logits + soft.barred.double()).softmax(0)
+            better.append(posterior @ table * soft.factor)
+        tokens = torch.stack(better).to(tokens.dtype)
+    return tokens
+
+
+def assert_as_slowly(speech: BlspKd, heard: AdapterOutput, prior: LanguagePrior) -> None:
+    found = expect(speech.model, heard, prior)
+    assert found.embeddings.shape == heard.embeddings.shape
+    for row, count in enumerate(heard.lengths.tolist()):
+        torch.testing.assert_close(
+            found.embeddings[row, :count], slowly(speech, heard, row, prior), atol=2e-4, rtol=1e-3
+        )
+        assert not found.embeddings[row, count:].any()
+    assert float((found.embeddings - heard.embeddings).abs().max()) > 0.01
+
+
+def test_the_posterior_is_of_sound_and_prediction(speech: BlspKd, prior: LanguagePrior) -> None:
+    assert_as_slowly(speech, by_sound(speech), prior)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_llm_reads_what_is_heard_so_far_as_often_as_asked(
+    speech: BlspKd, prior: LanguagePrior, passes: int
+) -> None:
+    assert_as_slowly(speech, by_sound(speech), prior._replace(passes=passes))
+
+
+def test_nothing_is_expected_where_nothing_is_before(speech: BlspKd, prior: LanguagePrior) -> None:
+    heard = by_sound(speech)
+    assert_as_slowly(speech, heard, prior._replace(opening=()))
+    found = expect(speech.model, heard, prior._replace(opening=()))
+    torch.testing.assert_close(found.embeddings[:, 0], heard.embeddings[:, 0])
+
+
+@pytest.mark.parametrize("changed", ["share_prefix", "reads_packed"])
+def test_it_is_the_same_however_the_llm_reads(
+    speech: BlspKd, prior: LanguagePrior, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    heard = by_sound(speech)
+    expected = expect(speech.model, heard, prior).embeddings
+    monkeypatch.setattr(speech.model, changed, False)
+    torch.testing.assert_close(expect(speech.model, heard, prior).embeddings, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_it_is_the_same_alone_and_beside_silence(speech: BlspKd, prior: LanguagePrior) -> None:
+    heard = by_sound(speech, (4, 0, 6))
+    together = expect(speech.model, heard, prior).embeddings
+    alone = heard._replace(
+        embeddings=heard.embeddings[2:], lengths=heard.lengths[2:],
+        queries=heard.queries._replace(vectors=heard.queries.vectors[2:]),
+    )  # fmt: skip
+    torch.testing.assert_close(expect(speech.model, alone, prior).embeddings[0], together[2], atol=1e-4, rtol=1e-3)
+    assert not together[1].any()
+    nothing = heard._replace(lengths=torch.zeros_like(heard.lengths))
+    assert expect(speech.model, nothing, prior) is nothing
+
+
+def test_logits_that_the_llm_scales_and_caps(
+    speech: BlspKd, prior: LanguagePrior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speech.model.llm, "logit_transform", LogitTransform(0.5, 2.0))
+    assert_as_slowly(speech, by_sound(speech), prior)
+
+
+def test_it_is_there_in_use_and_not_in_training(speech: BlspKd, prior: LanguagePrior) -> None:
+    sound = (0.1 * np.random.default_rng(1).standard_normal(RATE)).astype(np.float32)
+    model, heard = speech.model, by_sound(speech)
+    torch.manual_seed(5)
+    arguments = 0.1 * torch.randn(3, RATE), torch.full((3,), RATE), torch.tensor(COUNTS)
+    torch.testing.assert_close(model.adapt(*arguments).embeddings, expect(model, heard, prior).embeddings)
+    model.train()
+    try:
+        torch.testing.assert_close(model.adapt(*arguments).embeddings, heard.embeddings)
+    finally:
+        model.eval()
+    answers = {}
+    for weight in (0.0, 500.0):
+        model.prior = prior._replace(weight=weight)
+        answers[weight] = speech.transcripts([(sound, RATE)], prompt=None)[0].text
+    model.prior = prior
+    assert answers[0.0] != answers[500.0]
+
+
+def config_of(folder: Path, **options: object) -> SpeechLlmConfig:
+    llm, whisper = str(save_llm(folder / "llm")), str(save_whisper(folder / "whisper"))
+    return SpeechLlmConfig(speech_encoder=whisper, llm=llm, **{**SMALL, **options})
+
+
+def test_training_goes_on_with_the_prior_of_a_trained_model() -> None:
+    config = SpeechLlmConfig()
+    trained = {"adapter_soft_tokens": True, "adapter_prior_weight": 0.5, "adapter_prior_passes": 3}
+    assert adopt_options(config, trained) == trained
+    assert config.adapter_prior_weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter_prior_weight": 0.5}, "--adapter-prior-weight is of the posterior of soft tokens"),
+        ({"adapter_soft_tokens": True, "adapter_prior_weight": -1.0}, "must not be negative"),
+        ({"adapter_soft_tokens": True, "adapter_prior_weight": 1.0, "adapter_prior_passes": 0}, "at least 1"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_speech_llm(config_of(tmp_path, **options))
