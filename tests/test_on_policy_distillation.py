@@ -19,6 +19,7 @@ from blspkd_fairseq.data.manifest import Manifest
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_text, build_prompts, hear
 from blspkd_fairseq.generation.rollouts import RolloutOptions, draw, roll_out, rollout_seed
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
+from blspkd_fairseq.modules.language_prior import LanguagePrior
 from blspkd_fairseq.modules.speech_llm import SpeechLLM, SpeechLlmOutput
 
 blspkd_fairseq.register()
@@ -646,3 +647,17 @@ def test_without_responses_in_the_manifest(world: World, tmp_path: Path) -> None
     assert "num_updates=1" in run()
     with pytest.raises(Exception, match="tgt_text"):
         run("--off-policy-share", 0.5, "--save-dir", tmp_path / "other")
+
+
+def test_the_student_that_is_trained_hears_by_the_sound_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prior, priors = world.build(), LanguagePrior(0.5, 1, ()), []
+
+    def heard(speech_llm: SpeechLLM, *arguments: Any, **options: Any) -> Any:
+        priors.append(speech_llm.prior)
+        return hear(speech_llm, *arguments, **options)
+
+    monkeypatch.setattr(on_policy_distillation, "hear", heard)
+    model.speech_llm.prior = prior
+    for training in (True, False):
+        criterion_of(model.train(training))(model, world.sample(model, [0, 1]))
+    assert priors == [None, prior] and model.speech_llm.prior is prior

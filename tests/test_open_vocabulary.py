@@ -449,7 +449,12 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     assert "WER heard of the heard voices" in noise and "| clean | white:10 |" in noise and noise.count("12.5 [") == 2
     shown = publish.front(results)
     assert "| telephone prompts (a person) | 2 | 12.5 [0.0, 25.0] | 12.5 [0.0, 25.0] | 0.0 [0.0, 0.0] | 0.0 " in shown
-    assert "heard voices" not in shown and "but for 1 of 1 clips" in shown
+    assert "heard voices" not in shown and "but for 1 of 1 clips" in shown and "By the sound alone" not in shown
+    results["sound"] = {"phone": {**model, "heard": said}}
+    assert "| WER heard, by the sound alone | this model | – | 0.0 [0.0, 0.0] | – |" in publish.table(results)
+    assert "By the sound alone, without what the LLM expects after the words before, it hears with 0.0." in (
+        publish.front(results)
+    )
     assert (
         text_of_report.count("| the dog runs home | the dog runs hope | Fine, thank you all. |") == 1
     )  # not of "phone"
@@ -561,7 +566,7 @@ def test_all_stages_run_on_a_few_rows_and_a_second_run_skips_them(tmp_path: Path
     report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
     assert {"test", "phone", "game", "book", "test white:10"} <= set(report["sets"])
     assert "boundary error, ms" in report["sets"]["phone"]["model"]
-    assert set(report["sets"]["phone"]) == {"before", "cascade", "model", "text", "warm-up"}
+    assert set(report["sets"]["phone"]) == {"before", "cascade", "model", "sound", "text", "warm-up"}
     assert set(report["false_answers"]) == {"before", "cascade", "model"}
     again = command("run.sh", *few)
     assert again.returncode == 0 and again.stdout.count("done before") == 8

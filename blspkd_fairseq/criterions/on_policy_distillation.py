@@ -213,12 +213,15 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
     def _roll_out(self, model: Any, sample: dict[str, Any]) -> dict[str, "list[_Rollouts]"]:
         """Roll-outs of each utterance, for the paths that are trained: kept ones while they live, then new ones."""
         speech_llm = model.speech_llm
-        was_training = speech_llm.training
+        was_training, prior = speech_llm.training, speech_llm.prior
         speech_llm.eval()
+        if was_training:
+            speech_llm.prior = None  # the student whose answers are trained on hears by the sound alone
         try:
             return {path: self._rollouts_of(path, model, sample, was_training) for path in self._paths(model)}
         finally:
             speech_llm.train(was_training)
+            speech_llm.prior = prior
 
     def _paths(self, model: Any) -> list[str]:
         """Of the student, those that differ from the teacher."""

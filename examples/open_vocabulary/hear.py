@@ -173,8 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     answers = {name: (ANSWERS[name][0], min(ANSWERS[name][1], args.most_tokens)) for name in args.answers}
     results: dict[str, Any] = {"sets": {}}
     if args.checkpoint:
-        window = {"window_seconds": args.window_seconds} if args.window_seconds else {}
-        model = BlspKd.from_pretrained(args.checkpoint, **window)
+        options = {"window_seconds": args.window_seconds} if args.window_seconds else {}
+        options |= {"adapter_prior_weight": 0.0} if args.by_sound else {}
+        model = BlspKd.from_pretrained(args.checkpoint, **options)
         for rows in (*sets, *silent):
             asked = answers if rows.condition == "clean" else {}
             results["sets"][rows.title] = measure_checkpoint(model, rows, args.batch_size, asked)
@@ -197,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of training or a folder of save_pretrained")
+    parser.add_argument("--by-sound", action="store_true", help="hear without what the LLM expects, hearing itself")
     parser.add_argument("--window-seconds", type=float, help="of the checkpoint; longer speech is cut in pauses")
     parser.add_argument(
         "--boundaries", default="", metavar="WHISPER", help="of a checkpoint: that says where words end"

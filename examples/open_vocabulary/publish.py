@@ -23,6 +23,7 @@ from blspkd_fairseq.files import write_whole
 
 CACHE = "~/.cache/blspkd_fairseq"  # where the package keeps the base models
 WINDOW_SECONDS = 6.0  # it was trained on single sentences, and errs on more of them at once
+SOUND = "sound"  # the model without what the LLM expects (hear.py --by-sound), where that was measured
 MEASURED = {"model": "this model", "cascade": "Whisper tiny.en, then the LLM"}
 TITLES = {
     "test": "heard voices, other sentences",
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, help="also write the figures that this file shows")
     args = parser.parse_args(arguments)
     results = {name: json.loads((args.results / f"{name}.json").read_text())["sets"] for name in (TEXT, *MEASURED)}
+    if (args.results / f"{SOUND}.json").exists():
+        results[SOUND] = json.loads((args.results / f"{SOUND}.json").read_text())["sets"]
     check_rows(results)
     shown = "" if args.readme is None else with_figures(args.readme.read_text(encoding="utf-8"), front(results))
     model = BlspKd.from_pretrained(args.checkpoint)
@@ -113,6 +116,10 @@ def front(results: Mapping[str, Mapping[str, Any]]) -> str:
         figures = [format_score(score[metric]) for metric in ("WER heard", "WER repeat") for score in scores]
         lines.append([TITLES[name], str(len(systems[0]["id"])), *figures])
     said = markdown_table(FRONT_TITLES, lines)
+    if SOUND in results:
+        heard = [scores_of(results[SOUND][name], None)["WER heard"] for name in FRONT if name in results[SOUND]]
+        figures = ", ".join(f"{score.score:.1f}" for score in heard)
+        said += f"\nBy the sound alone, without what the LLM expects after the words before, it hears with {figures}.\n"
     if "nothing" not in results["model"]:
         return said
     silent = false_answers(results["model"]["nothing"])
@@ -130,6 +137,10 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 for metric, score in scores_of(results[system][name], results[TEXT].get(name)).items():
                     digits = 2 if metric.endswith(" KL") else 1  # nats
                     rows.setdefault((metric, system), {})[name] = format_score(score, digits)
+        if system == "model":
+            for name in [name for name in spoken if name in results.get(SOUND, {})]:
+                score = scores_of(results[SOUND][name], None)["WER heard"]
+                rows.setdefault(("WER heard, by the sound alone", system), {})[name] = format_score(score, 1)
         if "nothing" in results[system]:
             answers = {"nothing": false_answers(results[system]["nothing"])}
             rows["answered as if somebody spoke", system] = answers
@@ -202,9 +213,9 @@ parameters, which is often wrong when it reads, too.
 ## What was measured
 
 Sentences never trained on; 95 % intervals over utterances. "WER heard" is that of the tokens nearest to the
-speech embeddings (hearing itself), "WER repeat" that of what the LLM says when asked to repeat it; answers are
-those to the speech alone, against those of the same LLM to the text. `bash
-examples/open_vocabulary/evaluate.sh` measures the real speech anew.
+speech embeddings, in which what the LLM expects after the words before has its part; "WER repeat" that of what the
+LLM says when asked to repeat it; answers are those to the speech alone, against those of the same LLM to the text.
+`bash examples/open_vocabulary/evaluate.sh` measures the real speech anew.
 
 {table}{noise}
 Text behaviour: the LLM reading text is bit for bit that of SmolLM2-135M-Instruct.

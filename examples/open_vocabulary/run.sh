@@ -137,12 +137,13 @@ evaluate() {
     hear warm-up --checkpoint "$model/warm-up/checkpoint_last.pt"
     hear model --checkpoint "$model/distillation/checkpoint_last.pt" --nothing "$asked/nothing.tsv" \
         --boundaries "$speech_encoder" --conditions "${conditions[@]}"
+    hear sound --checkpoint "$model/distillation/checkpoint_last.pt" --by-sound --answers
 }
 
 # hear NAME OPTIONS: measures a system, unless it was measured and has not been trained since
 hear() {
     local of=$results/$1.of now=$1
-    case $1 in warm-up | model) now="$1 $trained_on" ;; esac
+    case $1 in warm-up | model | sound) now="$1 $trained_on" ;; esac
     if [ -f "$results/$1.json" ] && [ "$(cat "$of" 2>/dev/null)" = "$now" ]; then echo "$1: measured before"; return; fi
     python $here/hear.py "${@:2}" "${common[@]}" --out "$results/$1.json"
     printf '%s' "$now" >"$of"
