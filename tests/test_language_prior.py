@@ -160,6 +160,38 @@ def test_it_is_there_in_use_and_not_in_training(speech: BlspKd, prior: LanguageP
     assert answers[0.0] != answers[500.0]
 
 
+def test_whether_anybody_speaks_is_for_the_sound_to_say(
+    speech: BlspKd, prior: LanguagePrior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, soft = by_sound(speech), speech.model.adapter.soft_tokens
+    helped = expect(speech.model, heard, prior).embeddings
+    said = [False] * 4 + [True] + [False, False, True, False, False, False]  # no word in the first of the pieces
+    monkeypatch.setattr(soft, "says_word", lambda queries: torch.tensor(said))
+    found = expect(speech.model, heard, prior).embeddings
+    torch.testing.assert_close(found, torch.cat([heard.embeddings[:1], helped[1:]]))
+
+
+def test_what_says_a_word_is_the_likeliest_token(speech: BlspKd, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard, soft = by_sound(speech), speech.model.adapter.soft_tokens
+    likeliest = likeliest_of(soft, heard, 2)
+    queries = heard.queries._replace(vectors=heard.queries.vectors[2])
+    for is_word in (True, False):
+        words = torch.full_like(soft.words, not is_word)
+        words[likeliest] = is_word
+        monkeypatch.setattr(soft, "words", words)
+        assert soft.says_word(queries).tolist() == [is_word] * COUNTS[2]
+
+
+def likeliest_of(soft: nn.Module, heard: AdapterOutput, row: int) -> Tensor:
+    """``[n]`` the token of the smallest cross-entropy."""
+    count, tokens = int(heard.lengths[row]), len(soft.words)
+    queries = heard.queries._replace(vectors=heard.queries.vectors[row : row + 1, :count])
+    places = torch.arange(count).repeat_interleave(tokens)
+    with torch.no_grad():
+        nats = soft.cross_entropy(queries.of(places), torch.arange(tokens).repeat(count))
+    return nats.view(count, tokens).argmin(1)
+
+
 def config_of(folder: Path, **options: object) -> SpeechLlmConfig:
     llm, whisper = str(save_llm(folder / "llm")), str(save_whisper(folder / "whisper"))
     return SpeechLlmConfig(speech_encoder=whisper, llm=llm, **{**SMALL, **options})

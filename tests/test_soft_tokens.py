@@ -10,7 +10,7 @@ from torch import nn
 from blspkd_fairseq.modules import soft_tokens
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm, load_chat_format
 from blspkd_fairseq.modules.soft_tokens import SoftTokens, TokenQueries
-from blspkd_fairseq.modules.spelling import Spelling, pieces_of, speakable_tokens
+from blspkd_fairseq.modules.spelling import Spelling, has_word, pieces_of, speakable_tokens
 from blspkd_fairseq.modules.trained_state import deepen_adapter, load_trained_state_dict, trained_state_dict
 
 WORDS = ["Ġcat", "Ġcats", "Ġcar", "cat", "ĠCat", None, "Ġdog", "."]
@@ -156,6 +156,11 @@ def test_pieces_of_a_token() -> None:
     assert list(pieces_of("▁ok"))[:2] == ["<", "_"]
     assert [piece for piece in pieces_of("OK") if len(piece) > 3] == ["<Aa>", "<AA>"]
     assert set(pieces_of("Ġcat")) - set(pieces_of("cat")) == {"_", "<_", "_c", "<_c", "_ca"}
+
+
+def test_tokens_with_words() -> None:
+    assert all(map(has_word, ["Ġcat", "▁7", "A", "Ġ't"]))
+    assert not any(map(has_word, ["Ġ...", "▁", "Ċ", "Ġ", ",", None]))
 
 
 def test_vectors_are_sums_of_pieces_transformed() -> None:

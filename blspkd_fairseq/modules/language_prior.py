@@ -5,6 +5,8 @@ of a soft token becomes ``p(w | sound) p(w | what is before)^weight``. The langu
 before are the soft tokens, of all places at once: the LLM reads what was heard, and its prediction at each place helps
 to hear the next one; read again, the better tokens make a better prediction.
 
+Whether anybody speaks is for the sound to say: a piece of which it says no word, as silence, stays as it was heard.
+
 Only in use: in training the adapter learns from the sound. A piece of speech is read behind the words that a user's
 turn begins with, whatever the conversation, so that what is heard depends on the sound alone.
 """
@@ -56,13 +58,15 @@ def expect(model: "SpeechLLM", heard: AdapterOutput, prior: LanguagePrior) -> Ad
         products = F.linear(hidden, weight, bias).float()
         return prior.weight * (products if transform is None else transform.apply_(products)[0])
 
+    by_sound = heard
     for _ in range(prior.passes):
         hidden = model.hear(heard, batch.student)
         # What no token is before has the prediction of nothing, which is the same for all tokens.
         expected = F.pad(hidden, (0, 0, 1, 0)).index_select(0, before + 1)
         tokens = soft(queries, expected, logits).to(heard.embeddings.dtype)
         heard = heard._replace(embeddings=pad(tokens, batch.pieces))
-    return heard
+    says_word = pad(soft.says_word(queries).unsqueeze(1), batch.pieces).any(1, keepdim=True)
+    return heard._replace(embeddings=torch.where(says_word, heard.embeddings, by_sound.embeddings))
 
 
 def _plan(opening: Sequence[int], counts: Sequence[int], share_prefix: bool) -> Batch:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blspkd_fairseq.modules.spelling import Spelling
+from blspkd_fairseq.modules.spelling import Spelling, has_word
 
 _LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32
 
@@ -63,6 +63,7 @@ class SoftTokens(nn.Module):
 
     squares: Tensor
     barred: Tensor
+    words: Tensor
 
     def __init__(
         self,
@@ -81,6 +82,8 @@ class SoftTokens(nn.Module):
         self.mean_square = float(squares[~none].mean())
         self.register_buffer("squares", squares, persistent=False)
         self.register_buffer("barred", torch.zeros_like(squares).masked_fill(none, -torch.inf), persistent=False)
+        words = torch.tensor([has_word(token) for token in tokens], device=squares.device)
+        self.register_buffer("words", words, persistent=False)
         self.listen = nn.Linear(input_dim, dim)
         nn.init.zeros_(self.listen.weight)  # spelling begins by saying nothing
         nn.init.zeros_(self.listen.bias)
@@ -124,6 +127,17 @@ class SoftTokens(nn.Module):
 
         rows = (vectors,) if states is None else (vectors, states)
         return _in_parts(mean, len(table), *rows).to(vectors.dtype) * self.factor
+
+    @torch.no_grad()
+    def says_word(self, queries: TokenQueries) -> Tensor:
+        """``[N]`` bool: whether the likeliest token of each query has a letter or a digit."""
+        vectors, spelt = queries
+        assert spelt is not None
+
+        def likeliest(rows: Tensor) -> Tensor:
+            return (self._logits(rows, spelt) + self.barred).argmax(1)
+
+        return self.words[_in_parts(likeliest, len(self.words), vectors)]
 
     def cross_entropy(self, queries: TokenQueries, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """``[N]`` nats of the tokens ``targets`` [N].

@@ -16,6 +16,7 @@ from blspkd_fairseq.data.chat import ChatFormat
 
 LONGEST_PIECE = 3
 _SPACES = str.maketrans({"Ġ": "_", "▁": "_"})  # how byte-level BPE and SentencePiece write one
+_BLANKS = {**_SPACES, ord("Ċ"): "_", ord("č"): "_", ord("ĉ"): "_"}  # and how the former writes line breaks and tabs
 
 
 def pieces_of(token: str) -> Iterator[str]:
@@ -30,6 +31,11 @@ def pieces_of(token: str) -> Iterator[str]:
     for length in range(1, LONGEST_PIECE + 1):
         for start in range(len(bounded) - length + 1):
             yield bounded[start : start + length]
+
+
+def has_word(token: str | None) -> bool:
+    """Whether a token, as its tokenizer writes it, has a letter or a digit."""
+    return token is not None and any(one.isalnum() for one in token.translate(_BLANKS))
 
 
 def speakable_tokens(chat: ChatFormat, size: int) -> list[str | None]:
