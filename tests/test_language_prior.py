@@ -178,7 +178,7 @@ def test_what_says_a_word_is_the_likeliest_token(speech: BlspKd, monkeypatch: py
     for is_word in (True, False):
         words = torch.full_like(soft.words, not is_word)
         words[likeliest] = is_word
-        monkeypatch.setattr(soft, "words", words)
+        monkeypatch.setitem(soft._buffers, "words", words)
         assert soft.says_word(queries).tolist() == [is_word] * COUNTS[2]
 
 
