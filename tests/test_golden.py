@@ -50,6 +50,6 @@ def test_it_is_trained_on(release: Path, tmp_path: Path) -> None:
     write_split(tmp_path / "data", "train", 8)
     log = train(
         tmp_path / "data", tmp_path / "save", release / "llm", release / "speech_encoder", "--max-update", 4,
-        "--disable-validation", "--restore-file", release / "checkpoint.pt",
+        "--disable-validation", "--restore-file", release / "checkpoint.pt", "--optimizer", "adam",
     )  # fmt: skip
     assert "(epoch 2 @ 3 updates)" in log and updates_of(tmp_path / "save/checkpoint_last.pt") == 4
