@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import SMALL, save_llm, save_whisper, tiny_model, wake_lora
+from test_soft_tokens import config_of
+from tiny import tiny_model, wake_lora
 from torch import Tensor, nn
 
 from blspkd_fairseq.hub import BlspKd
@@ -190,11 +191,6 @@ def likeliest_of(soft: nn.Module, heard: AdapterOutput, row: int) -> Tensor:
     with torch.no_grad():
         nats = soft.cross_entropy(queries.of(places), torch.arange(tokens).repeat(count))
     return nats.view(count, tokens).argmin(1)
-
-
-def config_of(folder: Path, **options: object) -> SpeechLlmConfig:
-    llm, whisper = str(save_llm(folder / "llm")), str(save_whisper(folder / "whisper"))
-    return SpeechLlmConfig(speech_encoder=whisper, llm=llm, **{**SMALL, **options})
 
 
 def test_training_goes_on_with_the_prior_of_a_trained_model() -> None:

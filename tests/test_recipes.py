@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
+from blspkd_fairseq.base_models import PUBLISHED
 from blspkd_fairseq.models.blsp_kd import BlspKdModelConfig
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # Answers how many GPUs there are; fails for the shard in $FAILS; waits for $HANGS seconds.
 PYTHON = """#!/usr/bin/env bash
@@ -200,13 +200,12 @@ def test_nodes_must_know_each_other(tmp_path: Path, recipe: str, options: list[s
 
 # ---- options of a saved model --------------------------------------------------------------------------------------
 
-PRETRAINED = ROOT / "blspkd_fairseq" / "pretrained" / "whisper-tiny.en-smollm2-135m"
 OTHERWISE = {"adapter_soft_tokens": False, "adapter_pre_layers": 2, "lora_target_modules": "q_proj,v_proj"}
 
 
 @pytest.mark.parametrize("changed", [{}, OTHERWISE], ids=["published", "otherwise"])
 def test_training_reads_the_options_of_a_saved_model_as_they_were_saved(tmp_path: Path, changed: dict) -> None:
-    saved = json.loads((PRETRAINED / "config.json").read_text()) | changed
+    saved = json.loads((PUBLISHED / "config.json").read_text()) | changed
     (tmp_path / "config.json").write_text(json.dumps(saved))
     script = f"source {EXAMPLES}/common.sh; sizes_of {shlex.quote(str(tmp_path))}"
     words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
