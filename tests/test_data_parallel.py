@@ -1,5 +1,6 @@
 """Two processes train like one with a batch twice as large: every criterion, with both of fairseq's wrappers."""
 
+import faulthandler
 import subprocess
 import sys
 from datetime import timedelta
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from commands import end_together, free_port
+from commands import PATIENCE, end_together, free_port
 from tiny import save_llm, save_whisper, write_split
 from torch import Tensor, distributed
 
@@ -105,6 +106,7 @@ def wrap(model: BlspKdModel, backend: str) -> Any:
 
 def one_of_two(root: Path, rank: int, port: int) -> None:
     """Two updates of every case on half of the rows; the gradients of the second are left in a file."""
+    faulthandler.dump_traceback_later(PATIENCE - 60, exit=True)  # a process that hangs says where
     precision._cpu_has_bfloat16 = lambda: True  # as in the process that they are compared with (conftest)
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -124,6 +126,7 @@ def one_of_two(root: Path, rank: int, port: int) -> None:
             found[name, backend] = gradients(model, scale=2.0)  # both wrappers average over processes
     if rank == 0:
         torch.save(found, root / "gradients.pt")
+    distributed.barrier()  # none leaves while the other may still wait for the last sum
     distributed.destroy_process_group()
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_soft_tokens import config_of
+from test_soft_tokens import config_of, likeliest
 from tiny import tiny_model, wake_lora
 from torch import Tensor, nn
 
 from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.modules import language_prior
 from blspkd_fairseq.modules.build import SpeechLlmConfig, adopt_options, build_speech_llm
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
@@ -135,6 +136,17 @@ def test_it_is_the_same_alone_and_beside_silence(speech: BlspKd, prior: Language
     assert expect(speech.model, nothing, prior) is nothing
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 12])
+def test_so_many_pieces_at_once_as_memory_holds(
+    speech: BlspKd, prior: LanguagePrior, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    heard = by_sound(speech, (4, 0, 6, 2))
+    expected = expect(speech.model, heard, prior).embeddings
+    words = len(speech.model.adapter.soft_tokens.words)
+    monkeypatch.setattr(language_prior, "LOGITS_AT_ONCE", tokens * words)
+    torch.testing.assert_close(expect(speech.model, heard, prior).embeddings, expected, atol=1e-4, rtol=1e-3)
+
+
 def test_logits_that_the_llm_scales_and_caps(
     speech: BlspKd, prior: LanguagePrior, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,30 +179,20 @@ def test_whether_anybody_speaks_is_for_the_sound_to_say(
     heard, soft = by_sound(speech), speech.model.adapter.soft_tokens
     helped = expect(speech.model, heard, prior).embeddings
     said = [False] * 4 + [True] + [False, False, True, False, False, False]  # no word in the first of the pieces
-    monkeypatch.setattr(soft, "says_word", lambda queries: torch.tensor(said))
+    monkeypatch.setattr(soft, "says_word", lambda logits: torch.tensor(said))
     found = expect(speech.model, heard, prior).embeddings
     torch.testing.assert_close(found, torch.cat([heard.embeddings[:1], helped[1:]]))
 
 
 def test_what_says_a_word_is_the_likeliest_token(speech: BlspKd, monkeypatch: pytest.MonkeyPatch) -> None:
     heard, soft = by_sound(speech), speech.model.adapter.soft_tokens
-    likeliest = likeliest_of(soft, heard, 2)
     queries = heard.queries._replace(vectors=heard.queries.vectors[2])
+    tokens = likeliest(soft, queries)
     for is_word in (True, False):
         words = torch.full_like(soft.words, not is_word)
-        words[likeliest] = is_word
+        words[tokens] = is_word
         monkeypatch.setitem(soft._buffers, "words", words)
-        assert soft.says_word(queries).tolist() == [is_word] * COUNTS[2]
-
-
-def likeliest_of(soft: nn.Module, heard: AdapterOutput, row: int) -> Tensor:
-    """``[n]`` the token of the smallest cross-entropy."""
-    count, tokens = int(heard.lengths[row]), len(soft.words)
-    queries = heard.queries._replace(vectors=heard.queries.vectors[row : row + 1, :count])
-    places = torch.arange(count).repeat_interleave(tokens)
-    with torch.no_grad():
-        nats = soft.cross_entropy(queries.of(places), torch.arange(tokens).repeat(count))
-    return nats.view(count, tokens).argmin(1)
+        assert soft.says_word(soft.logits(queries)).tolist() == [is_word] * COUNTS[2]
 
 
 def test_training_goes_on_with_the_prior_of_a_trained_model() -> None:

@@ -42,7 +42,7 @@ def slow_posterior(soft: SoftTokens, points: torch.Tensor, states: torch.Tensor)
 
 def likeliest(soft: SoftTokens, queries: TokenQueries) -> torch.Tensor:
     """``[N]`` the token of the smallest cross-entropy."""
-    count, tokens = len(queries.vectors), len(queries.spelt)
+    count, tokens = len(queries.vectors), len(soft.words)
     repeated = queries.of(torch.arange(count).repeat_interleave(tokens))
     return soft.cross_entropy(repeated, torch.arange(tokens).repeat(count)).view(count, tokens).argmin(1)
 
@@ -86,7 +86,7 @@ def test_in_parts_it_is_the_same_with_the_same_gradients(soft: SoftTokens, monke
         return [entropy, mean, *torch.autograd.grad(entropy.sum() + mean.square().sum(), inputs)]
 
     whole = everything()
-    monkeypatch.setattr(soft_tokens, "_LOGITS_AT_ONCE", 2 * len(WORDS))
+    monkeypatch.setattr(soft_tokens, "LOGITS_AT_ONCE", 2 * len(WORDS))
     for one, other in zip(everything(), whole, strict=True):
         torch.testing.assert_close(one, other)
 

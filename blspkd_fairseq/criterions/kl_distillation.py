@@ -22,7 +22,8 @@ from blspkd_fairseq.modules.distillation_loss import (
     linear_cross_entropy,
     linear_kl_div_with_agreement,
 )
-from blspkd_fairseq.modules.speech_llm import Distillation, SpeechLLM, SpeechLlmOutput, soft_tokens_of
+from blspkd_fairseq.modules.soft_tokens import soft_tokens_of
+from blspkd_fairseq.modules.speech_llm import Distillation, SpeechLLM, SpeechLlmOutput
 
 
 class Term(NamedTuple):
@@ -161,12 +162,12 @@ class KlDistillationCriterion(FairseqCriterion):
         Raises:
             ValueError: names the options.
         """
-        if soft_tokens_of(model) is not None and self.cfg.token_ce_scale:
+        if soft_tokens_of(model.adapter) is not None and self.cfg.token_ce_scale:
             raise ValueError(
                 "--token-ce-scale is of embeddings that are no soft tokens: leave it out, or --adapter-soft-tokens, "
                 "which learns how sharp its posterior is"
             )
-        if soft_tokens_of(model) is None and self.cfg.token_negatives:
+        if soft_tokens_of(model.adapter) is None and self.cfg.token_negatives:
             raise ValueError("--token-negatives are drawn for soft tokens: add --adapter-soft-tokens, or leave it out")
         if model.adapter.one_to_one:
             return
@@ -204,7 +205,7 @@ class KlDistillationCriterion(FairseqCriterion):
             losses["quantity"] = quantity
 
         # What the warm-up leaves out still belongs to the loss.
-        parts = (model.speech_llm.llm, soft_tokens_of(model.speech_llm))
+        parts = (model.speech_llm.llm, soft_tokens_of(model.speech_llm.adapter))
         unused = (
             [] if positions else [p for part in parts if part is not None for p in part.parameters() if p.requires_grad]
         )
@@ -277,15 +278,14 @@ class KlDistillationCriterion(FairseqCriterion):
 
     def _token_ce(self, hidden: Tensor, ids: Tensor, output: SpeechLlmOutput, model: Any) -> Tensor:
         """``[N]`` nats of the tokens ``ids`` [N], by the embeddings or, where they are soft, by their posterior."""
-        soft = soft_tokens_of(model.speech_llm)
+        soft = soft_tokens_of(model.speech_llm.adapter)
         tokens = self._discerned(model, ids)
         # A token outside gets the next id as label, so it always counts as wrong.
         targets = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
         if soft is not None:
             assert output.adapter.queries is not None
             queries = output.adapter.queries.of(output.batch.student.source)
-            every_one = self.cfg.token_vocabulary == "all" and tokens is self._vocabulary
-            ce: Tensor = soft.cross_entropy(queries, targets, None if every_one else tokens)
+            ce: Tensor = soft.cross_entropy(queries, targets, None if self._discerns_all else tokens)
             return ce
         if self._table is None:
             self._table = model.speech_llm.embed(tokens).float()
@@ -294,13 +294,22 @@ class KlDistillationCriterion(FairseqCriterion):
             return distance_cross_entropy(hidden, targets, self._table, scale, chunk)
         return linear_cross_entropy(hidden, targets, self._table.to(hidden.dtype), chunk_size=chunk)
 
+    @property
+    def _draws(self) -> bool:
+        return bool(self.cfg.token_negatives) and self.training
+
+    @property
+    def _discerns_all(self) -> bool:
+        """Tokens are told apart from all others of the LLM, whose indices are their ids."""
+        return self.cfg.token_vocabulary == "all" and not self._draws
+
     def _discerned(self, model: Any, ids: Tensor) -> Tensor:
         """Sorted ids of the tokens that ``ids`` [N] are told apart from; drawn ones may stand there again."""
         if self._vocabulary is None:
             size = model.speech_llm.llm.get_input_embeddings().num_embeddings
             tokens = torch.arange(size) if self.cfg.token_vocabulary == "all" else self.task.training_tokens()
             self._vocabulary = tokens.to(ids.device)
-        if not (self.cfg.token_negatives and self.training):
+        if not self._draws:
             return self._vocabulary
         drawn = torch.randint(len(self._vocabulary), (self.cfg.token_negatives,), device=ids.device)
         return torch.cat([ids, self._vocabulary[drawn]]).sort().values

@@ -159,10 +159,8 @@ def most_written(heard: int) -> int:
 
 def nearest_tokens(model: SpeechLLM, embeddings: Tensor) -> list[int]:
     """For embeddings ``[U, D]`` the ids of the LLM's nearest input embeddings (Euclidean distance)."""
-    table = model.llm.get_input_embeddings()
-    words = torch.arange(table.num_embeddings, device=embeddings.device)
-    vectors = table(words).float()
-    closeness = embeddings.float() @ vectors.t() - vectors.square().sum(1) / 2
+    vectors, squares = model.vocabulary
+    closeness = embeddings.float() @ vectors.float().t() - squares / 2
     ids: list[int] = closeness.argmax(1).tolist()
     return ids
 

@@ -22,6 +22,7 @@ from blspkd_fairseq.data.batch import Batch, Layout, PlanRow, plan_batch
 from blspkd_fairseq.data.conversation import Speech
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.ragged import pack, pad
+from blspkd_fairseq.modules.soft_tokens import LOGITS_AT_ONCE, SoftTokens, soft_tokens_of
 
 if TYPE_CHECKING:
     from blspkd_fairseq.modules.speech_llm import SpeechLLM
@@ -44,29 +45,46 @@ class LanguagePrior(NamedTuple):
 @torch.no_grad()
 def expect(model: "SpeechLLM", heard: AdapterOutput, prior: LanguagePrior) -> AdapterOutput:
     """``heard``, its soft tokens under the posterior of sound and prediction; the device is asked for its lengths."""
-    soft = getattr(model.adapter, "soft_tokens", None)
+    soft = soft_tokens_of(model.adapter)
     counts = heard.lengths.tolist()
     if soft is None or heard.queries is None or not any(counts):
         return heard
-    batch = _plan(prior.opening, counts, model.share_prefix).to(heard.lengths.device)
+    at_once = max(1, LOGITS_AT_ONCE // (len(soft.words) * max(counts)))  # whose logits are kept from pass to pass
+    embeddings = []
+    for begin in range(0, len(counts), at_once):
+        part = slice(begin, begin + at_once)
+        queries = heard.queries._replace(vectors=heard.queries.vectors[part])
+        pieces = heard._replace(embeddings=heard.embeddings[part], queries=queries)
+        embeddings.append(_expect_at_once(model, soft, pieces, counts[part], prior))
+    return heard._replace(embeddings=torch.cat(embeddings))
+
+
+def _expect_at_once(
+    model: "SpeechLLM", soft: SoftTokens, heard: AdapterOutput, counts: list[int], prior: LanguagePrior
+) -> Tensor:
+    """Embeddings ``[B, U, D]``, as those heard."""
+    by_sound = heard.embeddings
+    if not any(counts):
+        return by_sound
+    batch = _plan(prior.opening, counts, model.share_prefix).to(by_sound.device)
     before = _places_before(batch.student)
-    queries = heard.queries._replace(vectors=pack(heard.queries.vectors, batch.pieces))
-    weight, bias = model.head
-    transform = model.logit_transform
-
-    def logits(hidden: Tensor) -> Tensor:
-        products = F.linear(hidden, weight, bias).float()
-        return prior.weight * (products if transform is None else transform.apply_(products)[0])
-
-    by_sound = heard
+    assert heard.queries is not None
+    sound = soft.logits(heard.queries._replace(vectors=pack(heard.queries.vectors, batch.pieces)))
     for _ in range(prior.passes):
         hidden = model.hear(heard, batch.student)
         # What no token is before has the prediction of nothing, which is the same for all tokens.
-        expected = F.pad(hidden, (0, 0, 1, 0)).index_select(0, before + 1)
-        tokens = soft(queries, expected, logits).to(heard.embeddings.dtype)
-        heard = heard._replace(embeddings=pad(tokens, batch.pieces))
-    says_word = pad(soft.says_word(queries).unsqueeze(1), batch.pieces).any(1, keepdim=True)
-    return heard._replace(embeddings=torch.where(says_word, heard.embeddings, by_sound.embeddings))
+        expected = _logits(model, F.pad(hidden, (0, 0, 1, 0)).index_select(0, before + 1))
+        tokens = pad(soft.mean(sound + prior.weight * expected).to(by_sound.dtype), batch.pieces)
+        heard = heard._replace(embeddings=F.pad(tokens, (0, 0, 0, by_sound.shape[1] - tokens.shape[1])))
+    says_word = pad(soft.says_word(sound).unsqueeze(1), batch.pieces).any(1, keepdim=True)
+    return torch.where(says_word, heard.embeddings, by_sound)
+
+
+def _logits(model: "SpeechLLM", hidden: Tensor) -> Tensor:
+    """``[N, V]`` of the LLM's hidden states ``[N, D]``, in fp32."""
+    products = F.linear(hidden, *model.head).float()
+    transform = model.logit_transform
+    return products if transform is None else transform.apply_(products)[0]
 
 
 def _plan(opening: Sequence[int], counts: Sequence[int], share_prefix: bool) -> Batch:

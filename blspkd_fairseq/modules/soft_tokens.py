@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blspkd_fairseq.modules.spelling import Spelling, has_word
 
-_LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32
+LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32
 
 
 class TokenQueries(NamedTuple):
@@ -105,39 +105,28 @@ class SoftTokens(nn.Module):
         """
         return TokenQueries(torch.cat([points, self.listen(states)], 1), self._all_spelt() if spells else None)
 
-    def forward(
-        self, queries: TokenQueries, states: Tensor | None = None, prior: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """``[N, D]`` the mean of the embeddings under the focused posterior of each query.
+    def forward(self, queries: TokenQueries) -> Tensor:
+        """``[N, D]`` the mean of the embeddings under the focused posterior of each of N queries."""
 
-        Args:
-            queries: N of them.
-            states: ``[N, H]`` of which ``prior`` gives what is added to the logits, ``[n, V]`` of n of them.
-            prior: see :mod:`blspkd_fairseq.modules.language_prior`; None: by the sound alone.
-        """
-        vectors, spelt = queries
-        assert spelt is not None
-        table, focus = self.embeddings, self.log_focus.float().exp()
+        def mean(rows: Tensor) -> Tensor:
+            return self.mean(self.logits(queries._replace(vectors=rows)))
 
-        def mean(rows: Tensor, *expecting: Tensor) -> Tensor:
-            logits = self._logits(rows, spelt)
-            if prior is not None:
-                logits = logits + prior(*expecting)
-            return (focus * logits + self.barred).softmax(1).to(table.dtype) @ table
+        return _in_parts(mean, len(self.words), queries.vectors).to(queries.vectors.dtype)
 
-        rows = (vectors,) if states is None else (vectors, states)
-        return _in_parts(mean, len(table), *rows).to(vectors.dtype) * self.factor
+    def logits(self, queries: TokenQueries) -> Tensor:
+        """``[N, V]`` of N queries, in fp32; those of what stands for no text are for :meth:`mean` to bar."""
+        assert queries.spelt is not None
+        return self._logits(queries.vectors, queries.spelt)
 
-    @torch.no_grad()
-    def says_word(self, queries: TokenQueries) -> Tensor:
-        """``[N]`` bool: whether the likeliest token of each query has a letter or a digit."""
-        vectors, spelt = queries
-        assert spelt is not None
+    def mean(self, logits: Tensor) -> Tensor:
+        """``[N, D]`` the mean of the embeddings under the focused posterior of logits ``[N, V]``."""
+        table = self.embeddings
+        posterior = (self.log_focus.float().exp() * logits + self.barred).softmax(1)
+        return posterior.to(table.dtype) @ table * self.factor
 
-        def likeliest(rows: Tensor) -> Tensor:
-            return (self._logits(rows, spelt) + self.barred).argmax(1)
-
-        return self.words[_in_parts(likeliest, len(self.words), vectors)]
+    def says_word(self, logits: Tensor) -> Tensor:
+        """``[N]`` bool: whether the likeliest token under logits ``[N, V]`` has a letter or a digit."""
+        return self.words[(logits + self.barred).argmax(1)]
 
     def cross_entropy(self, queries: TokenQueries, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """``[N]`` nats of the tokens ``targets`` [N].
@@ -188,9 +177,14 @@ class SoftTokens(nn.Module):
         return self._spelt[1]
 
 
+def soft_tokens_of(adapter: nn.Module) -> SoftTokens | None:
+    """The adapter's soft tokens; an adapter of one's own need not say that it has none."""
+    return getattr(adapter, "soft_tokens", None)
+
+
 def _in_parts(function: Callable[..., Tensor], vocabulary: int, *rows: Tensor) -> Tensor:
     """The function of all rows; where their logits are large in parts, which are computed again in backward."""
-    parts = list(zip(*(one.split(max(1, _LOGITS_AT_ONCE // vocabulary)) for one in rows), strict=True))
+    parts = list(zip(*(one.split(max(1, LOGITS_AT_ONCE // vocabulary)) for one in rows), strict=True))
     if len(parts) == 1:
         return function(*rows)
     if not torch.is_grad_enabled():

@@ -34,7 +34,7 @@ from blspkd_fairseq.modules.partial_lora import (
 )
 from blspkd_fairseq.modules.precision import has_bfloat16, usable_dtype
 from blspkd_fairseq.modules.ragged import Ragged, pad, rows_of
-from blspkd_fairseq.modules.soft_tokens import SoftTokens
+from blspkd_fairseq.modules.soft_tokens import soft_tokens_of
 from blspkd_fairseq.modules.whisper_encoder import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
@@ -98,6 +98,7 @@ class ChatLLM(nn.Module):
         self.reads_packed = can_read_packed(llm)
         self.known_decoder: KnownDecoder | None = None
         self._tried: tuple[Any, ...] = ()
+        self._squares: tuple[tuple[Any, ...], Tensor] | None = None
         self._settle_decoder()
 
     def settle_precision(self) -> None:
@@ -138,6 +139,18 @@ class ChatLLM(nn.Module):
         table = self.llm.get_input_embeddings()
         # Called on its class: gradient checkpointing hangs a hook on the layer that asks for a gradient.
         return type(table).forward(table, ids)
+
+    @property
+    def vocabulary(self) -> tuple[Tensor, Tensor]:
+        """``[V, D]`` the input embeddings of all tokens, and ``[V]`` the squares of their norms in fp32, kept."""
+        table = self.llm.get_input_embeddings()
+        weight: Tensor = table.weight.detach()
+        plain = type(table) is nn.Embedding
+        vectors = weight if plain else self.embed(torch.arange(len(weight), device=weight.device))
+        key = (weight.device, weight.dtype, weight.data_ptr(), weight._version)
+        if self._squares is None or self._squares[0] != key:
+            self._squares = key, torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float32).square()
+        return vectors, self._squares[1]
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
@@ -336,7 +349,7 @@ class SpeechLLM(ChatLLM):
     def _adapted(self, frames: Ragged, tokens: Rows | None, reads: bool) -> AdapterOutput:
         adapt = getattr(self.adapter, "adapt", None)
         if callable(adapt):
-            spared = not reads and soft_tokens_of(self) is not None
+            spared = not reads and soft_tokens_of(self.adapter) is not None
             output: AdapterOutput = adapt(frames, tokens, reads=False) if spared else adapt(frames, tokens)
             return output
         # An adapter of one's own may know padded frames alone.
@@ -436,11 +449,6 @@ class SpeechLLM(ChatLLM):
         counts = adapter.lengths.tolist()
         plan = plan_from_text(text, samples, counts, "response" in positions, self.share_prefix)
         return plan.to(src_lengths.device), adapter
-
-
-def soft_tokens_of(model: SpeechLLM) -> SoftTokens | None:
-    """The adapter's soft tokens; an adapter of one's own need not say that it has none."""
-    return getattr(model.adapter, "soft_tokens", None)
 
 
 def _at_speech(hearing: Tensor, taught: Tensor | None, batch: Batch) -> Distillation:

@@ -18,6 +18,7 @@ from typing import Any
 from write_report import TEXT, false_answers, scores_of
 
 from blspkd_fairseq import BlspKd
+from blspkd_fairseq.evaluation.significance import Interval
 from blspkd_fairseq.evaluation.tables import format_score, markdown_table
 from blspkd_fairseq.files import write_whole
 
@@ -116,9 +117,9 @@ def front(results: Mapping[str, Mapping[str, Any]]) -> str:
         figures = [format_score(score[metric]) for metric in ("WER heard", "WER repeat") for score in scores]
         lines.append([TITLES[name], str(len(systems[0]["id"])), *figures])
     said = markdown_table(FRONT_TITLES, lines)
-    if SOUND in results:
-        heard = [scores_of(results[SOUND][name], None)["WER heard"] for name in FRONT if name in results[SOUND]]
-        figures = ", ".join(f"{score.score:.1f}" for score in heard)
+    by_sound = heard_by_sound(results)
+    if by_sound:
+        figures = ", ".join(f"{by_sound[name].score:.1f}" for name in FRONT if name in by_sound)
         said += f"\nBy the sound alone, without what the LLM expects after the words before, it hears with {figures}.\n"
     if "nothing" not in results["model"]:
         return said
@@ -126,21 +127,26 @@ def front(results: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{said}\nWhere nobody speaks it says so, but for {silent} clips of silence, hum, noise and babble.\n"
 
 
+def heard_by_sound(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Interval]:
+    """The WER in hearing of each spoken set without what the LLM expects, of those that were measured."""
+    sets = {name: found for name, found in results.get(SOUND, {}).items() if name != "nothing"}
+    return {name: scores_of(found, None)["WER heard"] for name, found in sets.items()}
+
+
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A row per figure and system, a column per set."""
     sets = [name for name in TITLES if name in results["model"]]
     spoken = [name for name in sets if name != "nothing"]
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    rows: dict[tuple[str, str], dict[str, str]] = {("WER heard", "model"): {}}
+    by_sound = {name: format_score(score, 1) for name, score in heard_by_sound(results).items()}
+    if by_sound:  # below what they compare with
+        rows["WER heard, by the sound alone", "model"] = by_sound
     for system in MEASURED:
         for name in spoken:
             if name in results[system]:
                 for metric, score in scores_of(results[system][name], results[TEXT].get(name)).items():
                     digits = 2 if metric.endswith(" KL") else 1  # nats
                     rows.setdefault((metric, system), {})[name] = format_score(score, digits)
-        if system == "model":
-            for name in [name for name in spoken if name in results.get(SOUND, {})]:
-                score = scores_of(results[SOUND][name], None)["WER heard"]
-                rows.setdefault(("WER heard, by the sound alone", system), {})[name] = format_score(score, 1)
         if "nothing" in results[system]:
             answers = {"nothing": false_answers(results[system]["nothing"])}
             rows["answered as if somebody spoke", system] = answers
