@@ -12,17 +12,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.recordings]
 
 
 def test_the_comparison_runs_resumes_and_reports(tmp_path: Path) -> None:
-    options = ["--updates", 4, "--sentences", 24, "--test-sentences", 4, "--only", "small", "--seeds", "1"]
+    options = ["--updates", 2, "--sentences", 24, "--test-sentences", 2, "--only", "small", "--seeds", "1"]
     run("comparison", tmp_path, *options)
     results = {path.name for path in (tmp_path / "results").iterdir()}
     assert results == {"small-seed1.json", "text.json", "cascade.json"}  # where it begins is trained only
     measured = json.loads((tmp_path / "results" / "small-seed1.json").read_text())
-    assert measured["updates"] == 4 and measured["utterances_before"] == 4 * 48
+    assert measured["updates"] == 2 and measured["utterances_before"] == 2 * 48
     assert 0 < measured["train_wall"] <= measured["training_seconds"] and max(measured["text_kl"]["kl"]) == 0
-    assert len(measured["sets"]["heard"]["repeat"]) == len(measured["sets"]["questions_heard"]["chat"]) == 4
-    assert len(measured["sets"]["real"]["boundary_ms"]) == 4
+    assert len(measured["sets"]["heard"]["repeat"]) == len(measured["sets"]["questions_heard"]["chat"]) == 2
+    assert len(measured["sets"]["real"]["boundary_ms"]) == 2
     cascade = json.loads((tmp_path / "results" / "cascade.json").read_text())
-    assert [len(answers) for answers in cascade["conditions"].values()] == [4] * 6
+    assert [len(answers) for answers in cascade["conditions"].values()] == [2] * 6
     report = (tmp_path / "report" / "RESULTS.md").read_text()
     assert "BLSP-KD: longer, rank 4" in report and "**Not measured yet:** blsp, cnn_kl" in report
     for picture in ("overview", "main", "curves", "scaling", "robustness"):

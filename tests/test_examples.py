@@ -1,7 +1,6 @@
 """The recipes of examples/ as they are typed, on real recordings and the small real models."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import warm_python
 from commands import load
 from conftest import THREADS
 from tiny import PATIENCE
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.recordings]
 
 
 def run(name: str, out: Path, *options: object) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+    environment = warm_python.environment(OMP_NUM_THREADS=THREADS)
     command = ["bash", str(EXAMPLES / name / "run.sh"), "--out", str(out), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=2 * PATIENCE)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm_python
 from commands import fairseq
 from tiny import PATIENCE, save_llm, save_whisper, tiny_model, write_split
 
@@ -499,8 +500,7 @@ def test_every_row_is_trained_and_measured(tiny_work: Path, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.real
 def test_a_row_of_the_real_models_goes_on_where_its_time_was_over(tmp_path: Path) -> None:
-    environment = {**os.environ, "BLSPKD_VENV": "none"}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    environment = warm_python.environment()
 
     def run(*command: object, code: int = 0) -> str:
         done = subprocess.run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import warm_python
 from tiny import PATIENCE, write_split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -490,11 +490,13 @@ def test_the_readme_shows_the_figures_of_the_card() -> None:
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def command(name: str, *options: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    given = {**os.environ, "BLSPKD_VENV": "none", **(environment or {})}
-    given["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), given["PATH"]])
+def command(name: str, *options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(OPEN / name), *map(str, options)], capture_output=True, text=True, env=given, check=False
+        ["bash", str(OPEN / name), *map(str, options)],
+        capture_output=True,
+        text=True,
+        env=warm_python.environment(),
+        check=False,
     )
 
 

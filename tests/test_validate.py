@@ -1,6 +1,7 @@
 """The check of a finished data directory."""
 
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,10 @@ def test_one_manifest_by_itself(data: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_sentences_are_compared_as_they_sound() -> None:
     assert sentence_key("Hello,  WORLD!") == sentence_key("hello world") != sentence_key("hello word")
+    every = "".join(map(chr, range(0x2E80)))  # each character, and each once more from what is known by then
+    for _ in range(2):
+        kept = "".join(c for c in unicodedata.normalize("NFKC", every).casefold() if unicodedata.category(c)[0] != "P")
+        assert sentence_key(every) == " ".join(kept.split())
     assert sentence_key("你好。") == sentence_key("你好") and sentence_key("...") == ""
 
 

@@ -52,7 +52,7 @@ if [ -n "$small" ]; then
     speech_encoder=$cache/whisper-tiny.en llm=$cache/smollm2-135m-instruct direction=en_fr gpus=0 cuda=(--cpu)
     common_voice=$out/corpus translations=$out/corpus/en
     prepare=(--any-direction) responses=(--max-new-tokens 16 --batch-size 64 --rows 64)
-    generate=(--max-len-b 32) evaluate=(--max-new-tokens 32 --conditions white:10 --align)
+    generate=(--max-len-b 16) evaluate=(--max-new-tokens 16 --conditions white:10 --align)
     train=(--adapter-pre-layers 1 --adapter-post-layers 1 --adapter-heads 6 --token-ce-weight 1 --token-mse-weight 1)
     batch=16 accumulation=1 lr=1e-3 warm_up=5
     [ "$max_update" -gt 0 ] || max_update=40

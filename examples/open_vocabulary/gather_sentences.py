@@ -17,9 +17,10 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "scripts"), str(Path(__file__).resolve().parent)]
@@ -75,7 +76,8 @@ _REGULAR_ENDINGS = (
 )  # fmt: skip
 
 
-class Dictionary(NamedTuple):
+@dataclass(frozen=True)
+class Dictionary:
     """Words that are English.
 
     Attributes:
@@ -98,8 +100,14 @@ class Dictionary(NamedTuple):
 
     def is_profane(self, words: Sequence[str]) -> bool:
         """Whether words or phrases among them are profane: "hand" is not, what is made of it may be."""
-        runs = (words[i : i + size] for size in range(1, LONGEST_PHRASE + 1) for i in range(len(words) - size + 1))
-        return any(" ".join(run) in self.profane for run in runs)
+        begins = [i for i, word in enumerate(words) if word in self.profane_beginnings]
+        return any(
+            " ".join(words[i : i + size]) in self.profane for i in begins for size in range(1, LONGEST_PHRASE + 1)
+        )
+
+    @cached_property
+    def profane_beginnings(self) -> frozenset[str]:
+        return frozenset(phrase.partition(" ")[0] for phrase in self.profane)
 
 
 # ---- filter --------------------------------------------------------------------------------------------------------
