@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import warm_python
 from tiny import PATIENCE
 
 import blspkd_fairseq
@@ -80,10 +81,11 @@ def program(command: str) -> list[str]:
     return [sys.executable, "-c", f"from {module} import cli_main; cli_main()"]
 
 
-def start(command: str, data: Path, *options: Any) -> "subprocess.Popen[str]":
-    """The real command in a process of its own."""
+def start(command: str, data: Path, *options: Any, warm: bool = False) -> "subprocess.Popen[str]":
+    """The real command in a process of its own, which may be :mod:`warm_python`."""
+    python, *code = program(command)
     return subprocess.Popen(
-        [*program(command), *arguments(command, data, *options)],
+        [warm_python.commands() / "python" if warm else python, *code, *arguments(command, data, *options)],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -107,7 +109,7 @@ def train_on_two(
             "train", data, "--llm", llm, "--speech-encoder", whisper, "--save-dir", save_dir, *TRAIN_OPTIONS, *options,
             "--distributed-world-size", 2, "--distributed-rank", rank, "--distributed-no-spawn",
             "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-backend", collectives,
-            "--ddp-backend", backend,
+            "--ddp-backend", backend, warm=True,
         )
         for rank in range(2)
     ]  # fmt: skip

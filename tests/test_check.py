@@ -108,6 +108,14 @@ def test_tested_fairseq_passes(tmp_path: Path) -> None:
     assert warning(tmp_path) == "None"
 
 
+def test_a_distribution_is_known_by_its_files_where_it_declares_nothing(tmp_path: Path) -> None:
+    install(tmp_path, "fairseq-fixed", "0.12.3.1", "fairseq")
+    install(tmp_path, "other", "1.0", "other")
+    for declared in tmp_path.rglob("top_level.txt"):
+        declared.unlink()
+    assert "fairseq comes from fairseq-fixed 0.12.3.1, and" in warning(tmp_path)
+
+
 def test_importable_fork_is_a_warning_only(tmp_path: Path) -> None:
     install(tmp_path, "fairseq-fixed", "0.12.3.1", "fairseq")
     assert refusal(tmp_path) == ""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import warm_python
 from commands import PATIENCE, end_together, free_port
 from tiny import save_llm, save_whisper, write_split
 from torch import Tensor, distributed
@@ -146,7 +147,7 @@ def two_processes(root: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
     end_together(
         [
             subprocess.Popen(
-                [sys.executable, __file__, root, str(rank), str(port)],
+                [warm_python.commands() / "python", __file__, root, str(rank), str(port)],
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -213,7 +213,7 @@ def test_training_killed_again_and_again_ends_like_an_undisturbed_one(world: Wor
     for kill in range(4):
         process = start(
             "train", world.data, "--llm", world.llm, "--speech-encoder", world.whisper, "--save-dir", killed,
-            *TRAIN_OPTIONS, *options,
+            *TRAIN_OPTIONS, *options, warm=True,
         )  # fmt: skip
         last = killed / "checkpoint_last.pt"
         stamp, count = _stamp(last), rng.randrange(1, 4)

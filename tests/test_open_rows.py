@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import warm_python
 from commands import fairseq
-from tiny import PATIENCE, save_llm, save_whisper, tiny_model, write_split
+from tiny import save_llm, save_whisper, tiny_model, write_split
 
 ROOT = Path(__file__).resolve().parents[1]
 OPEN = ROOT / "examples" / "open_vocabulary"
@@ -495,22 +494,3 @@ def test_every_row_is_trained_and_measured(tiny_work: Path, monkeypatch: pytest.
     said = report(tiny_work / "all", tiny_work / "all-report")
     assert "not measured" not in said.split("## What was to be shown")[0]
     assert "| BLSP: CNN, cross-entropy | 1/32 | 0.00 |" in said and "with each doubling" in said
-
-
-@pytest.mark.slow
-@pytest.mark.real
-def test_a_row_of_the_real_models_goes_on_where_its_time_was_over(tmp_path: Path) -> None:
-    environment = warm_python.environment()
-
-    def run(*command: object, code: int = 0) -> str:
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env=environment, timeout=4 * PATIENCE
-        )
-        assert done.returncode == code, (done.stdout + done.stderr)[-4000:]
-        return done.stdout
-
-    run("bash", OPEN / "run.sh", "--quick", "--processes", 1, "--out", tmp_path, "--stop-stage", 4)
-    rows = [sys.executable, OPEN / "compare_rows.py", "--work", tmp_path, "--quick", "--jobs", 1, "--only", "scratch"]
-    assert "the time is over" in run(*rows, "--seconds", 5, code=124)
-    run(*rows)
-    assert len(json.loads((tmp_path / "rows" / "results" / "scratch-seed1.json").read_text())["curve"]) > 1

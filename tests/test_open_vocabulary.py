@@ -628,4 +628,4 @@ def test_the_pieces_for_a_gpu_train_on_a_few_rows(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "results" / "rows.tar.gz.00") as archive:
         archive.extractall(tmp_path, filter="data")
     result = json.loads((tmp_path / "rows" / "results" / "mix-seed1.json").read_text())
-    assert {"test", "phone", "game"} <= set(result["sets"])
+    assert {"test", "phone", "game"} <= set(result["sets"]) and len(result["curve"]) > 1

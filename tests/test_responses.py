@@ -12,6 +12,7 @@ from typing import Any
 import generate_responses
 import pytest
 import tiny
+import warm_python
 
 from blspkd_fairseq.data.manifest import Manifest, write_manifest
 from blspkd_fairseq.data.prompts import resolve_prompt
@@ -193,8 +194,8 @@ def test_killed_again_and_again_it_gives_the_same_bytes(
     store, rng = tmp_path / "out.tsv.responses.jsonl", random.Random(2)
     for kill in range(4):
         process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *arguments(tmp_path, llm)],
-            stdout=subprocess.DEVNULL,
+            [warm_python.commands() / "python", str(SCRIPT), *arguments(tmp_path, llm)],
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
         size = store.stat().st_size if store.exists() else 0
@@ -203,7 +204,8 @@ def test_killed_again_and_again_it_gives_the_same_bytes(
             time.sleep(0.001)
         if kill < 3:
             process.kill()
-            if process.wait() == 0:  # a busy machine may kill too late
+            process.communicate()  # until nobody writes
+            if process.returncode == 0:  # a busy machine may kill too late
                 continue
             assert not (tmp_path / "out.tsv").exists()
             with open(store, "ab") as file:  # what a kill in the middle of a write leaves

@@ -10,6 +10,7 @@ from tiny import wake_lora
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
+from blspkd_fairseq.generation.decoding import nearest_tokens
 from blspkd_fairseq.modules.cformer import AdapterOutput, CFormer
 from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.distillation_loss import linear_kl_div
@@ -261,3 +262,25 @@ def test_products_are_in_bfloat16_on_cards_that_have_it(
     assert torch.cuda.is_bf16_supported()
     model = SimpleNamespace(product_dtype=None, device=torch.device("cuda"))
     assert SpeechLLM.products.fget(model) == dtype  # type: ignore[attr-defined]
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * 3
+
+
+@pytest.mark.parametrize("table", [nn.Embedding, Scaled])
+def test_the_vocabulary_is_kept_until_it_changes(build: Callable[..., SpeechLLM], table: type[nn.Embedding]) -> None:
+    model = build()
+    model.llm.set_input_embeddings(table(VOCABULARY, HIDDEN).requires_grad_(False))
+    seen = []
+    for change in (lambda: None, lambda: model.llm.get_input_embeddings().weight.mul_(2), model.bfloat16):
+        change()
+        vectors, squares = model.vocabulary
+        torch.testing.assert_close(vectors, model.embed(torch.arange(VOCABULARY)))
+        assert squares.dtype == torch.float32 and model.vocabulary[1] is squares
+        torch.testing.assert_close(squares, vectors.float().square().sum(1))
+        seen.append(squares)
+    assert len({id(one) for one in seen}) == 3
+    at = torch.tensor([5, 0, VOCABULARY - 1])
+    assert nearest_tokens(model, 1.01 * model.embed(at)) == at.tolist()

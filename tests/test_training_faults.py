@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
 from commands import TRAIN_OPTIONS, arguments, load, train
 from tiny import PATIENCE, save_llm, save_whisper, write_split
 from torch import Tensor
@@ -227,7 +228,9 @@ def test_exit_status(world: World, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.pt"))
 
 
-def process(fault: str, world: World, save_dir: Path, *options: Any, **environment: Any) -> "subprocess.Popen[str]":
+def process(
+    fault: str, world: World, save_dir: Path, *options: Any, python: Path = Path(sys.executable), **environment: Any
+) -> "subprocess.Popen[str]":
     """``fairseq-train`` in a process of its own, with a fault."""
     program = (
         f"import blspkd_fairseq\nblspkd_fairseq.register()\n{fault}\nfrom fairseq_cli.train import cli_main\ncli_main()"
@@ -238,7 +241,7 @@ def process(fault: str, world: World, save_dir: Path, *options: Any, **environme
     )  # fmt: skip
     variables = os.environ | {key: str(value) for key, value in environment.items()}
     return subprocess.Popen(
-        [sys.executable, "-c", program, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [python, "-c", program, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=variables,
     )  # fmt: skip
 
@@ -535,7 +538,8 @@ def launched(fault: str, world: World, save_dir: Path, *options: Any) -> "list[t
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    own: dict[str, Any] = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    python = warm_python.commands() / "python"
+    own: dict[str, Any] = {"python": python, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     workers = [process(fault, world, save_dir, *options, RANK=rank, LOCAL_RANK=rank, **own) for rank in range(2)]
     try:
         outputs = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]

@@ -119,7 +119,7 @@ def _import_all() -> None:
     import blspkd_fairseq
 
     blspkd_fairseq.register()
-    import torch
+    import torch.nn.parallel.distributed
     import transformers.models.auto
     import transformers.models.llama.modeling_llama
     import transformers.models.whisper.modeling_whisper  # noqa: F401

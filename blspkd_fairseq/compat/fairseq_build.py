@@ -47,8 +47,17 @@ class FairseqDistribution(NamedTuple):
 
 def fairseq_distributions() -> list[FairseqDistribution]:
     """All installed distributions that provide `import fairseq`, whatever their names, sorted by name."""
-    names = set(importlib.metadata.packages_distributions().get("fairseq", []))
+    names = {one.metadata["Name"] for one in importlib.metadata.distributions() if _provides_fairseq(one)}
     return [_describe(importlib.metadata.distribution(name)) for name in sorted(names)]
+
+
+def _provides_fairseq(distribution: importlib.metadata.Distribution) -> bool:
+    """As ``importlib.metadata.packages_distributions`` finds it, which takes a second to look at all packages."""
+    declared = (distribution.read_text("top_level.txt") or "").split()
+    if declared:
+        return "fairseq" in declared
+    files = distribution.read_text("RECORD") or distribution.read_text("SOURCES.txt") or ""
+    return any(line.startswith(("fairseq/", "fairseq.py")) for line in files.splitlines())
 
 
 def _describe(distribution: importlib.metadata.Distribution) -> FairseqDistribution:
@@ -119,15 +128,20 @@ def fairseq_warning() -> Problem | None:
     )
 
 
+_usable = False  # what was found out once
+
+
 def require_fairseq() -> None:
-    """Raises unless fairseq can be used; cheap when it is imported already.
+    """Raises unless fairseq can be used; looks for that until it can.
 
     Raises:
         FairseqError: one sentence that says what is wrong and what to do.
     """
-    problem = fairseq_problem()
+    global _usable
+    problem = None if _usable else fairseq_problem()
     if problem is not None:
         raise FairseqError(str(problem))
+    _usable = True
 
 
 # What fairseq says to hydra and torch of today, in every command, and what nobody but its authors could act upon.

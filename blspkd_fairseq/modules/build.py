@@ -92,7 +92,7 @@ class AdapterOptions:
         "in use, soft tokens go by what the LLM expects after those before them, too: the power of its prediction in "
         "their posterior (0: by the sound alone)",
     )
-    adapter_prior_passes: int = _option(2, "how often the LLM reads what is heard so far, for --adapter-prior-weight")
+    adapter_prior_passes: int = _option(1, "how often the LLM reads what is heard so far, for --adapter-prior-weight")
     transcript_merges: int = _option(
         0,
         "write what is heard with so many of the merges of the LLM's BPE tokenizer: rarer words become several "

@@ -53,9 +53,11 @@ def expect(model: "SpeechLLM", heard: AdapterOutput, prior: LanguagePrior) -> Ad
     embeddings = []
     for begin in range(0, len(counts), at_once):
         part = slice(begin, begin + at_once)
-        queries = heard.queries._replace(vectors=heard.queries.vectors[part])
-        pieces = heard._replace(embeddings=heard.embeddings[part], queries=queries)
-        embeddings.append(_expect_at_once(model, soft, pieces, counts[part], prior))
+        longest = max(counts[part])
+        queries = heard.queries._replace(vectors=heard.queries.vectors[part, :longest])
+        pieces = heard._replace(embeddings=heard.embeddings[part, :longest], queries=queries)
+        found = _expect_at_once(model, soft, pieces, counts[part], prior)
+        embeddings.append(F.pad(found, (0, 0, 0, heard.embeddings.shape[1] - longest)))
     return heard._replace(embeddings=torch.cat(embeddings))
 
 
@@ -74,8 +76,8 @@ def _expect_at_once(
         hidden = model.hear(heard, batch.student)
         # What no token is before has the prediction of nothing, which is the same for all tokens.
         expected = _logits(model, F.pad(hidden, (0, 0, 1, 0)).index_select(0, before + 1))
-        tokens = pad(soft.mean(sound + prior.weight * expected).to(by_sound.dtype), batch.pieces)
-        heard = heard._replace(embeddings=F.pad(tokens, (0, 0, 0, by_sound.shape[1] - tokens.shape[1])))
+        tokens = soft.mean(sound + prior.weight * expected).to(by_sound.dtype)
+        heard = heard._replace(embeddings=pad(tokens, batch.pieces))
     says_word = pad(soft.says_word(sound).unsqueeze(1), batch.pieces).any(1, keepdim=True)
     return torch.where(says_word, heard.embeddings, by_sound)
 

@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -92,12 +93,17 @@ def speak_missing(
 
 
 def _speak_all(clips: list[Clip], folder: Path, processes: int, load: Callable[[], Speak]) -> None:
-    # Spawned, so that no thread of this process is copied halfway; a voice per process, since it is loaded for long.
     workers = max(1, min(processes, MAX_PROCESSES, len(clips) // 16))
+    bar = partial(tqdm, total=len(clips), desc=f"speech of {clips[0].voice}", unit="clip", smoothing=0.05)
+    if workers == 1:  # another process would take longer to begin than a few clips
+        speak = load()
+        for clip in bar(clips):
+            _make_clip(speak, clip, folder)
+        return
+    # Spawned, so that no thread of this process is copied halfway; a voice per process, since it is loaded for long.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(load,))
     try:
-        done = pool.map(_make_clip, clips, [folder] * len(clips), chunksize=4)
-        for _ in tqdm(done, total=len(clips), desc=f"speech of {clips[0].voice}", unit="clip", smoothing=0.05):
+        for _ in bar(pool.map(_work, clips, [folder] * len(clips), chunksize=4)):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
@@ -109,14 +115,18 @@ def _start_worker(load: Callable[[], Speak]) -> None:
     _speak = load()
 
 
-def _make_clip(clip: Clip, folder: Path) -> None:
+def _work(clip: Clip, folder: Path) -> None:
     assert _speak is not None
+    _make_clip(_speak, clip, folder)
+
+
+def _make_clip(speak: Speak, clip: Clip, folder: Path) -> None:
     # A voice that is played faster is higher, as one of a smaller person is: it speaks slower by as much before.
-    samples = _speak(clip.text, clip.length_scale * clip.pitch)
+    samples = speak(clip.text, clip.length_scale * clip.pitch)
     if clip.pitch != 1:
         samples = soxr.resample(samples, SAMPLE_RATE * clip.pitch, SAMPLE_RATE)
-    with whole_file(folder / clip.name) as partial:
-        soundfile.write(partial, samples, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
+    with whole_file(folder / clip.name) as unfinished:
+        soundfile.write(unfinished, samples, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
 
 
 # --- manifests ------------------------------------------------------------------------------------
