@@ -30,7 +30,9 @@ def some_kills(updates: int, end_of_epoch: int, seed: int) -> list[Kill]:
     [
         pytest.param(("--max-epoch", 3), 18, 12, 1, id="three epochs"),
         pytest.param(("--max-epoch", 3, "--num-workers", 2), 18, 6, 1, id="workers"),
-        pytest.param(("--max-epoch", 4, "--update-freq", "2,4"), 9, 5, 1, id="several batches an update"),
+        pytest.param(
+            ("--max-epoch", 4, "--update-freq", "2,4"), 9, 5, 1, id="several batches an update", marks=pytest.mark.slow
+        ),
         pytest.param(("--max-epoch", 3, "--update-freq", 2, "--num-workers", 2), 8, 5, 2, id="a folder an epoch"),
         pytest.param(
             ("--max-epoch", 2, "--cache-encoder-features", "--feature-store", "SAVE_DIR/features"),
@@ -58,7 +60,14 @@ def some_kills(updates: int, end_of_epoch: int, seed: int) -> list[Kill]:
             1,
             id="roll-outs",
         ),
-        pytest.param(("--max-epoch", 3, "--skip-remainder-batch", "--curriculum", 1), 15, 5, 1, id="curriculum"),
+        pytest.param(
+            ("--max-epoch", 3, "--skip-remainder-batch", "--curriculum", 1),
+            15,
+            5,
+            1,
+            id="curriculum",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_utterance_comes_once_and_losses_are_the_same(
