@@ -57,6 +57,8 @@ def _remembered(call_main: Any) -> Any:
         _commands.append(cfg)
         if _will_spawn(cfg.distributed_training):
             signals.watch_signals(forward=True)
+        elif _followed_by_an_end.__qualname__ not in getattr(main, "_is_ours", ()):
+            main = _followed_by_an_end(main)  # of a command that was imported after this package
         try:
             return call_main(cfg, main, **kwargs)
         except Exception as error:
