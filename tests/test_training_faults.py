@@ -4,7 +4,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import warm_python
-from commands import TRAIN_OPTIONS, arguments, load, train
+from commands import TRAIN_OPTIONS, arguments, free_port, load, train
 from tiny import PATIENCE, save_llm, save_whisper, write_split
 from torch import Tensor
 
@@ -535,12 +534,12 @@ def test_sizes_are_those_of_the_audio_unless_texts_are_long(tmp_path: Path, text
 
 def launched(fault: str, world: World, save_dir: Path, *options: Any) -> "list[tuple[int, str]]":
     """Exit status and output of two processes, started as torchrun starts them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     python = warm_python.commands() / "python"
-    own: dict[str, Any] = {"python": python, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    workers = [process(fault, world, save_dir, *options, RANK=rank, LOCAL_RANK=rank, **own) for rank in range(2)]
+    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    workers = [
+        process(fault, world, save_dir, *options, python=python, RANK=rank, LOCAL_RANK=rank, **shared)
+        for rank in range(2)
+    ]
     try:
         outputs = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]
         return [(worker.returncode, output) for worker, output in zip(workers, outputs, strict=True)]

@@ -7,7 +7,6 @@ the PATH; what stands there hands its arguments and files to the server and ends
 and end by themselves is tested elsewhere, without this.
 """
 
-import array
 import atexit
 import contextlib
 import functools
@@ -15,6 +14,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import stat
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,7 @@ def environment(**more: object) -> dict[str, str]:
 def commands() -> Path:
     """The folder for the PATH, of a server that lives as long as this process."""
     folder = Path(tempfile.mkdtemp(prefix="warm-python-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     here = Path(__file__).resolve()
     for name in ("python", *SCRIPTS):
         shim = folder / name
@@ -51,7 +53,7 @@ def commands() -> Path:
     while not (folder / "socket").exists():
         if server.poll() is not None:
             raise RuntimeError(f"{here.name} serve ended with {server.returncode}")
-        threading.Event().wait(0.1)
+        time.sleep(0.1)
     return folder
 
 
@@ -60,14 +62,13 @@ def commands() -> Path:
 
 def ask(address: str, name: str, arguments: list[str]) -> None:
     """Runs a command at the server, hands signals on to it, and ends as it ends."""
-    known = not arguments or arguments[0] in ("-c", "-m") or not arguments[0].startswith("-")
-    if name == "python" and not (known and arguments):
+    is_known = bool(arguments) and (arguments[0] in ("-c", "-m") or not arguments[0].startswith("-"))
+    if name == "python" and not is_known:
         os.execv(sys.executable, [sys.executable, *arguments])
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
         request = {"name": name, "arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
-        files = array.array("i", [0, 1, 2])
-        server.sendmsg([b"?"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+        socket.send_fds(server, [b"?"], [0, 1, 2])
         answers = server.makefile("rw")
         print(json.dumps(request), file=answers, flush=True)
         pid = int(answers.readline() or sys.exit(_ENDED))

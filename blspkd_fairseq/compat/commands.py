@@ -17,7 +17,7 @@ from typing import Any
 
 from blspkd_fairseq.compat import signals
 from blspkd_fairseq.compat.distributed import ending_together, is_launched, join_launcher
-from blspkd_fairseq.compat.replacing import replace
+from blspkd_fairseq.compat.replacing import is_wrapped, replace
 
 _commands: list[Any] = []  # configurations of those that run
 _readers: weakref.WeakSet[Any] = weakref.WeakSet()  # threads that read batches ahead
@@ -57,7 +57,7 @@ def _remembered(call_main: Any) -> Any:
         _commands.append(cfg)
         if _will_spawn(cfg.distributed_training):
             signals.watch_signals(forward=True)
-        elif _followed_by_an_end.__qualname__ not in getattr(main, "_is_ours", ()):
+        elif not is_wrapped(main, _followed_by_an_end):
             main = _followed_by_an_end(main)  # of a command that was imported after this package
         try:
             return call_main(cfg, main, **kwargs)

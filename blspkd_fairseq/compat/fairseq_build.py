@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -128,20 +129,16 @@ def fairseq_warning() -> Problem | None:
     )
 
 
-_usable = False  # what was found out once
-
-
+@functools.cache  # what was found out; an error is looked for again
 def require_fairseq() -> None:
-    """Raises unless fairseq can be used; looks for that until it can.
+    """Raises unless fairseq can be used.
 
     Raises:
         FairseqError: one sentence that says what is wrong and what to do.
     """
-    global _usable
-    problem = None if _usable else fairseq_problem()
+    problem = fairseq_problem()
     if problem is not None:
         raise FairseqError(str(problem))
-    _usable = True
 
 
 # What fairseq says to hydra and torch of today, in every command, and what nobody but its authors could act upon.
