@@ -206,6 +206,18 @@ def test_system_message(bpe: PreTrainedTokenizerBase, tokenizers: dict[str, PreT
         ChatFormat(bpe, system="Be brief.", chat_template=PLAIN)
 
 
+def test_the_bare_opening_says_nothing(
+    bpe: PreTrainedTokenizerBase, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    """Whatever system message is set, and whether the template brings one of its own, ignores it, or refuses it."""
+    opening = ChatFormat(bpe).bare_opening()
+    assert bpe.decode(opening) == "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n"
+    assert ChatFormat(bpe, system="be brief").bare_opening() == opening
+    assert bpe.decode(ChatFormat(bpe, chat_template=PLAIN).bare_opening()) == "Question: "
+    refusing = ChatFormat(tokenizers["sentencepiece bpe"])
+    assert refusing.bare_opening() == refusing.prompt_ids("{speech}")[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", [*CONTROL_TEXTS, "\U000f0000", "\U000f00000\U000f0001"])
 def test_instructions_are_plain_text(tokenizers: dict[str, PreTrainedTokenizerBase], kind: str, text: str) -> None:

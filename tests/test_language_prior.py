@@ -62,11 +62,11 @@ def slowly(speech: BlspKd, heard: AdapterOutput, row: int, prior: LanguagePrior)
     opening = model.embed(torch.tensor(prior.opening, dtype=torch.long))
     weight, transform = model.head[0].double(), model.logit_transform
     tokens = heard.embeddings[row, :count].clone()
-    for _ in range(prior.passes):
+    for power in [0.0] + [prior.weight] * prior.passes:
         better = []
         for place in range(count):
             distance = (points[place] - table).square().sum(1) / soft.mean_square
-            logits = (
+            logits = by_sound_alone = (
                 -soft.log_sharpness.double().exp() / 2 * distance + spelt @ listening[place] / spelt.shape[1] ** 0.5
             )
             before = torch.cat([opening, tokens[:place].to(opening.dtype)])
@@ -77,8 +77,11 @@ def slowly(speech: BlspKd, heard: AdapterOutput, row: int, prior: LanguagePrior)
                 expected = weight @ hidden.double()
                 if transform is not None:
                     expected = transform.cap * torch.tanh(transform.scale * expected / transform.cap)
-                logits = logits + prior.weight * expected
-            posterior = (soft.log_focus.double().exp() * logits + soft.barred.double()).softmax(0)
+                logits = logits + power * expected
+            by_sound_alone = by_sound_alone + soft.barred.double()
+            others = by_sound_alone < by_sound_alone.topk(min(language_prior.CANDIDATES, len(logits))).values[-1]
+            logits = logits.masked_fill(others, -torch.inf) + soft.barred.double()
+            posterior = (soft.log_focus.double().exp() * logits).softmax(0)
             better.append(posterior @ table * soft.factor)
         tokens = torch.stack(better).to(tokens.dtype)
     return tokens
@@ -97,6 +100,21 @@ def assert_as_slowly(speech: BlspKd, heard: AdapterOutput, prior: LanguagePrior)
 
 def test_the_posterior_is_of_sound_and_prediction(speech: BlspKd, prior: LanguagePrior) -> None:
     assert_as_slowly(speech, by_sound(speech), prior)
+
+
+@pytest.mark.parametrize("at_most", [1, 5, 10_000])
+def test_it_is_among_the_tokens_that_the_sound_finds_likeliest(
+    speech: BlspKd, prior: LanguagePrior, monkeypatch: pytest.MonkeyPatch, at_most: int
+) -> None:
+    monkeypatch.setattr(language_prior, "CANDIDATES", at_most)
+    heard = by_sound(speech)
+    if at_most > 1:
+        assert_as_slowly(speech, heard, prior)
+    else:
+        nearest = speech.model.adapter.soft_tokens.embeddings[
+            likeliest(speech.model.adapter.soft_tokens, heard.queries._replace(vectors=heard.queries.vectors[2]))
+        ]
+        torch.testing.assert_close(expect(speech.model, heard, prior).embeddings[2], nearest)
 
 
 @pytest.mark.parametrize("passes", [2, 3])
@@ -179,7 +197,7 @@ def test_whether_anybody_speaks_is_for_the_sound_to_say(
     heard, soft = by_sound(speech), speech.model.adapter.soft_tokens
     helped = expect(speech.model, heard, prior).embeddings
     said = [False] * 4 + [True] + [False, False, True, False, False, False]  # no word in the first of the pieces
-    monkeypatch.setattr(soft, "says_word", lambda logits: torch.tensor(said))
+    monkeypatch.setattr(soft, "says_word", lambda candidates: torch.tensor(said))
     found = expect(speech.model, heard, prior).embeddings
     torch.testing.assert_close(found, torch.cat([heard.embeddings[:1], helped[1:]]))
 
@@ -192,7 +210,7 @@ def test_what_says_a_word_is_the_likeliest_token(speech: BlspKd, monkeypatch: py
         words = torch.full_like(soft.words, not is_word)
         words[tokens] = is_word
         monkeypatch.setitem(soft._buffers, "words", words)
-        assert soft.says_word(soft.logits(queries)).tolist() == [is_word] * COUNTS[2]
+        assert soft.says_word(soft.candidates(queries, 3)).tolist() == [is_word] * COUNTS[2]
 
 
 def test_training_goes_on_with_the_prior_of_a_trained_model() -> None:

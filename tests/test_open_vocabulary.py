@@ -577,7 +577,7 @@ def test_all_stages_run_on_a_few_rows_and_a_second_run_skips_them(tmp_path: Path
 
     model = tmp_path / "out" / "model" / "distillation" / "checkpoint_last.pt"
     assert read_trained(model)[0]["transcript_merges"] == 8000
-    options = ["--rows", 2, "--model", model, "--out", tmp_path / "real"]
+    options = ["--rows", 2, "--most-tokens", 8, "--model", model, "--out", tmp_path / "real"]
     measured = command("evaluate.sh", *options)
     assert measured.returncode == 0, (measured.stdout + measured.stderr)[-4000:]
     report = json.loads((tmp_path / "real" / "report" / "report.json").read_text())

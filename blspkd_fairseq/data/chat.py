@@ -295,6 +295,15 @@ class ChatFormat:
         before, _, after = self.render(one_turn(prompt))
         return list(before), list(after)
 
+    def bare_opening(self) -> list[int]:
+        """Ids before what a user says first, as short as the template writes them: its system message says nothing."""
+        turn = one_turn(SPEECH_SLOT)
+        try:
+            first, *_ = self.render((Turn("system", ("",)), *turn))
+        except ChatError:  # a template without a place for a system message brings none of its own
+            first, *_ = self.render(turn)
+        return [] if isinstance(first, Speech) else list(first)
+
     def render(self, conversation: Conversation) -> list[Segment]:
         """A conversation, up to where the next answer begins, as typed segments.
 

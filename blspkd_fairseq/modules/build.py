@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.data.prompts import SPEECH_SLOT
 from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
 from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
@@ -257,8 +256,7 @@ def _prior(config: SpeechLlmConfig, llm: PreTrainedModel, chat: ChatFormat) -> L
             f"--adapter-prior-weight needs an LLM that predicts the tokens that it reads: {config.llm} predicts "
             f"{predicted} and reads {embedded}"
         )
-    opening, _ = chat.prompt_ids(SPEECH_SLOT)
-    return LanguagePrior(config.adapter_prior_weight, config.adapter_prior_passes, tuple(opening))
+    return LanguagePrior(config.adapter_prior_weight, config.adapter_prior_passes, tuple(chat.bare_opening()))
 
 
 def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:

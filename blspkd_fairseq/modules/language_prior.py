@@ -22,10 +22,14 @@ from blspkd_fairseq.data.batch import Batch, Layout, PlanRow, plan_batch
 from blspkd_fairseq.data.conversation import Speech
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.ragged import pack, pad
-from blspkd_fairseq.modules.soft_tokens import LOGITS_AT_ONCE, SoftTokens, soft_tokens_of
+from blspkd_fairseq.modules.soft_tokens import LOGITS_AT_ONCE, Candidates, SoftTokens, soft_tokens_of
 
 if TYPE_CHECKING:
     from blspkd_fairseq.modules.speech_llm import SpeechLLM
+
+# The prediction is asked for the tokens that the sound finds likeliest, which spares the products with the whole
+# vocabulary: the focused posterior of the published model has at most 1e-4 outside of 128, in the mean 1e-6.
+CANDIDATES = 128
 
 
 class LanguagePrior(NamedTuple):
@@ -44,12 +48,15 @@ class LanguagePrior(NamedTuple):
 
 @torch.no_grad()
 def expect(model: "SpeechLLM", heard: AdapterOutput, prior: LanguagePrior) -> AdapterOutput:
-    """``heard``, its soft tokens under the posterior of sound and prediction; the device is asked for its lengths."""
+    """``heard`` with soft tokens under the posterior of sound and prediction, made from its queries.
+
+    The device is asked for its lengths.
+    """
     soft = soft_tokens_of(model.adapter)
     counts = heard.lengths.tolist()
     if soft is None or heard.queries is None or not any(counts):
         return heard
-    at_once = max(1, LOGITS_AT_ONCE // (len(soft.words) * max(counts)))  # whose logits are kept from pass to pass
+    at_once = max(1, LOGITS_AT_ONCE // (len(soft.words) * max(counts)))  # whose logits are there at a time
     embeddings = []
     for begin in range(0, len(counts), at_once):
         part = slice(begin, begin + at_once)
@@ -65,26 +72,31 @@ def _expect_at_once(
     model: "SpeechLLM", soft: SoftTokens, heard: AdapterOutput, counts: list[int], prior: LanguagePrior
 ) -> Tensor:
     """Embeddings ``[B, U, D]``, as those heard."""
-    by_sound = heard.embeddings
     if not any(counts):
-        return by_sound
-    batch = _plan(prior.opening, counts, model.share_prefix).to(by_sound.device)
+        return heard.embeddings
+    batch = _plan(prior.opening, counts, model.share_prefix).to(heard.embeddings.device)
     before = _places_before(batch.student)
     assert heard.queries is not None
-    sound = soft.logits(heard.queries._replace(vectors=pack(heard.queries.vectors, batch.pieces)))
+    sound = soft.candidates(heard.queries._replace(vectors=pack(heard.queries.vectors, batch.pieces)), CANDIDATES)
+
+    def embedded(candidates: Candidates) -> Tensor:
+        return pad(soft.mean(candidates).to(heard.embeddings.dtype), batch.pieces)
+
+    tokens = by_sound = embedded(sound)
     for _ in range(prior.passes):
-        hidden = model.hear(heard, batch.student)
+        hidden = model.hear(heard._replace(embeddings=tokens), batch.student)
         # What no token is before has the prediction of nothing, which is the same for all tokens.
-        expected = _logits(model, F.pad(hidden, (0, 0, 1, 0)).index_select(0, before + 1))
-        tokens = soft.mean(sound + prior.weight * expected).to(by_sound.dtype)
-        heard = heard._replace(embeddings=pad(tokens, batch.pieces))
+        expected = _logits(model, F.pad(hidden, (0, 0, 1, 0)).index_select(0, before + 1), sound.ids)
+        tokens = embedded(sound._replace(logits=sound.logits + prior.weight * expected))
     says_word = pad(soft.says_word(sound).unsqueeze(1), batch.pieces).any(1, keepdim=True)
-    return torch.where(says_word, heard.embeddings, by_sound)
+    return torch.where(says_word, tokens, by_sound)
 
 
-def _logits(model: "SpeechLLM", hidden: Tensor) -> Tensor:
-    """``[N, V]`` of the LLM's hidden states ``[N, D]``, in fp32."""
-    products = F.linear(hidden, *model.head).float()
+def _logits(model: "SpeechLLM", hidden: Tensor, ids: Tensor) -> Tensor:
+    """``[N, K]`` of the tokens ``ids`` [N, K] after the LLM's hidden states ``[N, D]``, in fp32."""
+    weight, bias = model.head
+    products = (F.embedding(ids, weight) @ hidden.unsqueeze(2)).squeeze(2)
+    products = (products if bias is None else products + bias[ids]).float()
     transform = model.logit_transform
     return products if transform is None else transform.apply_(products)[0]
 

@@ -40,6 +40,18 @@ class TokenQueries(NamedTuple):
         return self._replace(vectors=self.vectors.flatten(0, -2).index_select(0, places))
 
 
+class Candidates(NamedTuple):
+    """The likeliest K tokens of each of N queries, the likeliest first.
+
+    Attributes:
+        ids: ``[N, K]``.
+        logits: ``[N, K]`` in fp32; -inf where fewer than K stand for text.
+    """
+
+    ids: Tensor
+    logits: Tensor
+
+
 class SoftTokens(nn.Module):
     """A classifier of tokens, and the mean of their embeddings under its posterior.
 
@@ -107,26 +119,30 @@ class SoftTokens(nn.Module):
 
     def forward(self, queries: TokenQueries) -> Tensor:
         """``[N, D]`` the mean of the embeddings under the focused posterior of each of N queries."""
+        table, spelt = self.embeddings, self._spelt_of(queries, None)
 
         def mean(rows: Tensor) -> Tensor:
-            return self.mean(self.logits(queries._replace(vectors=rows)))
+            logits = self._logits(rows, spelt)
+            posterior = (self.log_focus.float().exp() * logits + self.barred).softmax(1)
+            return posterior.to(table.dtype) @ table * self.factor
 
         return _in_parts(mean, len(self.words), queries.vectors).to(queries.vectors.dtype)
 
-    def logits(self, queries: TokenQueries) -> Tensor:
-        """``[N, V]`` of N queries, in fp32; those of what stands for no text are for :meth:`mean` to bar."""
-        assert queries.spelt is not None
-        return self._logits(queries.vectors, queries.spelt)
+    def candidates(self, queries: TokenQueries, at_most: int) -> Candidates:
+        """The ``at_most`` likeliest tokens of each of N queries."""
+        logits = self._logits(queries.vectors, self._spelt_of(queries, None)) + self.barred
+        likeliest = logits.topk(min(at_most, len(self.words)), dim=1)
+        return Candidates(likeliest.indices, likeliest.values)
 
-    def mean(self, logits: Tensor) -> Tensor:
-        """``[N, D]`` the mean of the embeddings under the focused posterior of logits ``[N, V]``."""
-        table = self.embeddings
-        posterior = (self.log_focus.float().exp() * logits + self.barred).softmax(1)
-        return posterior.to(table.dtype) @ table * self.factor
+    def mean(self, candidates: Candidates) -> Tensor:
+        """``[N, D]`` as :meth:`forward`, among the candidates."""
+        posterior = (self.log_focus.float().exp() * candidates.logits).softmax(1)
+        of_candidates = F.embedding(candidates.ids, self.embeddings)
+        return (posterior.to(of_candidates.dtype).unsqueeze(1) @ of_candidates).squeeze(1) * self.factor
 
-    def says_word(self, logits: Tensor) -> Tensor:
-        """``[N]`` bool: whether the likeliest token under logits ``[N, V]`` has a letter or a digit."""
-        return self.words[(logits + self.barred).argmax(1)]
+    def says_word(self, candidates: Candidates) -> Tensor:
+        """``[N]`` bool: whether the first candidate has a letter or a digit."""
+        return self.words[candidates.ids[:, 0]]
 
     def cross_entropy(self, queries: TokenQueries, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """``[N]`` nats of the tokens ``targets`` [N].

@@ -329,12 +329,12 @@ class SpeechLLM(ChatLLM):
             reads: the LLM reads them; otherwise an adapter with soft tokens gives out what these are made of.
         """
         frames = self._frames(waveforms, lengths, samples, features)
+        prior = self.prior if reads and not self.training else None
         with self._autocast():
             tokens = rows_of(target_lengths) if isinstance(target_lengths, Tensor) else target_lengths
-            adapted = self._adapted(Ragged(frames.values.to(self.adapter_dtype), frames.rows), tokens, reads)
-        if self.prior is None or self.training or not reads:
-            return adapted
-        return expect(self, adapted, self.prior)
+            made = reads and prior is None  # with a prior, soft tokens are made under its posterior
+            adapted = self._adapted(Ragged(frames.values.to(self.adapter_dtype), frames.rows), tokens, made)
+        return adapted if prior is None else expect(self, adapted, prior)
 
     def _frames(
         self, waveforms: Tensor | None, lengths: Tensor, samples: Seq[int] | None, features: Tensor | None

@@ -38,6 +38,7 @@ SHORTEST, LONGEST = 4, 18  # words
 LONGEST_PHRASE = 5  # words, of what is profane
 FREQUENT = 400  # words of the chats that are known without a dictionary: "hi", "okay", "I'm"
 SPLITS = {"valid": 1, "test": 1}  # percent; the rest is for training
+READ_PER_SENTENCE = 300  # of each source, for a sentence of a limit: a third passes, of which a percent is validation's
 DEFINITION_WEIGHT = 0.25  # of a word in a definition, beside one in what people say
 
 # Frequent in chats, and nothing that a voice reads as it is meant.
@@ -285,16 +286,17 @@ def make(out: Path, cache: Path, limit: int) -> None:
     """Fetches, filters, deals and writes; prints what was left out."""
     chats, profanity = fetch(cache, (CHATS, PROFANITY))
     wordnet = fetch_recordings.fetch_debian(cache / "wordnet", ("wordnet-base",)) / "usr/share/wordnet"
-    typed = (chats / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    most = READ_PER_SENTENCE * limit or None
+    typed = (chats / "sentences.txt").read_text(encoding="utf-8").splitlines()[:most]
     profane = read_phrases((profanity / "words.txt").read_text(encoding="utf-8"))
     dictionary = Dictionary(read_lemmas(wordnet), frequent_words(typed), profane)
     seen: set[str] = set()
     counts: dict[str, Counter[str]] = {"chats": Counter(), "WordNet": Counter(), "WordNet's definitions": Counter()}
     said = [
         *sift(typed, dictionary, seen, counts["chats"]),
-        *sift(read_examples(wordnet), dictionary, seen, counts["WordNet"]),
+        *sift(islice(read_examples(wordnet), most), dictionary, seen, counts["WordNet"]),
     ]
-    definitions = sift(read_definitions(wordnet), dictionary, seen, counts["WordNet's definitions"])
+    definitions = sift(islice(read_definitions(wordnet), most), dictionary, seen, counts["WordNet's definitions"])
     spoken, defined = ([text for text in texts if split_of(text) == "train"] for texts in (said, definitions))
     frequencies = frequencies_of(spoken, defined)
     train, lists = teaching([*spoken, *defined], frequencies, limit)
@@ -315,7 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=default_cache())
-    parser.add_argument("--limit", type=int, default=0, help="sentences of each split (default: all)")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="sentences of each split, of a part of what there is (default: all)"
+    )
     args = parser.parse_args(arguments)
     if args.limit < 0:
         parser.error(f"--limit must not be negative, got {args.limit}")

@@ -42,9 +42,9 @@ from_here speech sentences speech_encoder llm pretrained
 [ -z "$speech" ] || [ -f "$speech/train.tsv" ] || fail "--speech $speech holds no train.tsv: speak.py says what it needs"
 [ -z "$sentences" ] || [ -f "$sentences/train.txt" ] || fail "--sentences $sentences holds no train.txt: give a folder of select_sentences.py"
 [ -f "$pretrained/config.json" ] || fail "--pretrained $pretrained holds no config.json: give a folder of save_pretrained"
-valid=200 nothing=400 tokens=48 sentence_limit=0 most_ready=0 conditions=(white:20 white:10 white:0 babble:10 8khz)
+valid=200 nothing=400 tokens=48 answer_tokens=1000 sentence_limit=0 most_ready=0 conditions=(white:20 white:10 white:0 babble:10 8khz)
 if [ -n "$quick" ]; then
-    train=24 rows=18 repeats=6 warm_up_updates=4 updates=4 test_rows=4 valid=6 nothing=4 tokens=8 sentence_limit=200 most_ready=12
+    train=24 rows=18 repeats=6 warm_up_updates=4 updates=4 test_rows=4 valid=6 nothing=4 tokens=8 answer_tokens=8 sentence_limit=200 most_ready=12
     conditions=(white:10) voices="kal16 awb"
 fi
 one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --augment-variants $augment_variants --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows --repeats $repeats${sentences:+ --sentences $sentences}${transcript_merges:+ --transcript-merges $transcript_merges}${quick:+ --quick}"
@@ -130,7 +130,7 @@ evaluate() {
     for split in phone game book; do
         [ "$(cat "$out/sets/$split.tsv" 2>/dev/null | wc -l)" -lt 2 ] || sets+=(--set "$split=$out/sets/$split.tsv")
     done
-    common=("${sets[@]}" --audio-root "$data" --rows "$test_rows")
+    common=("${sets[@]}" --audio-root "$data" --rows "$test_rows" --most-tokens "$answer_tokens")
     hear text --llm "$llm"
     hear cascade --llm "$llm" --cascade "$speech_encoder" --nothing "$asked/nothing.tsv" --conditions "${conditions[@]}"
     hear before --checkpoint "$pretrained" --nothing "$asked/nothing.tsv"
