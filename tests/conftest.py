@@ -45,7 +45,7 @@ def device() -> torch.device:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first, so that the last ones do not keep one process busy while the others wait."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("real", "slow"))))
 
 
 @pytest.fixture(autouse=True)
