@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPEN = ROOT / "examples" / "open_vocabulary"
 sys.path[:0] = [str(OPEN), str(ROOT / "examples" / "quickstart")]
 
+import draw_parts  # noqa: E402
 import exposures  # noqa: E402
 import gather_sentences as gather  # noqa: E402
 import mix_prompts  # noqa: E402
@@ -629,3 +630,13 @@ def test_the_pieces_for_a_gpu_train_on_a_few_rows(tmp_path: Path) -> None:
         archive.extractall(tmp_path, filter="data")
     result = json.loads((tmp_path / "rows" / "results" / "mix-seed1.json").read_text())
     assert {"test", "phone", "game"} <= set(result["sets"]) and len(result["curve"]) > 1
+
+
+def test_the_picture_of_the_parts_is_that_of_the_guides_table(tmp_path: Path) -> None:
+    parts = draw_parts.read_parts(draw_parts.GUIDE.read_text())
+    assert [part.name for part in parts[:2]] == ["third part", "fourth"] and parts[-1].name == "tenth, as published"
+    assert parts[0].figures[2] == (48.9, 44.9, 53.0)
+    draw_parts.main(["--out", str(tmp_path / "new" / "parts.png")])
+    assert (tmp_path / "new" / "parts.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no line of the table"):
+        draw_parts.read_parts("| part | 1.0 [0.5, 1.5] |")
