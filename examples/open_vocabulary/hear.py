@@ -8,7 +8,7 @@ Of each set, for each row: its id and transcript, what was heard (of a checkpoin
 as many as it counts by itself; of the cascade Whisper's transcript), the answers to "repeat", to the speech alone
 ("chat"; "long": longer ones) and to "continue", of a checkpoint the counted and the true tokens, and where the manifest
 has responses the response KL.
---nothing is a set in which nobody speaks. --boundaries asks a Whisper where each word of the clean sets ends: of each
+--nothing is a set in which nobody speaks, whose answers by themselves are measured. --boundaries asks a Whisper where each word of the clean sets ends: of each
 row the milliseconds by which CIF ends it later, with as many tokens as the transcript has.
 """
 
@@ -171,14 +171,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sets += [Rows(*args.set[0], args.audio_root, args.rows, condition) for condition in args.conditions]
     silent = [Rows("nothing", args.nothing, args.audio_root, args.rows)] if args.nothing else []
     answers = {name: (ANSWERS[name][0], min(ANSWERS[name][1], args.most_tokens)) for name in args.answers}
+
+    def asked_of(rows: Rows) -> Mapping[str, tuple[str, int]]:
+        if rows in silent:  # what is answered by itself
+            return {name: one for name, one in answers.items() if name == "chat"}
+        return answers if rows.condition == "clean" else {}
+
     results: dict[str, Any] = {"sets": {}}
     if args.checkpoint:
         options = {"window_seconds": args.window_seconds} if args.window_seconds else {}
         options |= {"adapter_prior_weight": 0.0} if args.by_sound else {}
         model = BlspKd.from_pretrained(args.checkpoint, **options)
         for rows in (*sets, *silent):
-            asked = answers if rows.condition == "clean" else {}
-            results["sets"][rows.title] = measure_checkpoint(model, rows, args.batch_size, asked)
+            results["sets"][rows.title] = measure_checkpoint(model, rows, args.batch_size, asked_of(rows))
         if args.boundaries and model.model.adapter.one_to_one:
             whisper = WhisperTranscriber(args.boundaries)
             for rows in (rows for rows in sets if rows.condition == "clean"):
@@ -188,8 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         system = CascadeSystem(args.cascade, config) if args.cascade else TextSystem(config)
         system.load()
         for rows in (*sets, *silent) if system.hears else [rows for rows in sets if rows.condition == "clean"]:
-            asked = answers if rows.condition == "clean" else {}
-            results["sets"][rows.title] = measure_untrained(system, rows, args.batch_size, asked)
+            results["sets"][rows.title] = measure_untrained(system, rows, args.batch_size, asked_of(rows))
     results["measuring_seconds"] = round(time.monotonic() - begin, 1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(args.out, json.dumps(results, ensure_ascii=False) + "\n")
