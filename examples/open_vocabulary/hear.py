@@ -8,8 +8,9 @@ Of each set, for each row: its id and transcript, what was heard (of a checkpoin
 as many as it counts by itself; of the cascade Whisper's transcript), the answers to "repeat", to the speech alone
 ("chat"; "long": longer ones) and to "continue", of a checkpoint the counted and the true tokens, and where the manifest
 has responses the response KL.
---nothing is a set in which nobody speaks, whose answers by themselves are measured. --boundaries asks a Whisper where each word of the clean sets ends: of each
-row the milliseconds by which CIF ends it later, with as many tokens as the transcript has.
+--nothing is a set in which nobody speaks, whose answers to the sound alone are measured. --boundaries asks a Whisper
+where each word of the clean sets ends: of each row the milliseconds by which CIF ends it later, with as many tokens as
+the transcript has.
 """
 
 import argparse
