@@ -489,13 +489,16 @@ def refuse_reads(args: argparse.Namespace) -> None:
 def count_launches(args: argparse.Namespace) -> None:
     """Kernels and peak memory of one update at the shape of Whisper small and Qwen2.5-0.5B."""
     import launches
+    import torch
     import updates
 
     def count(shape: launches.Shape) -> str:
         model, sample = shape.build(args.device), shape.sample(args.device)
         if model.speech_llm.known_decoder is None:
             raise SystemExit("the LLM's layers are not known here: the warning above says why")
-        criterion, optimizer = updates.criterion_of(updates.Case({}), model), updates.optimizer_of(model)
+        criterion = updates.criterion_of(updates.Case({}), model)
+        # As --optimizer adamw of the recipes has it.
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         return launches.count(partial(updates.update, model, criterion, sample, optimizer), args.device)
 
     shape = launches.Shape.small() if args.quick else launches.Shape()

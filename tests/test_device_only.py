@@ -35,6 +35,7 @@ from blspkd_fairseq.models.blsp_kd import BlspKdModel  # noqa: E402
 ASKING = {
     "_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "equal", "is_nonzero", "_unique2",
 }  # fmt: skip
+ON_CPU = ("batch.py", "short_attention.py")  # where plans are made in the worker, and for a CPU's products alone
 READING = ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__")
 TERMS = ("response_kl", "input_kl", "response_ce", "end_of_turn_kl", "response_l2", "token_ce", "token_mse")
 
@@ -52,7 +53,7 @@ class Questions(TorchDispatchMode):
             name in ASKING
             or (name.startswith(("index", "_index_put")) and _has_bool_index(args))
             or (name == "repeat_interleave" and kwargs.get("output_size") is None)
-            or (name == "lift_fresh" and not _place().startswith("batch.py"))  # plans are made on the CPU
+            or (name == "lift_fresh" and not _place().startswith(ON_CPU))
         ):
             self.asked[f"{name} {_place()}"] += 1
         return func(*args, **kwargs)

@@ -7,11 +7,11 @@ probabilities are kept for the gradient, which for long rows would be much.
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blspkd_fairseq.data.batch import Rows
-from blspkd_fairseq.modules.attention_mask import added, causal_mask
 
 MOST_KEYS = 128
 """Of a short row."""
@@ -149,57 +149,76 @@ class _Shape(NamedTuple):
 
 
 def _make_plan(rows: Rows, shape: _Shape, dtype: torch.dtype) -> _Plan:
-    device = rows.lengths.device
-    heads, groups, window = shape
-    count, longest, prefix = len(rows.counts), rows.longest, rows.prefix
-    first = torch.arange(prefix, device=device)
-    place = torch.cat([first, prefix + rows.unpadded])  # of each packed position: in the prefix, or among padded rows
-    padded = prefix + rows.padded
+    """In numpy: two hundred small steps of torch would take as long as the products that they prepare."""
+    heads, groups, _ = shape
+    lengths = np.array(rows.counts, dtype=np.int64)
+    count, longest, prefix = len(lengths), rows.longest, rows.prefix
+    begins, steps, first = lengths.cumsum() - lengths, np.arange(longest), np.arange(prefix)
+    row = np.arange(count).repeat(lengths)
+    unpadded = row * longest + np.arange(len(row)) - begins[row]
+    place = np.concatenate([first, prefix + unpadded])  # of each packed position: in the prefix, or among padded rows
+    padded = prefix + np.minimum(begins[:, None] + steps, max(0, len(row) - 1))
     if rows.order is not None and rows.place is not None:
-        place, padded, first = place[rows.place], rows.order[padded], rows.order[:prefix]
-    seen = torch.cat([first.expand(count, -1), padded], 1)
+        order = np.from_dlpack(rows.order)
+        place, padded, first = place[np.from_dlpack(rows.place)], order[padded], order[:prefix]
+    seen = np.concatenate([np.broadcast_to(first, (count, prefix)), padded], 1)
     keys = prefix + longest
 
-    is_padding = rows.is_padding.unsqueeze(1).expand(-1, heads, -1).reshape(-1, 1)
-    if rows.causal:
-        mask = causal_mask(longest, keys, prefix, window, device).repeat(heads // groups, 1).unsqueeze(0)
-    else:
-        mask = ~rows.is_padding.unsqueeze(1).expand(-1, groups, -1).reshape(-1, 1, longest)
-    parts = [_part(padded, seen, shape, is_padding, added(mask, dtype))]
+    is_padding = steps >= lengths[:, None]
+    mask = _causal(longest, keys, prefix, shape) if rows.causal else ~is_padding.repeat(groups, 0)[:, None]
+    parts = [_part(padded, seen, shape, torch.from_numpy(is_padding.repeat(heads, 0).reshape(-1, 1)), mask, dtype)]
     if prefix:
-        mask = causal_mask(prefix, prefix, 0, window, device).repeat(heads // groups, 1).unsqueeze(0)
-        parts.append(_part(first[None], first[None], shape, None, added(mask, dtype)))
+        mask = _causal(prefix, prefix, 0, shape)
+        parts.append(_part(first[None], first[None], shape, None, mask, dtype))
 
     # All results stand in the order row, head, step, and those of the prefix behind; so do the gradients of queries,
     # and then those of keys and of values, in the order row, group, step.
-    place = place.unsqueeze(1)
+    place = place[:, None]
     is_first = place < prefix
-    row, step = (place - prefix).clamp(min=0) // longest, (place - prefix).clamp(min=0) % longest
-    head, group = torch.arange(heads, device=device), torch.arange(groups, device=device)
+    row, step = np.divmod(np.maximum(place - prefix, 0), longest)
+    head, group = np.arange(heads), np.arange(groups)
     begin = count * heads * longest
-    outputs = torch.where(is_first, begin + head * prefix + place, (row * heads + head) * longest + step)
+    outputs = np.where(is_first, begin + head * prefix + place, (row * heads + head) * longest + step)
     gradients, begin = [outputs], begin + heads * prefix
     for kind in range(2):
         own = begin + ((kind * count + row) * groups + group) * keys + prefix + step
         of_prefix = begin + 2 * count * groups * keys + (kind * groups + group) * prefix + place
-        gradients.append(torch.where(is_first, of_prefix, own))
+        gradients.append(np.where(is_first, of_prefix, own))
     shared = None
     if prefix:
-        stacked = torch.arange(heads, shape.all, device=device).unsqueeze(1)
-        shared = ((first * shape.all + stacked).flatten(), (count, groups, keys, prefix))
-    return _Plan(parts, outputs.flatten(), torch.cat(gradients, 1).flatten(), shared)
+        stacked = np.arange(heads, shape.all)[:, None]
+        shared = (_flat(first * shape.all + stacked), (count, groups, keys, prefix))
+    return _Plan(parts, _flat(outputs), _flat(np.concatenate(gradients, 1)), shared)
 
 
-def _part(queries: Tensor, keys: Tensor, shape: _Shape, is_padding: Tensor | None, mask: Tensor) -> _Part:
-    """Of packed places ``[R, M']`` of the queries and ``[R, T]`` of the keys."""
+def _causal(queries: int, keys: int, offset: int, shape: _Shape) -> np.ndarray:
+    """``[1, H / K x queries, keys]`` bool, True where query i of a head, at place offset + i, sees key j."""
+    ahead = np.arange(queries)[:, None] + offset - np.arange(keys)
+    mask = (ahead >= 0) & (ahead < (keys if shape.window is None else shape.window))
+    return np.tile(mask, (shape.heads // shape.groups, 1))[None]
+
+
+def _part(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    shape: _Shape,
+    is_padding: Tensor | None,
+    mask: np.ndarray,
+    dtype: torch.dtype,
+) -> _Part:
+    """Of packed places ``[R, M']`` of the queries and ``[R, T]`` of the keys, who may see whom of them in ``mask``."""
     heads, groups, _ = shape
-    head = torch.arange(heads, device=queries.device).unsqueeze(1)
-    group = torch.arange(heads, shape.all, device=queries.device).view(2, 1, groups, 1)
+    head = np.arange(heads)[:, None]
+    group = np.arange(heads, shape.all).reshape(2, 1, groups, 1)
     return _Part(
-        (queries.unsqueeze(1) * shape.all + head).flatten(),
-        (keys.unsqueeze(1) * shape.all + group).flatten(),
-        (queries.unsqueeze(1) * heads + head).flatten(),
+        _flat(queries[:, None] * shape.all + head),
+        _flat(keys[:, None] * shape.all + group),
+        _flat(queries[:, None] * heads + head),
         is_padding,
-        mask,
+        torch.from_numpy(np.where(mask, 0.0, torch.finfo(dtype).min)).to(dtype),
         len(queries) * groups,
     )
+
+
+def _flat(places: np.ndarray) -> Tensor:
+    return torch.from_numpy(places.reshape(-1))
