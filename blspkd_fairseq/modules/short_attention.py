@@ -149,11 +149,12 @@ class _Shape(NamedTuple):
 
 
 def _make_plan(rows: Rows, shape: _Shape, dtype: torch.dtype) -> _Plan:
-    """In numpy: two hundred small steps of torch would take as long as the products that they prepare."""
+    """Made once for an update, and in numpy: no operators of torch for so many small steps."""
     heads, groups, _ = shape
     lengths = np.array(rows.counts, dtype=np.int64)
     count, longest, prefix = len(lengths), rows.longest, rows.prefix
-    begins, steps, first = lengths.cumsum() - lengths, np.arange(longest), np.arange(prefix)
+    begins, steps = lengths.cumsum() - lengths, np.arange(longest)
+    first: np.ndarray = np.arange(prefix)
     row = np.arange(count).repeat(lengths)
     unpadded = row * longest + np.arange(len(row)) - begins[row]
     place = np.concatenate([first, prefix + unpadded])  # of each packed position: in the prefix, or among padded rows
