@@ -9,8 +9,8 @@ benchmarks leave their tables as CSV. Everything else is written to DIR/work, wh
 steps: versions, device (tests that hold on any device), commands (tests of fairseq's commands), reads (one update of
 each criterion, refusing reads of the device), launches (kernels and peak memory of an update), modules and training
 (the two benchmarks, the second at three sizes), models, train, resume, generate, evaluate (fairseq's commands as typed,
-with 8 workers, stopped in mid-epoch), quickstart (its training, with --quickstart a folder that holds its models, as in
-its cache, and its data, as in its output).
+with 8 workers, stopped in mid-epoch); with --quickstart a folder that holds its models, as in its cache, and its data,
+as in its output: inference (the published model's first tokens beside the cascade's), quickstart (its training).
 """
 
 import argparse
@@ -263,7 +263,15 @@ def told_training(path: Path, preset: str, batch: int, variants: str) -> Callabl
     return told
 
 
+def told_first_tokens(printed: str) -> str:
+    """How many times as late the cascade's first token comes, of each length of speech and size of batch."""
+    found = re.findall(r"seconds (\S+)  batch (\d+)  system cascade .*first_token_ratio ([\d.]+)", printed)
+    return ", ".join(f"{seconds} s, batch {batch}: {ratio}x" for seconds, batch, ratio in found)
+
+
 # ---- the steps ------------------------------------------------------------------------------------------------------
+
+NO_QUICKSTART = "give its models and data by --quickstart DIR"
 
 
 def make_steps(args: argparse.Namespace, work: Path) -> list[Step]:
@@ -283,6 +291,7 @@ def make_steps(args: argparse.Namespace, work: Path) -> list[Step]:
         Step("modules", bench_modules_command(args), 90, all_of(r"^((?:cif|kl) +blspkd_fairseq +[\d.]+) ")),
         *(bench_training_step(args, *run) for run in TRAINING_RUNS),
         bench_generation_step(args),
+        bench_inference_step(args),
         Step("commands", pytest_command(work, ["test_fairseq_commands.py"], args), 240, told_tests),
         quickstart_step(args, work),
     ]
@@ -334,6 +343,17 @@ def bench_generation_step(args: argparse.Namespace) -> Step:
     return Step("generation", command, 90, all_of(r"^(beam \d+ \w+ +[\d.]+ tokens/s)"))
 
 
+def bench_inference_step(args: argparse.Namespace) -> Step:
+    """The published model's first tokens beside the cascade's."""
+    if args.quickstart is None:
+        return Step("inference", [], 0, skipped=NO_QUICKSTART)
+    options = ["--out", str(args.out / "bench_inference.csv"), "--rounds", "1" if args.quick else "2"]
+    options += ["--seconds", "3", "--batch", "1", "--tokens", "4"] if args.quick else []
+    command = [sys.executable, "-u", str(SCRIPTS / "bench_inference.py"), *options]
+    where = {"BLSPKD_CACHE": str(args.quickstart)} | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
+    return Step("inference", command, 150, told_first_tokens, environment=where)
+
+
 _TRAINING = """
     --arch blsp_kd --criterion kl_distillation --adapter-pre-layers 1 --adapter-post-layers 1 --adapter-heads 2
     --lora-rank 4 --optimizer adam --lr 1e-3 --clip-norm 1.0 --batch-size 2 --log-format simple --log-interval 1
@@ -375,7 +395,7 @@ def program(module: str) -> list[str]:
 def quickstart_step(args: argparse.Namespace, work: Path) -> Step:
     """The training of examples/quickstart/run.sh itself, with this environment's Python and commands."""
     if args.quickstart is None:
-        return Step("quickstart", [], 0, skipped="give its models and data by --quickstart DIR")
+        return Step("quickstart", [], 0, skipped=NO_QUICKSTART)
     script = ROOT / "examples" / "quickstart" / "run.sh"
     minutes = "1" if args.quick or args.device == "cpu" else "8"  # so many of two CPU cores
     options = ["--stage", "4", "--stop-stage", "4", "--minutes", minutes]

@@ -173,3 +173,11 @@ def test_the_result_of_a_benchmark_is_that_of_its_own_variants(tmp_path: Path) -
     )
     told = gpu_check.told_training(path, "0.5b", 2, "default options,padded rows")
     assert told("") == "default options: 26/s"
+
+
+def test_first_tokens_are_told_for_each_length_and_batch() -> None:
+    line = "model m  device d  seconds %s  batch %d  system %s  first_token_s 0.4  first_token_ratio %s\n"
+    printed = (
+        line % ("3", 1, "stream", "1.00") + line % ("3", 1, "cascade", "2.18") + line % ("10", 16, "cascade", "15.8")
+    )
+    assert gpu_check.told_first_tokens(printed) == "3 s, batch 1: 2.18x, 10 s, batch 16: 15.8x"
