@@ -224,6 +224,8 @@ class BlspKd:
     ) -> list[Transcript]:
         """What is said and when, of recordings of any length, heard and written window by window.
 
+        Where the tokens nearest to what is heard have no letter or digit, nobody speaks, and nothing is written.
+
         Args:
             audio: recordings.
             prompt: asks the LLM for the words; see :meth:`generate`. None: it is not asked, and the tokens nearest to
@@ -265,18 +267,29 @@ class BlspKd:
         return [Transcript(seconds, tuple(one)) for seconds, one in zip(lengths, found, strict=True)]
 
     def _write_down(self, windows: Sequence[np.ndarray], prompt: str | None, options: DecodingOptions) -> list[str]:
-        """The texts of ``[samples]``, asked for by a resolved prompt; they do not depend on what is heard together."""
-        heard = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
-        if prompt is None:
-            return nearest_texts(self.model, self.chat_format, [[one[:n]] for one, n in zip(*heard, strict=True)])
-        limits = [options.max_new_tokens] * len(windows)
+        """The texts of ``[samples]``, asked for by a resolved prompt; they do not depend on what is heard together.
+
+        Where no word is heard there is none: the LLM would say that it could not hear.
+        """
+        embeddings, counts = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
+        texts = [""] * len(windows)
+        spoken = list(range(len(windows)))
+        if self.counts_tokens:
+            pieces = [[one[:count]] for one, count in zip(embeddings, counts, strict=True)]
+            texts = nearest_texts(self.model, self.chat_format, pieces)
+            spoken = [place for place, text in enumerate(texts) if text]
+        if prompt is None or not spoken:
+            return texts
+        counts = [counts[place] for place in spoken]
+        limits = [options.max_new_tokens] * len(spoken)
         if options.takes_the_likeliest and self.repeats_by(prompt):
-            limits = [min(limit, most_written(count)) for limit, count in zip(limits, heard[1], strict=True)]
+            limits = [min(limit, most_written(count)) for limit, count in zip(limits, counts, strict=True)]
             options = dataclasses.replace(options, max_new_tokens=max(limits))
-        groups = answer_heard(self.model, self.chat_format, heard, [prompt] * len(windows), options)
-        return [
-            self.chat_format.decode_answer(group[0].ids[:limit]) for group, limit in zip(groups, limits, strict=True)
-        ]
+        heard = embeddings[spoken, : max(counts)], counts
+        groups = answer_heard(self.model, self.chat_format, heard, [prompt] * len(spoken), options)
+        for place, group, limit in zip(spoken, groups, limits, strict=True):
+            texts[place] = self.chat_format.decode_answer(group[0].ids[:limit])
+        return texts
 
     def repeats_by(self, prompt: str) -> bool:
         """Whether the answer to a resolved prompt is as long as what is heard, which CIF counts."""

@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from commands import fairseq, train
 from tiny import read_jsonl, save_llm, save_whisper, tiny_model, write_split
 
+from blspkd_fairseq import hub
 from blspkd_fairseq.data.audio import SAMPLE_RATE, AudioError, audio_seconds, load_audio, stream_audio
 from blspkd_fairseq.data.audio_stream import stream_windows
 from blspkd_fairseq.data.chat import Marks
@@ -22,7 +24,8 @@ from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.transcript import FORMATS, Segment, Transcript, Word, cues_of, join_texts, words_of
 from blspkd_fairseq.data.vad import VadError, find_speech
 from blspkd_fairseq.data.windows import WindowCutter, cut_windows, quietest_place, sounding, starts
-from blspkd_fairseq.generation.decoding import answer_heard, hear_windows
+from blspkd_fairseq.generation import decoding
+from blspkd_fairseq.generation.decoding import answer_heard, hear_windows, nearest_texts
 from blspkd_fairseq.hub import BlspKd
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -308,6 +311,37 @@ def test_a_transcript_ends_where_far_more_is_written_than_was_heard(
         assert written(*speech) == texts(None, None)
     own = "Answer this: {speech}"
     assert written(speech[0], prompt=own) == [model.generate((speech[0], SAMPLE_RATE), own).strip()]
+
+
+def test_nothing_is_written_where_no_word_is_heard(model: BlspKd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is asked: the LLM would write that it could not hear."""
+    speech = [(tone(seconds, seed=number), SAMPLE_RATE) for number, seconds in enumerate((2.0, 3.0, 4.0))]
+    for prompt in (None, "repeat"):
+        written = [one.text for one in model.transcripts(speech, prompt, max_new_tokens=8)]
+        assert all(written)
+        with monkeypatch.context() as changed:
+            changed.setattr(hub, "nearest_texts", silent_second(hub.nearest_texts))
+            found = model.transcripts(speech, prompt, max_new_tokens=8)
+        assert [one.text for one in found] == [written[0], "", written[2]] and not found[1].segments
+
+
+def silent_second(nearest: Any) -> Any:
+    """:func:`nearest_texts` as if nobody spoke in the second piece."""
+
+    def changed(*args: Any) -> list[str]:
+        texts = nearest(*args)
+        return [*texts[:1], "", *texts[2:]]
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"), [("...", ""), (" ?!", ""), ("..a", "..a"), ("7", "7"), ("é", "é"), ("\ufffd", "\ufffd")]
+)
+def test_a_word_has_a_letter_or_a_digit(model: BlspKd, monkeypatch: pytest.MonkeyPatch, tokens: str, text: str) -> None:
+    monkeypatch.setattr(decoding, "nearest_tokens", lambda _, embeddings: [0] * len(embeddings))
+    monkeypatch.setattr(model.chat_format, "decode", lambda ids: tokens)
+    assert nearest_texts(model.model, model.chat_format, [[torch.zeros(2, 4)]]) == [text]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from tiny import tiny_model
 
 from blspkd_fairseq.data.chat import Marks
 from blspkd_fairseq.data.transcript import join_texts
+from blspkd_fairseq.generation import streaming
 from blspkd_fairseq.hub import BlspKd
 
 SPEECH = as_file(noise(1.3))
@@ -186,6 +187,19 @@ def test_it_can_write_what_is_heard_without_asking_the_llm(model: BlspKd, monkey
         assert usage.input_tokens == usage.output_tokens == sum(counted)
         with pytest.raises(openai.BadRequestError, match="not drawn: leave it at 0"):
             create(model=NAME, file=upload, temperature=0.5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_nothing_is_written_where_no_word_is_heard(
+    model: BlspKd, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    monkeypatch.setattr(streaming, "nearest_texts", lambda *args: [""] * len(args[2]))
+    with served(model, new_tokens=6) as server:
+        create = server.client.audio.transcriptions.create
+        found = create(model=NAME, file=UPLOAD, response_format="verbose_json", temperature=temperature)
+        assert found.text == "" and not found.segments and found.duration > 0
+        assert create(model=NAME, file=UPLOAD, response_format="text", temperature=temperature).strip() == ""
+        assert list(create(model=NAME, file=UPLOAD, stream=True))[-1].text == ""
 
 
 def test_a_translation_is_asked_of_the_llm_all_the_same(model: BlspKd) -> None:

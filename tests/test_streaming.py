@@ -276,6 +276,21 @@ def test_silence_is_answered_by_nothing_where_asked(model: BlspKd) -> None:
     assert model.chat([said(silence)], max_new_tokens=4) != ""
 
 
+def test_where_no_word_is_heard_the_llm_is_asked_if_the_request_says_so(
+    model: BlspKd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [model.chat(messages, max_new_tokens=5) for messages in CONVERSATIONS[:2]]
+    for heard, answers in (("Hello", expected), ("", ["", expected[1]])):
+        monkeypatch.setattr(streaming, "nearest_texts", lambda *args, heard=heard: [heard] * len(args[2]))
+        decoder = model.streaming_decoder()
+        samplings = Sampling(max_new_tokens=5, if_spoken=True), Sampling(max_new_tokens=5)
+        pairs = zip(CONVERSATIONS[:2], samplings, strict=True)
+        rows = [decoder.add(model.request(messages, sampling)) for messages, sampling in pairs]
+        deltas = run(decoder, rows)
+        assert [text_of(deltas[row]) for row in rows] == answers
+        assert deltas[rows[0]][-1].finish is not None and deltas[rows[0]][-1].usage is not None
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

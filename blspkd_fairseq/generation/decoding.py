@@ -165,8 +165,13 @@ def nearest_tokens(model: SpeechLLM, embeddings: Tensor) -> list[int]:
     return ids
 
 
+_PART_OF_ONE = "\N{REPLACEMENT CHARACTER}"  # of whose bytes some are missing, as in misheard words of some scripts
+
+
 def nearest_texts(model: SpeechLLM, chat: ChatFormat, heard: Sequence[Sequence[Tensor]]) -> list[str]:
     """The text of the nearest tokens of each piece of speech, all with one look at the LLM's table.
+
+    It is "" where none of them has a letter or a digit: nobody speaks there, as in the "..." that silence is heard as.
 
     Args:
         model: whose adapter gives one embedding for each token.
@@ -175,7 +180,8 @@ def nearest_texts(model: SpeechLLM, chat: ChatFormat, heard: Sequence[Sequence[T
     """
     windows = [window for piece in heard for window in piece]
     ids = iter(nearest_tokens(model, torch.cat(windows)) if windows else [])
-    return [chat.decode(list(islice(ids, sum(map(len, piece))))) for piece in heard]
+    texts = [chat.decode(list(islice(ids, sum(map(len, piece))))) for piece in heard]
+    return [text if any(one.isalnum() or one == _PART_OF_ONE for one in text) else "" for text in texts]
 
 
 Instruction = str | Sequence[Segment]

@@ -78,6 +78,7 @@ class Sampling:
         stop: the answer ends before the first of these strings.
         repeats: the answer is what is heard, and ends where more is written (:func:`most_written`).
         nearest: the answer is the tokens nearest to what is heard; the LLM is not asked.
+        if_spoken: the answer is "" where no word is among the tokens nearest to what is heard; the LLM is not asked.
     """
 
     max_new_tokens: int = 128
@@ -88,6 +89,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     repeats: bool = False
     nearest: bool = False
+    if_spoken: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -369,8 +371,9 @@ class StreamingDecoder:
             row.unheard = {d: w for d, w in row.unheard.items() if d not in self._heard}
         deltas += self._write_nearest([row for row in rows if row.request.sampling.nearest and not row.unheard])
         asked = [row for row in rows if not row.request.sampling.nearest]
+        silent = self._without_words(asked)
         for row in asked:
-            if row.request.silent:
+            if row.request.silent or row in silent:
                 self._waiting.remove(row)
                 deltas.append(Delta(row.number, "", "stop", Usage(0, 0, 0)))
             elif row.embeds is None and not row.unheard:
@@ -414,7 +417,7 @@ class StreamingDecoder:
         """Answers rows that do not ask the LLM, all of them with one look at its table."""
         if not rows:
             return []
-        heard = [[self._heard[digest] for piece in row.digests for digest in piece] for row in rows]
+        heard = [self._windows_of(row) for row in rows]
         deltas = []
         for row, windows, text in zip(rows, heard, nearest_texts(self.model, self.chat, heard), strict=True):
             count = sum(map(len, windows))
@@ -422,6 +425,18 @@ class StreamingDecoder:
             self._waiting.remove(row)
         self._forget_speech()
         return deltas
+
+    def _without_words(self, rows: Sequence[_Row]) -> set[_Row]:
+        """Those that have just been heard, and are to be answered if somebody speaks, of which that is not so."""
+        heard = [row for row in rows if row.request.sampling.if_spoken and row.embeds is None and not row.unheard]
+        if not heard:
+            return set()
+        texts = nearest_texts(self.model, self.chat, [self._windows_of(row) for row in heard])
+        return {row for row, text in zip(heard, texts, strict=True) if not text}
+
+    def _windows_of(self, row: _Row) -> list[Tensor]:
+        """``[U, D]`` the embeddings of each window of its speech, one after another."""
+        return [self._heard[digest] for piece in row.digests for digest in piece]
 
     def _forget_speech(self) -> None:
         """Embeddings that no waiting row needs, beyond a quarter of what may be kept."""

@@ -152,7 +152,8 @@ def _ask(service: Service, windows: Sequence[Window], prompt: str | None, temper
         sampling = Sampling(nearest=True)
     else:
         repeats = temperature == 0 and service.model.repeats_by(prompt)
-        sampling = Sampling(service.limits.new_tokens, temperature, repeats=repeats)
+        if_spoken = service.model.counts_tokens
+        sampling = Sampling(service.limits.new_tokens, temperature, repeats=repeats, if_spoken=if_spoken)
     before, _, after = (prompt or SPEECH_SLOT).partition(SPEECH_SLOT)
     texts = [{"type": "text", "text": text} for text in (before, after)]
     speeches = [{"type": "audio", "audio": (window.samples, SAMPLE_RATE)} for window in windows]
