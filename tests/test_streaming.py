@@ -289,6 +289,8 @@ def test_where_no_word_is_heard_the_llm_is_asked_if_the_request_says_so(
         deltas = run(decoder, rows)
         assert [text_of(deltas[row]) for row in rows] == answers
         assert deltas[rows[0]][-1].finish is not None and deltas[rows[0]][-1].usage is not None
+        text = decoder.add(model.request(CONVERSATIONS[2], Sampling(max_new_tokens=5, if_spoken=True)))
+        assert text_of(run(decoder)[text]) == model.chat(CONVERSATIONS[2], max_new_tokens=5)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ class Sampling:
         stop: the answer ends before the first of these strings.
         repeats: the answer is what is heard, and ends where more is written (:func:`most_written`).
         nearest: the answer is the tokens nearest to what is heard; the LLM is not asked.
-        if_spoken: the answer is "" where no word is among the tokens nearest to what is heard; the LLM is not asked.
+        if_spoken: where there is speech, and no word among the tokens nearest to it, the answer is ""; the LLM is not
+            asked.
     """
 
     max_new_tokens: int = 128
@@ -428,7 +429,8 @@ class StreamingDecoder:
 
     def _without_words(self, rows: Sequence[_Row]) -> set[_Row]:
         """Those that have just been heard, and are to be answered if somebody speaks, of which that is not so."""
-        heard = [row for row in rows if row.request.sampling.if_spoken and row.embeds is None and not row.unheard]
+        asked = [row for row in rows if row.request.sampling.if_spoken and any(row.digests)]
+        heard = [row for row in asked if row.embeds is None and not row.unheard]
         if not heard:
             return set()
         texts = nearest_texts(self.model, self.chat, [self._windows_of(row) for row in heard])
