@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -502,4 +503,7 @@ def test_every_kind_of_row_is_trained_and_measured(tiny_work: Path, monkeypatch:
     assert "--unfreeze-speech-encoder" in json.loads(rows.result("encoder", 1).read_text())["commands"][1]
     assert "--train-subset train_32" in json.loads(rows.result("mix_32", 1).read_text())["commands"][0]
     said = report(tiny_work / "all", tiny_work / "all-report")
+    left_out = {name for name in table.ROWS if name not in kinds and not name.startswith(table.HIDDEN)}
+    (missing,) = re.findall(r"not measured:\*\* (\w+(?:, \w+)*)", said)
+    assert set(missing.split(", ")) == left_out
     assert "| BLSP: CNN, cross-entropy | 1/32 | 0.00 |" in said and "with each doubling" in said
