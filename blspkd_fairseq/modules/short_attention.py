@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blspkd_fairseq.data.batch import Rows
+from blspkd_fairseq.modules.attention_mask import sees
 
 MOST_KEYS = 128
 """Of a short row."""
@@ -151,21 +152,18 @@ class _Shape(NamedTuple):
 def _make_plan(rows: Rows, shape: _Shape, dtype: torch.dtype) -> _Plan:
     """Made once for an update, and in numpy: no operators of torch for so many small steps."""
     heads, groups, _ = shape
-    lengths = np.array(rows.counts, dtype=np.int64)
-    count, longest, prefix = len(lengths), rows.longest, rows.prefix
-    begins, steps = lengths.cumsum() - lengths, np.arange(longest)
+    count, longest, prefix = len(rows.counts), rows.longest, rows.prefix
     first: np.ndarray = np.arange(prefix)
-    row = np.arange(count).repeat(lengths)
-    unpadded = row * longest + np.arange(len(row)) - begins[row]
-    place = np.concatenate([first, prefix + unpadded])  # of each packed position: in the prefix, or among padded rows
-    padded = prefix + np.minimum(begins[:, None] + steps, max(0, len(row) - 1))
+    # Of each packed position: in the prefix, or among padded rows.
+    place = np.concatenate([first, prefix + np.from_dlpack(rows.unpadded)])
+    padded = prefix + np.from_dlpack(rows.padded)
     if rows.order is not None and rows.place is not None:
         order = np.from_dlpack(rows.order)
         place, padded, first = place[np.from_dlpack(rows.place)], order[padded], order[:prefix]
     seen = np.concatenate([np.broadcast_to(first, (count, prefix)), padded], 1)
     keys = prefix + longest
 
-    is_padding = steps >= lengths[:, None]
+    is_padding = np.arange(longest) >= np.array(rows.counts)[:, None]
     mask = _causal(longest, keys, prefix, shape) if rows.causal else ~is_padding.repeat(groups, 0)[:, None]
     parts = [_part(padded, seen, shape, torch.from_numpy(is_padding.repeat(heads, 0).reshape(-1, 1)), mask, dtype)]
     if prefix:
@@ -194,8 +192,7 @@ def _make_plan(rows: Rows, shape: _Shape, dtype: torch.dtype) -> _Plan:
 
 def _causal(queries: int, keys: int, offset: int, shape: _Shape) -> np.ndarray:
     """``[1, H / K x queries, keys]`` bool, True where query i of a head, at place offset + i, sees key j."""
-    ahead = np.arange(queries)[:, None] + offset - np.arange(keys)
-    mask = (ahead >= 0) & (ahead < (keys if shape.window is None else shape.window))
+    mask = sees(np.arange(queries)[:, None] + offset, np.arange(keys), shape.window)
     return np.tile(mask, (shape.heads // shape.groups, 1))[None]
 
 

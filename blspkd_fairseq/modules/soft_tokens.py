@@ -46,10 +46,12 @@ class Candidates(NamedTuple):
     Attributes:
         ids: ``[N, K]``.
         logits: ``[N, K]`` in fp32; -inf where fewer than K stand for text.
+        embeddings: ``[N, K, D]`` the LLM's own, without its factor.
     """
 
     ids: Tensor
     logits: Tensor
+    embeddings: Tensor
 
 
 class SoftTokens(nn.Module):
@@ -122,8 +124,8 @@ class SoftTokens(nn.Module):
         table, spelt = self.embeddings, self._spelt_of(queries, None)
 
         def mean(rows: Tensor) -> Tensor:
-            logits = self._logits(rows, spelt)
-            posterior = (self.log_focus.float().exp() * logits + self.barred).softmax(1)
+            # Barred after the product: 0 x inf would be in the gradient of the focus.
+            posterior = (self.log_focus.float().exp() * self._logits(rows, spelt) + self.barred).softmax(1)
             return posterior.to(table.dtype) @ table * self.factor
 
         return _in_parts(mean, len(self.words), queries.vectors).to(queries.vectors.dtype)
@@ -132,13 +134,12 @@ class SoftTokens(nn.Module):
         """The ``at_most`` likeliest tokens of each of N queries."""
         logits = self._logits(queries.vectors, self._spelt_of(queries, None)) + self.barred
         likeliest = logits.topk(min(at_most, len(self.words)), dim=1)
-        return Candidates(likeliest.indices, likeliest.values)
+        return Candidates(likeliest.indices, likeliest.values, F.embedding(likeliest.indices, self.embeddings))
 
     def mean(self, candidates: Candidates) -> Tensor:
-        """``[N, D]`` as :meth:`forward`, among the candidates."""
+        """``[N, D]`` as :meth:`forward`, among the candidates, and in use alone: without gradient."""
         posterior = (self.log_focus.float().exp() * candidates.logits).softmax(1)
-        of_candidates = F.embedding(candidates.ids, self.embeddings)
-        return (posterior.to(of_candidates.dtype).unsqueeze(1) @ of_candidates).squeeze(1) * self.factor
+        return (posterior.to(candidates.embeddings.dtype).unsqueeze(1) @ candidates.embeddings).squeeze(1) * self.factor
 
     def says_word(self, candidates: Candidates) -> Tensor:
         """``[N]`` bool: whether the first candidate has a letter or a digit."""
