@@ -248,18 +248,23 @@ def test_hydra_and_a_whole_group(world: World, tmp_path: Path) -> None:
     assert f"stopped after update {updates_in(tmp_path / 'save')}; it is saved in" in output
 
 
+@pytest.mark.parametrize("is_slow", [False, True])  # slow: the signal comes while the training is being launched
 @pytest.mark.parametrize(("number", "code", "is_requeued"), [("USR1", 138, True), ("TERM", 143, True), ("", 3, False)])
-def test_the_job_script_goes_back_into_the_queue(tmp_path: Path, number: str, code: int, is_requeued: bool) -> None:
+def test_the_job_script_goes_back_into_the_queue(
+    tmp_path: Path, number: str, code: int, is_requeued: bool, is_slow: bool
+) -> None:
     training = f"""#!/bin/bash
         echo "$@"; trap 'sleep .5; exit {code}' USR1 TERM
-        kill -{number or "WINCH"} $PPID; sleep .3 & wait $!; exit 3"""
+        kill -{number or "WINCH"} $PPID; sleep {9 if number else .3} &> /dev/null & wait $!; exit 3"""
     for name, text in (("fairseq-train", training), ("scontrol", '#!/bin/bash\necho "scontrol $@"')):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "slow").write_text("unset BASH_ENV; trap 'sleep .1' DEBUG" if is_slow else "")
     script = Path(__file__).parents[1] / "examples/slurm.sbatch"
     done = subprocess.run(
         ["bash", script, "a b", "--save-dir", "to/$SLURM_ARRAY_TASK_ID"],
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "4"},
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "4",
+             "BASH_ENV": str(tmp_path / "slow")},
         text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == code and done.stderr == ""
