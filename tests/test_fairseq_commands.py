@@ -15,6 +15,9 @@ import torch
 from commands import DEVICE, PACKAGE, TRAIN_OPTIONS, fairseq, load, program, start, train, train_on_two
 from tiny import PATIENCE, SENTENCES, read_jsonl, save_llm, save_whisper, write_speech, write_split
 
+from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.modules.trained_state import read_trained, write_weights
+
 UPDATES = ("--max-update", 4, "--validate-interval", 1, "--disable-validation")
 
 
@@ -178,6 +181,69 @@ def test_moving_average_checkpoint_retention_and_averaging(world: World, tmp_pat
         torch.testing.assert_close(mean[name], (one[name].float() + two[name].float()) / 2)
     output = fairseq("generate", world.data, "--gen-subset", "test", "--path", tmp_path / "avg.pt", "--max-len-b", 4)
     assert len(re.findall(r"^D-", output, re.M)) == 5
+
+
+@pytest.fixture(scope="session")
+def began(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that other trainings begin with."""
+    folder = tmp_path_factory.mktemp("began")
+    world.train(folder, *UPDATES)
+    return folder / "checkpoint_last.pt"
+
+
+def test_the_mean_of_models_and_checkpoints(world: World, began: Path, tmp_path: Path) -> None:
+    from blspkd_fairseq.cli import average
+
+    def mean(output: Path, *inputs: Path) -> dict[str, torch.Tensor]:
+        average.main(["--inputs", *map(str, inputs), "--output", str(output)])
+        return dict(read_trained(output)[1])
+
+    tuned = tmp_path / "tuned" / "checkpoint_last.pt"
+    world.train(tuned.parent, *UPDATES, "--pretrained-model", began)
+    model, folder = BlspKd.from_pretrained(began), tmp_path / "began"
+    model.save_pretrained(folder, dtype="bfloat16")
+    before, after = read_trained(folder)[1], read_trained(tuned)[1]
+    moved = [name for name in before if not torch.equal(before[name].float(), after[name].float())]
+    assert any(name.startswith("adapter") for name in moved)
+
+    # What is written is of the kind of the first, and loads.
+    in_folder, in_file = mean(tmp_path / "mean", folder, tuned), mean(tmp_path / "mean.pt", tuned, folder)
+    for name in before:
+        expected = (before[name].float() + after[name].float()) / 2
+        torch.testing.assert_close(in_file[name], expected)
+        torch.testing.assert_close(in_folder[name], expected.to(before[name].dtype))
+    for path in (tmp_path / "mean", tmp_path / "mean.pt"):
+        assert BlspKd.from_pretrained(path).config.llm == model.config.llm
+    twice = mean(tmp_path / "twice", folder, folder, tuned)
+    name = next(name for name in moved if name.startswith("adapter"))
+    torch.testing.assert_close(twice[name], ((2 * before[name].float() + after[name].float()) / 3).bfloat16())
+
+
+def test_models_that_have_no_mean(began: Path, tmp_path: Path) -> None:
+    from blspkd_fairseq.cli import average
+
+    folder, other = tmp_path / "one", tmp_path / "other"
+    BlspKd.from_pretrained(began).save_pretrained(folder)
+    options, weights = read_trained(folder)
+    for name, what in (("frozen.llm", "llm"), ("setting.adapter_heads", "adapter heads")):
+        write_weights(other, options, {**weights, name: weights[name] + 1}, torch.float32)
+        with pytest.raises(ValueError, match=f"one and .*other|other and .*one differ in their {what}: only models"):
+            average.main(["--inputs", str(folder), str(other), "--output", str(tmp_path / "mean")])
+    write_weights(other, options, {**weights, "adapter.more": torch.zeros(2)}, torch.float32)
+    torch.save({"cfg": {}}, tmp_path / "nothing.pt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for inputs, output, match in (
+        ([folder, other], "mean", "other has other parameters than .*one: only models of one shape"),
+        ([folder, tmp_path / "nothing.pt"], "mean", "nothing.pt is no checkpoint of this project"),
+        ([folder, tmp_path / "empty"], "mean", "no folder of save_pretrained at .*empty"),
+        ([folder, folder], "one", "one is one of the inputs"),
+        ([folder, folder], "file", "file is a file, unlike .*one, whose kind is written"),
+        ([began, folder], "empty", "empty is a folder, unlike"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            average.main(["--inputs", *map(str, inputs), "--output", str(tmp_path / output)])
+    assert not (tmp_path / "mean").exists() and (tmp_path / "file").read_text() == ""
 
 
 def test_gradient_checkpointing_lora_everywhere_and_an_unfrozen_encoder_train(world: World, tmp_path: Path) -> None:

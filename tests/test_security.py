@@ -280,7 +280,7 @@ def test_pickles_are_read_as_data(world: World, tmp_path: Path) -> None:
             lambda: fairseq("interactive", world.data, "--path", path),  # noqa: B023
             lambda: fairseq("validate", world.data, "--path", path, "--batch-size", 1),  # noqa: B023
             lambda: world.train(tmp_path / "a", "--pretrained-model", path),  # noqa: B023
-            lambda: average_checkpoints.average([path]),  # noqa: B023
+            lambda: average_checkpoints.average([path], tmp_path / "mean.pt"),  # noqa: B023
         ):
             with pytest.raises(ValueError, match="is damaged|is no checkpoint of|or is damaged"):
                 load()

@@ -255,7 +255,7 @@ def test_the_job_script_goes_back_into_the_queue(
 ) -> None:
     training = f"""#!/bin/bash
         echo "$@"; trap 'sleep .5; exit {code}' USR1 TERM
-        kill -{number or "WINCH"} $PPID; sleep {9 if number else .3} &> /dev/null & wait $!; exit 3"""
+        kill -{number or "WINCH"} $PPID; sleep {9 if number else 0.3} &> /dev/null & wait $!; exit 3"""
     for name, text in (("fairseq-train", training), ("scontrol", '#!/bin/bash\necho "scontrol $@"')):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

@@ -150,7 +150,7 @@ def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         ValueError: there is no model at this path, or it is damaged.
     """
     if path.is_dir():
-        if (path / _WEIGHTS).exists() and (path / _CONFIG).exists():
+        if is_pretrained(path):
             return _read_folder(path)
         found = [path / name for name in _CHECKPOINTS if (path / name).exists()]
         if not found:
@@ -161,6 +161,23 @@ def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         return without_trust(checkpoint["cfg"]["model"]), checkpoint["model"]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint of this project: it lacks {error}") from error
+
+
+def is_pretrained(path: Path) -> bool:
+    """Whether this is a folder of :func:`write_trained`."""
+    return (path / _WEIGHTS).exists() and (path / _CONFIG).exists()
+
+
+def check_same_start(state: Mapping[str, Tensor], other: Mapping[str, Tensor], which: str) -> None:
+    """Weights of two models can be averaged where their frozen models are the same, and the settings.
+
+    Raises:
+        ValueError: they are not; ``which`` names both models.
+    """
+    for name in state:
+        if name.startswith(_NO_WEIGHT) and not same_fingerprint(state[name].cpu(), other[name].cpu()):
+            what = name.partition(".")[2].replace("_", " ")
+            raise ValueError(f"{which} differ in their {what}: only models of the same base and options have a mean")
 
 
 def without_trust(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,12 +203,17 @@ def _read_folder(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]
 
 def write_trained(folder: Path, options: Mapping[str, Any], model: SpeechLLM, dtype: torch.dtype) -> None:
     """Writes options and trained weights, these in ``dtype``, for :func:`read_trained`."""
+    write_weights(folder, options, trained_state_dict(model), dtype)
+
+
+def write_weights(folder: Path, options: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """As :func:`write_trained`, of what :func:`trained_state_dict` returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
+    stored = {
         name: (tensor if name.startswith(_NO_WEIGHT) else tensor.to(dtype)).cpu().contiguous()
-        for name, tensor in trained_state_dict(model).items()
+        for name, tensor in state.items()
     }
-    content = save(state)
+    content = save(stored)
     write_whole(folder / _WEIGHTS, content)  # save_file lets nobody else read it
     config = {**without_trust(options), _SHA256: hashlib.sha256(content).hexdigest()}
     write_whole(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
