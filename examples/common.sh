@@ -12,7 +12,7 @@ parse_options() {
         option=${1#--}
         if [ "$1" = -h ] || [ "$1" = --help ]; then usage; exit 0; fi
         [ "$1" = "--$option" ] && [[ "$names" = *" $option "* ]] || fail "unknown option $1 (--help lists them)"
-        if [ "$option" = small ] || [ "$option" = quick ]; then printf -v "$option" yes; shift; continue; fi
+        if [[ " small quick mean " = *" $option "* ]]; then printf -v "$option" yes; shift; continue; fi
         [ $# -gt 1 ] || fail "$1 needs a value"
         printf -v "${option//-/_}" '%s' "$2"
         shift 2

@@ -563,7 +563,7 @@ def test_a_damaged_piece_is_refused_and_the_last_one_unpacks(tmp_path: Path) -> 
 @pytest.mark.real
 @pytest.mark.recordings
 def test_all_stages_run_on_a_few_rows_and_a_second_run_skips_them(tmp_path: Path) -> None:
-    few = ["--quick", "--processes", 1, "--transcript-merges", 8000, "--out", tmp_path / "out"]
+    few = ["--quick", "--mean", "--processes", 1, "--transcript-merges", 8000, "--out", tmp_path / "out"]
     first = command("run.sh", *few)
     assert first.returncode == 0, (first.stdout + first.stderr)[-4000:]
     report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
@@ -576,7 +576,7 @@ def test_all_stages_run_on_a_few_rows_and_a_second_run_skips_them(tmp_path: Path
     refused = command("run.sh", "--out", tmp_path / "out")
     assert refused.returncode == 2 and "other options" in refused.stderr
 
-    model = tmp_path / "out" / "model" / "distillation" / "checkpoint_last.pt"
+    model = tmp_path / "out" / "model" / "distillation-mean.pt"
     assert read_trained(model)[0]["transcript_merges"] == 8000
     options = ["--rows", 2, "--most-tokens", 8, "--model", model, "--out", tmp_path / "real"]
     measured = command("evaluate.sh", *options)

@@ -178,6 +178,7 @@ rows() {
 results() {
     [ -n "$to" ] || fail "results needs --to DIR"
     local out=$work/bundle/out checkpoint=$work/bundle/out/model/$model/checkpoint_last.pt
+    [ ! -f "$out/model/$model-mean.pt" ] || checkpoint=$out/model/$model-mean.pt # of run.sh --mean
     [ -f "$checkpoint" ] || [ -d "$out/rows/results" ] || fail "there is no $checkpoint: train first"
     mkdir -p "$to"
     to=$(realpath "$to")

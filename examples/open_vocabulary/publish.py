@@ -124,7 +124,7 @@ def front(results: Mapping[str, Mapping[str, Any]]) -> str:
     if "nothing" not in results["model"]:
         return said
     silent = false_answers(results["model"]["nothing"])
-    return f"{said}\nWhere nobody speaks it says so, but for {silent} clips of silence, hum, noise and babble.\n"
+    return f"{said}\nOf clips of silence, hum, noise and babble it answers {silent} as if somebody spoke.\n"
 
 
 def heard_by_sound(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Interval]:

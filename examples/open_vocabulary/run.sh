@@ -4,7 +4,7 @@
 #   bash examples/open_vocabulary/run.sh [--speech DIR] [--sentences DIR] [--train N] [--rows N] [--warm-up-updates N]
 #       [--updates N] [--mix "chat:0.5 continue:0.3 repeat:0.2"] [--repeats N] [--augment KINDS] [--augment-variants N]
 #       [--pretrained DIR] [--transcript-merges N] [--speech-encoder NAME] [--llm NAME] [--voices "slt rms awb kal16 joe"]
-#       [--batch N] [--test-rows N] [--processes N] [--quick] [--stage N] [--stop-stage N] [--out DIR] [--cache DIR]
+#       [--mean] [--batch N] [--test-rows N] [--processes N] [--quick] [--stage N] [--stop-stage N] [--out DIR] [--cache DIR]
 #
 #   1 models         Whisper tiny.en and SmolLM2-135M-Instruct, as in the quickstart
 #   2 sentences      chats, WordNet's examples and definitions, filtered; what was left out is counted
@@ -22,19 +22,20 @@
 # of select_sentences.py). With more --warm-up-updates or --updates, training goes on from where it was; everything else
 # belongs to OUT, which refuses other options. --augment makes the sound anew in every epoch, or, with --augment-variants,
 # so many versions of each clip, whose features are stored. --transcript-merges writes what is heard with so many merges of
-# the LLM's tokenizer (default: as many as --pretrained). --batch is that of distillation, the warm-up's is three times as
+# the LLM's tokenizer (default: as many as --pretrained). --mean goes on, after each training, from the mean of what it gave
+# and what it began with, which must be of one shape. --batch is that of distillation, the warm-up's is three times as
 # large. --quick runs every stage on a few rows. Killed, a run goes on with the same command.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/examples/common.sh"
 
-stage=0 stop_stage=9 speech="" sentences="" train=36000 rows=12000 repeats=8000 warm_up_updates=8000 updates=4000 test_rows=200 quick=""
+stage=0 stop_stage=9 speech="" sentences="" train=36000 rows=12000 repeats=8000 warm_up_updates=8000 updates=4000 test_rows=200 quick="" mean=""
 mix="chat:0.5 continue:0.3 repeat:0.2" transcript_merges="" augment="" augment_variants=0 batch=16 voices="slt rms awb kal16 joe" speech_encoder="" llm="" processes=$(nproc)
 pretrained="$root/blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m"
 out="$root/out/open_vocabulary" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
-usage() { sed -n '2,28s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,29s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 parse_options stage stop-stage speech sentences train rows repeats warm-up-updates updates test-rows quick mix augment \
-    augment-variants transcript-merges speech-encoder llm processes pretrained out cache batch voices -- "$@"
+    augment-variants transcript-merges speech-encoder llm processes pretrained out cache batch voices mean -- "$@"
 whole_numbers stage stop_stage train rows repeats warm_up_updates updates test_rows processes batch augment_variants
 out=$(realpath -m "$out") cache=$(realpath -m "$cache")
 [ -z "$transcript_merges" ] || whole_numbers transcript_merges
@@ -47,7 +48,7 @@ if [ -n "$quick" ]; then
     train=24 rows=18 repeats=6 warm_up_updates=4 updates=4 test_rows=4 valid=6 nothing=4 tokens=8 answer_tokens=8 sentence_limit=200 most_ready=12
     conditions=(white:10) voices="kal16 awb"
 fi
-one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --augment-variants $augment_variants --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows --repeats $repeats${sentences:+ --sentences $sentences}${transcript_merges:+ --transcript-merges $transcript_merges}${quick:+ --quick}"
+one_run "$out" "--speech $speech --train $train --rows $rows --mix $mix --voices $voices --augment $augment --augment-variants $augment_variants --batch $batch --pretrained $pretrained --speech-encoder $speech_encoder --llm $llm --test-rows $test_rows --repeats $repeats${sentences:+ --sentences $sentences}${transcript_merges:+ --transcript-merges $transcript_merges}${mean:+ --mean}${quick:+ --quick}"
 use_environment quickstart,recordings
 speech_encoder=${speech_encoder:-$cache/whisper-tiny.en}
 llm=${llm:-$cache/smollm2-135m-instruct}
@@ -99,11 +100,22 @@ train_part() {
         --adapter-soft-tokens "${sizes[@]}" ${transcript_merges:+--transcript-merges "$transcript_merges"} "${features[@]}" --save-dir "$folder" "${@:3}" 2>&1 | tee -a "$folder.log"
 }
 
+# trained PART: what a training gave, or the mean of that and what it began with
+trained() {
+    if [ -n "$mean" ]; then echo "$model/$1-mean.pt"; else echo "$model/$1/checkpoint_last.pt"; fi
+}
+
+# average_with START PART
+average_with() {
+    [ -z "$mean" ] || blspkd average --inputs "$model/$2/checkpoint_last.pt" "$1" --output "$(trained "$2")"
+}
+
 warm_up() {
     train_part "$model/warm-up" "$data" --pretrained-model "$pretrained" --batch-size $((3 * batch)) --lr 6e-4 \
         --token-ce-weight 1 --token-mse-weight 0.3 --token-negatives "$negatives" \
         --response-kl-weight 0 --input-kl-weight 0 \
         --warmup-updates $((warm_up_updates / 20)) --total-num-update "$warm_up_updates" --max-update "$warm_up_updates"
+    average_with "$pretrained" warm-up
 }
 
 distil() {
@@ -112,10 +124,11 @@ distil() {
     # On top of another warm-up it begins anew.
     [ "$(cat "$folder.start" 2>/dev/null)" = "$start" ] || rm -rf "$folder" "$folder.log"
     printf '%s' "$start" >"$folder.start"
-    train_part "$folder" "$part" --finetune-from-model "$model/warm-up/checkpoint_last.pt" \
+    train_part "$folder" "$part" --finetune-from-model "$(trained warm-up)" \
         --token-ce-weight 0.3 \
         --batch-size "$batch" --lr 3e-4 --warmup-updates $((updates / 20)) --total-num-update "$updates" \
         --max-update "$updates"
+    average_with "$(trained warm-up)" distillation
 }
 
 fetch_recordings() {
@@ -134,10 +147,10 @@ evaluate() {
     hear text --llm "$llm"
     hear cascade --llm "$llm" --cascade "$speech_encoder" --nothing "$asked/nothing.tsv" --conditions "${conditions[@]}"
     hear before --checkpoint "$pretrained" --nothing "$asked/nothing.tsv"
-    hear warm-up --checkpoint "$model/warm-up/checkpoint_last.pt"
-    hear model --checkpoint "$model/distillation/checkpoint_last.pt" --nothing "$asked/nothing.tsv" \
+    hear warm-up --checkpoint "$(trained warm-up)"
+    hear model --checkpoint "$(trained distillation)" --nothing "$asked/nothing.tsv" \
         --boundaries "$speech_encoder" --conditions "${conditions[@]}"
-    hear sound --checkpoint "$model/distillation/checkpoint_last.pt" --by-sound --answers
+    hear sound --checkpoint "$(trained distillation)" --by-sound --answers
 }
 
 # hear NAME OPTIONS: measures a system, unless it was measured and has not been trained since
