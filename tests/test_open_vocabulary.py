@@ -450,7 +450,7 @@ def test_the_report_has_every_set_and_its_figures(tmp_path: Path) -> None:
     assert "WER heard of the heard voices" in noise and "| clean | white:10 |" in noise and noise.count("12.5 [") == 2
     shown = publish.front(results)
     assert "| telephone prompts (a person) | 2 | 12.5 [0.0, 25.0] | 12.5 [0.0, 25.0] | 0.0 [0.0, 0.0] | 0.0 " in shown
-    assert "heard voices" not in shown and "but for 1 of 1 clips" in shown and "By the sound alone" not in shown
+    assert "heard voices" not in shown and "answers 1 of 1 as if" in shown and "By the sound alone" not in shown
     results["sound"] = {"phone": {**model, "heard": said}}
     assert "| WER heard, by the sound alone | this model | – | 0.0 [0.0, 0.0] | – |" in publish.table(results)
     assert "By the sound alone, without what the LLM expects after the words before, it hears with 0.0." in (
@@ -634,7 +634,7 @@ def test_the_pieces_for_a_gpu_train_on_a_few_rows(tmp_path: Path) -> None:
 
 def test_the_picture_of_the_parts_is_that_of_the_guides_table(tmp_path: Path) -> None:
     parts = draw_parts.read_parts(draw_parts.GUIDE.read_text())
-    assert [part.name for part in parts[:2]] == ["third part", "fourth"] and parts[-1].name == "tenth, as published"
+    assert [part.name for part in parts[:2]] == ["third part", "fourth"] and parts[-1].name.endswith(", as published")
     assert parts[0].figures[2] == (48.9, 44.9, 53.0)
     draw_parts.main(["--out", str(tmp_path / "new" / "parts.png")])
     assert (tmp_path / "new" / "parts.png").stat().st_size > 10_000
