@@ -2,17 +2,21 @@
 #
 # A recipe sets `root`, `stage`, `stop_stage` and the defaults of its options, and has a function `usage`.
 
-# parse_options NAME ... -- "$@": --some-name VALUE sets some_name; --small and --quick, where they are among the names,
-# have no value and set small=yes, quick=yes
+# parse_options NAME ... -- "$@": --some-name VALUE sets some_name; a NAME with dashes before it, such as --quick, has no
+# value, and sets quick=yes
 parse_options() {
-    local names=" " option
-    while [ "$1" != -- ]; do names+="$1 "; shift; done
+    local names=" " switches=" " option
+    while [ "$1" != -- ]; do
+        [ "$1" = "${1#--}" ] || switches+="${1#--} "
+        names+="${1#--} "
+        shift
+    done
     shift
     while [ $# -gt 0 ]; do
         option=${1#--}
         if [ "$1" = -h ] || [ "$1" = --help ]; then usage; exit 0; fi
         [ "$1" = "--$option" ] && [[ "$names" = *" $option "* ]] || fail "unknown option $1 (--help lists them)"
-        if [[ " small quick mean " = *" $option "* ]]; then printf -v "$option" yes; shift; continue; fi
+        if [[ "$switches" = *" $option "* ]]; then printf -v "${option//-/_}" yes; shift; continue; fi
         [ $# -gt 1 ] || fail "$1 needs a value"
         printf -v "${option//-/_}" '%s' "$2"
         shift 2

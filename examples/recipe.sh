@@ -27,7 +27,7 @@ recipe() {
     local speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="" small="" own=() more=()
     while [ $# -gt 0 ] && [ "$1" != -- ]; do own+=("$1"); shift; done
     more=("${@:2}")
-    parse_options small stage stop-stage train valid test gpus nodes node-rank master from speech-encoder llm out \
+    parse_options --small stage stop-stage train valid test gpus nodes node-rank master from speech-encoder llm out \
         max-update -- "${own[@]}"
     [ -n "$trained" ] || [ ${#more[@]} -eq 0 ] || fail "${more[*]}: nothing is trained here"
     whole_numbers stage stop_stage gpus nodes node_rank max_update

@@ -15,6 +15,7 @@ import torch
 from commands import DEVICE, PACKAGE, TRAIN_OPTIONS, fairseq, load, program, start, train, train_on_two
 from tiny import PATIENCE, SENTENCES, read_jsonl, save_llm, save_whisper, write_speech, write_split
 
+from blspkd_fairseq.cli import average
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.modules.trained_state import read_trained, write_weights
 
@@ -192,8 +193,6 @@ def began(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_mean_of_models_and_checkpoints(world: World, began: Path, tmp_path: Path) -> None:
-    from blspkd_fairseq.cli import average
-
     def mean(output: Path, *inputs: Path) -> dict[str, torch.Tensor]:
         average.main(["--inputs", *map(str, inputs), "--output", str(output)])
         return dict(read_trained(output)[1])
@@ -220,8 +219,6 @@ def test_the_mean_of_models_and_checkpoints(world: World, began: Path, tmp_path:
 
 
 def test_models_that_have_no_mean(began: Path, tmp_path: Path) -> None:
-    from blspkd_fairseq.cli import average
-
     folder, other = tmp_path / "one", tmp_path / "other"
     BlspKd.from_pretrained(began).save_pretrained(folder)
     options, weights = read_trained(folder)

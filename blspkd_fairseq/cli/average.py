@@ -96,8 +96,8 @@ def average(paths: list[Path], output: Path) -> None:
         ValueError: models of different parameters, settings or frozen models, or one that is damaged.
     """
     first = read(paths[0])
-    total = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in first.weights.items()}
-    for path in paths:
+    total = {name: weight.to(torch.float32, copy=True) for name, weight in first.weights.items()}
+    for path in paths[1:]:
         weights = read(path).weights
         if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in total.items()}:
             raise ValueError(f"{path} has other parameters than {paths[0]}: only models of one shape have a mean")

@@ -129,7 +129,7 @@ def _check_settings(settings: Mapping[str, float], state: Mapping[str, Tensor]) 
     """Checkpoints of versions before the settings have none of them."""
     for name, now in settings.items():
         then = float(state.get(_SETTING + name, now))
-        if not math.isclose(then, now, rel_tol=1e-3):  # averaged weights are rounded
+        if not _same_setting(then, now):
             option = f"--{name.replace('_', '-')}"
             if name == "adapter_alignment":
                 shown = [list(ALIGNMENTS)[round(value)] for value in (then, now)]
@@ -139,6 +139,10 @@ def _check_settings(settings: Mapping[str, float], state: Mapping[str, Tensor]) 
                 f"this checkpoint was trained with {option} {shown[0]}, and its weights mean something else with "
                 f"{option} {shown[1]}: give {option} {shown[0]}"
             )
+
+
+def _same_setting(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-3)  # averaged weights are rounded
 
 
 def read_trained(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
@@ -175,7 +179,13 @@ def check_same_start(state: Mapping[str, Tensor], other: Mapping[str, Tensor], w
         ValueError: they are not; ``which`` names both models.
     """
     for name in state:
-        if name.startswith(_NO_WEIGHT) and not same_fingerprint(state[name].cpu(), other[name].cpu()):
+        if name.startswith(_SETTING):
+            is_same = _same_setting(float(state[name]), float(other[name]))
+        elif name.startswith(_FINGERPRINT):
+            is_same = same_fingerprint(state[name].cpu(), other[name].cpu())
+        else:
+            continue
+        if not is_same:
             what = name.partition(".")[2].replace("_", " ")
             raise ValueError(f"{which} differ in their {what}: only models of the same base and options have a mean")
 

@@ -23,7 +23,7 @@ source "$root/examples/common.sh"
 stage=0 stop_stage=6 common_voice="" translations="" direction="" gpus=1 nodes=1 node_rank=0 master=127.0.0.1:29500
 speech_encoder=openai/whisper-small llm=Qwen/Qwen2.5-7B-Instruct out="" max_update=0 small=""
 usage() { sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-parse_options small stage stop-stage common-voice translations direction gpus nodes node-rank master speech-encoder \
+parse_options --small stage stop-stage common-voice translations direction gpus nodes node-rank master speech-encoder \
     llm out max-update -- "$@"
 whole_numbers stage stop_stage gpus nodes node_rank max_update
 check_nodes 3

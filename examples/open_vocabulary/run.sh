@@ -34,8 +34,8 @@ mix="chat:0.5 continue:0.3 repeat:0.2" transcript_merges="" augment="" augment_v
 pretrained="$root/blspkd_fairseq/pretrained/whisper-tiny.en-smollm2-135m"
 out="$root/out/open_vocabulary" cache="${BLSPKD_CACHE:-$HOME/.cache/blspkd_fairseq}"
 usage() { sed -n '2,29s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-parse_options stage stop-stage speech sentences train rows repeats warm-up-updates updates test-rows quick mix augment \
-    augment-variants transcript-merges speech-encoder llm processes pretrained out cache batch voices mean -- "$@"
+parse_options stage stop-stage speech sentences train rows repeats warm-up-updates updates test-rows --quick mix augment \
+    augment-variants transcript-merges speech-encoder llm processes pretrained out cache batch voices --mean -- "$@"
 whole_numbers stage stop_stage train rows repeats warm_up_updates updates test_rows processes batch augment_variants
 out=$(realpath -m "$out") cache=$(realpath -m "$cache")
 [ -z "$transcript_merges" ] || whole_numbers transcript_merges
