@@ -207,15 +207,98 @@ def test_what_says_a_word_is_the_likeliest_token(speech: BlspKd, monkeypatch: py
     queries = heard.queries._replace(vectors=heard.queries.vectors[2])
     tokens = likeliest(soft, queries)
     for is_word in (True, False):
-        words = torch.full_like(soft.words, not is_word)
-        words[tokens] = is_word
+        words = torch.full_like(soft.words, -1 if is_word else 0)
+        words[tokens] = 0 if is_word else -1
         monkeypatch.setitem(soft._buffers, "words", words)
         assert soft.says_word(soft.candidates(queries, 3)).tolist() == [is_word] * COUNTS[2]
 
 
+# ---- a search -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def searched(prior: LanguagePrior) -> LanguagePrior:
+    return prior._replace(beam=4)
+
+
+def twice(speech: BlspKd, heard: AdapterOutput) -> AdapterOutput:
+    """Every piece at a token of its own, but for the third of the last row, which is heard twice running."""
+    soft = speech.model.adapter.soft_tokens
+    tokens = (soft.words >= 0).nonzero()[:, 0][: 3 * 6].view(3, 6).clone()
+    tokens[2, 3] = tokens[2, 2]
+    points = soft.embedded(tokens)
+    vectors = torch.cat([points, torch.zeros(3, 6, heard.queries.vectors.shape[2] - points.shape[2])], 2)
+    return heard._replace(queries=heard.queries._replace(vectors=vectors))
+
+
+def test_a_search_gives_tokens_as_the_llm_reads_them(speech: BlspKd, searched: LanguagePrior) -> None:
+    heard, model = by_sound(speech, (4, 0, 6)), speech.model
+    found = expect(model, heard, searched)
+    ids = [speech.nearest_tokens(one[:count]) for one, count in zip(found.embeddings, found.lengths, strict=True)]
+    assert ids[1] == [] and 0 < len(ids[0]) <= 4
+    for one, tokens in zip(found.embeddings, ids, strict=True):
+        torch.testing.assert_close(one[: len(tokens)], model.embed(torch.tensor(tokens, dtype=torch.long)))
+        assert not one[len(tokens) :].any()
+    by_one = expect(model, heard, searched, may_join=False)
+    assert by_one.lengths.tolist() == [4, 0, 6] and by_one.queries is heard.queries
+
+
+def test_pieces_that_say_one_word_are_joined(speech: BlspKd, searched: LanguagePrior) -> None:
+    heard = twice(speech, by_sound(speech))
+    found = expect(speech.model, heard, searched)
+    assert found.lengths.tolist() == [4, 1, 5]
+    # The piece ends where the second one did, and what comes behind moves up.
+    assert found.boundaries[2].tolist() == [*heard.boundaries[2, [0, 1, 3, 4, 5]].tolist(), 0.0]
+    assert len(set(found.boundaries[2].tolist())) == 6
+    torch.testing.assert_close(found.queries.vectors[2, :5], heard.queries.vectors[2, [0, 1, 2, 4, 5]])
+    torch.testing.assert_close(found.boundaries[:2], heard.boundaries[:2])
+
+
+def test_a_search_of_so_many_pieces_at_once_as_memory_holds(
+    speech: BlspKd, searched: LanguagePrior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = by_sound(speech, (2, 4, 0, 6, 3, 5))
+    together = expect(speech.model, heard, searched)
+    monkeypatch.setattr(language_prior, "LOGITS_AT_ONCE", 7 * len(speech.model.adapter.soft_tokens.words))
+    for one, other in zip(expect(speech.model, heard, searched)[:2], together[:2], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_where_the_sound_says_no_word_nothing_is_searched(
+    speech: BlspKd, searched: LanguagePrior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, soft = twice(speech, by_sound(speech)), speech.model.adapter.soft_tokens
+    as_heard = soft.mean(soft.candidates(heard.queries._replace(vectors=heard.queries.vectors[2]), 128))
+    monkeypatch.setattr(soft, "says_word", lambda candidates: torch.tensor([True] * 5 + [False] * 6))
+    found = expect(speech.model, heard, searched)
+    assert found.lengths.tolist() == [4, 1, 6]
+    torch.testing.assert_close(found.embeddings[2], as_heard)
+
+
+def test_lora_learns_to_read_what_is_heard_in_use_and_the_adapter_by_its_tokens(speech: BlspKd, tmp_path: Path) -> None:
+    options = {
+        "adapter_soft_tokens": True,
+        "adapter_prior_weight": 0.7,
+        "adapter_prior_beam": 3,
+        "adapter_dropout": 0.0,
+    }
+    model = tiny_model(tmp_path, **options, adapter_prior_training=True).model
+    assert model.hears_in_training
+    model.train()
+    torch.manual_seed(5)
+    sound = 0.1 * torch.randn(1, RATE), torch.tensor([RATE]), torch.tensor([4])
+    heard = model.adapt(*sound)
+    assert not heard.embeddings.requires_grad and heard.queries.vectors.requires_grad
+    model.eval()
+    torch.testing.assert_close(model.adapt(*sound).embeddings, heard.embeddings, atol=1e-3, rtol=1e-3)
+    assert not speech.model.hears_in_training
+
+
 def test_training_goes_on_with_the_prior_of_a_trained_model() -> None:
     config = SpeechLlmConfig()
-    trained = {"adapter_soft_tokens": True, "adapter_prior_weight": 0.5, "adapter_prior_passes": 3}
+    trained = {
+        "adapter_soft_tokens": True, "adapter_prior_weight": 0.5, "adapter_prior_passes": 3, "adapter_prior_beam": 6,
+    }  # fmt: skip
     assert adopt_options(config, trained) == trained
     assert config.adapter_prior_weight == 0.5
 
@@ -226,6 +309,9 @@ def test_training_goes_on_with_the_prior_of_a_trained_model() -> None:
         ({"adapter_prior_weight": 0.5}, "--adapter-prior-weight is of the posterior of soft tokens"),
         ({"adapter_soft_tokens": True, "adapter_prior_weight": -1.0}, "must not be negative"),
         ({"adapter_soft_tokens": True, "adapter_prior_weight": 1.0, "adapter_prior_passes": 0}, "at least 1"),
+        ({"adapter_soft_tokens": True, "adapter_prior_beam": 6}, "--adapter-prior-beam goes by what the LLM expects"),
+        ({"adapter_soft_tokens": True, "adapter_prior_training": True}, "--adapter-prior-training goes by"),
+        ({"adapter_soft_tokens": True, "adapter_prior_weight": 1.0, "adapter_prior_beam": -1}, "must be 0 to 256"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, object], message: str) -> None:

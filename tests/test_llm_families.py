@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from blspkd_fairseq.data.batch import Batch, PlanRow, plan_batch
 from blspkd_fairseq.data.conversation import Speech
+from blspkd_fairseq.modules.beam_search import check_can_search
 from blspkd_fairseq.modules.build import find_logit_transform
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
 from blspkd_fairseq.modules.llm_trial import check_llm
@@ -177,3 +178,13 @@ def test_heads_with_scaled_or_capped_logits(kind: str) -> None:
     torch.testing.assert_close(given, logits, atol=1e-4, rtol=1e-4)
     torch.nn.functional.cross_entropy(given, ids, reduction="sum").backward()
     torch.testing.assert_close(hidden.grad, plain.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_llm_whose_state_cannot_stay_behind_is_not_searched_by(kind: str) -> None:
+    model = ChatLLM(make(kind))
+    if kind in PADDED and kind != "bloom":
+        with pytest.raises(ValueError, match="cannot be searched by .it reads on otherwise than afresh"):
+            check_can_search(model)
+    else:
+        check_can_search(model)

@@ -215,7 +215,7 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         speech_llm = model.speech_llm
         was_training, prior = speech_llm.training, speech_llm.prior
         speech_llm.eval()
-        if was_training:
+        if was_training and not speech_llm.hears_in_training:
             speech_llm.prior = None  # the student whose answers are trained on hears by the sound alone
         try:
             return {path: self._rollouts_of(path, model, sample, was_training) for path in self._paths(model)}

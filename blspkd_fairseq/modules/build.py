@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from blspkd_fairseq import compat
 from blspkd_fairseq.data.chat import ChatFormat
+from blspkd_fairseq.modules.beam_search import WIDEST, check_can_search
 from blspkd_fairseq.modules.cformer import ALIGNMENTS, CFormer
 from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.conv_adapter import ConvAdapter
@@ -92,6 +93,16 @@ class AdapterOptions:
         "their posterior (0: by the sound alone)",
     )
     adapter_prior_passes: int = _option(1, "how often the LLM reads what is heard so far, for --adapter-prior-weight")
+    adapter_prior_beam: int = _option(
+        0,
+        "search for what is heard, with so many hypotheses at a time, in place of reading it so often: fewer errors, "
+        "and a step of the LLM for each token (0: no search; 6 are good)",
+    )
+    adapter_prior_training: bool = _option(
+        False,
+        "hear in training as in use, by --adapter-prior-weight: the LLM's LoRA learns to read that; no gradient goes "
+        "through it to the adapter, which learns by the losses of tokens and of their count",
+    )
     transcript_merges: int = _option(
         0,
         "write what is heard with so many of the merges of the LLM's BPE tokenizer: rarer words become several "
@@ -141,6 +152,7 @@ SHAPING_OPTIONS = (
     "adapter_soft_tokens",
     "adapter_prior_weight",
     "adapter_prior_passes",
+    "adapter_prior_beam",
     "transcript_merges",
     "adapter_conv_layers",
     "adapter_kernel_size",
@@ -242,6 +254,8 @@ def build_speech_llm(config: SpeechLlmConfig) -> tuple[SpeechLLM, ChatFormat]:
         speech_encoder_dtype=DTYPES.get(config.speech_encoder_dtype),
         prior=_prior(config, llm, chat),
     )
+    if config.adapter_prior_beam:
+        check_can_search(model)
     model.window_seconds = min(config.window_seconds or model.window_seconds, model.window_seconds)
     return model, chat
 
@@ -256,7 +270,14 @@ def _prior(config: SpeechLlmConfig, llm: PreTrainedModel, chat: ChatFormat) -> L
             f"--adapter-prior-weight needs an LLM that predicts the tokens that it reads: {config.llm} predicts "
             f"{predicted} and reads {embedded}"
         )
-    return LanguagePrior(config.adapter_prior_weight, config.adapter_prior_passes, tuple(chat.bare_opening()))
+    opening = tuple(chat.bare_opening())
+    return LanguagePrior(
+        config.adapter_prior_weight,
+        config.adapter_prior_passes,
+        opening,
+        config.adapter_prior_beam,
+        config.adapter_prior_training,
+    )
 
 
 def load_chat_format(config: SpeechLlmConfig) -> ChatFormat:
@@ -360,6 +381,14 @@ def _check(config: SpeechLlmConfig) -> None:
         raise ValueError(
             f"--adapter-prior-weight must not be negative and --adapter-prior-passes be at least 1, got "
             f"{config.adapter_prior_weight} and {config.adapter_prior_passes}"
+        )
+    if not 0 <= config.adapter_prior_beam <= WIDEST:
+        raise ValueError(f"--adapter-prior-beam must be 0 to {WIDEST}, got {config.adapter_prior_beam}")
+    if not config.adapter_prior_weight and (config.adapter_prior_beam or config.adapter_prior_training):
+        asked = "beam" if config.adapter_prior_beam else "training"
+        raise ValueError(
+            f"--adapter-prior-{asked} goes by what the LLM expects: add --adapter-prior-weight, which says how much "
+            "that counts"
         )
     if config.cache_encoder_features and config.unfreeze_speech_encoder:
         raise ValueError("--cache-encoder-features needs a frozen speech encoder: leave out --unfreeze-speech-encoder")

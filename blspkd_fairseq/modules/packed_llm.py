@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = "packed_rows"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_TOLERANCE = 0.05  # of a trial, relative; bfloat16 alone makes .01, a row that sees another one makes 1
+TOLERANCE = 0.05  # of a trial, relative; bfloat16 alone makes .01, a row that sees another one makes 1
 
 
 class _Active:
@@ -176,7 +176,7 @@ def can_read_packed(llm: PreTrainedModel) -> bool:
     if {layer: call.window for layer, call in calls.items()} != _expected_windows(config):
         logger.info("the LLM reads padded rows (its attention does not tell its windows)")
         return False
-    return relative_difference(packed, expected) < _TOLERANCE
+    return relative_difference(packed, expected) < TOLERANCE
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blspkd_fairseq.modules.spelling import Spelling, has_word
+from blspkd_fairseq.modules.spelling import Spelling, number_words
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32
 
@@ -96,7 +96,7 @@ class SoftTokens(nn.Module):
         self.mean_square = float(squares[~none].mean())
         self.register_buffer("squares", squares, persistent=False)
         self.register_buffer("barred", torch.zeros_like(squares).masked_fill(none, -torch.inf), persistent=False)
-        words = torch.tensor([has_word(token) for token in tokens], device=squares.device)
+        words = torch.tensor(number_words(tokens), device=squares.device)
         self.register_buffer("words", words, persistent=False)
         self.listen = nn.Linear(input_dim, dim)
         nn.init.zeros_(self.listen.weight)  # spelling begins by saying nothing
@@ -141,9 +141,13 @@ class SoftTokens(nn.Module):
         posterior = (self.log_focus.float().exp() * candidates.logits).softmax(1)
         return (posterior.to(candidates.embeddings.dtype).unsqueeze(1) @ candidates.embeddings).squeeze(1) * self.factor
 
+    def embedded(self, ids: Tensor) -> Tensor:
+        """``[..., D]`` the LLM's own embeddings of tokens, as it reads them."""
+        return F.embedding(ids, self.embeddings) * self.factor
+
     def says_word(self, candidates: Candidates) -> Tensor:
         """``[N]`` bool: whether the first candidate has a letter or a digit."""
-        return self.words[candidates.ids[:, 0]]
+        return self.words[candidates.ids[:, 0]] >= 0
 
     def cross_entropy(self, queries: TokenQueries, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """``[N]`` nats of the tokens ``targets`` [N].

@@ -193,7 +193,7 @@ class SpeechLLM(ChatLLM):
         product_dtype: of the matrix products of adapter, LoRA and a trained encoder, whose weights stay in float32.
             None: bfloat16 on a GPU that has it, with TF32 for what remains in float32; else float32.
         speech_encoder_dtype: of the frozen encoder; None: as the products.
-        prior: of soft tokens in use; None: they go by the sound alone.
+        prior: of soft tokens in use, and in training if it says so; None: they go by the sound alone.
     """
 
     def __init__(
@@ -329,12 +329,12 @@ class SpeechLLM(ChatLLM):
             reads: the LLM reads them; otherwise an adapter with soft tokens gives out what these are made of.
         """
         frames = self._frames(waveforms, lengths, samples, features)
-        prior = self.prior if reads and not self.training else None
+        prior = self.prior if reads and (not self.training or self.hears_in_training) else None
         with self._autocast():
             tokens = rows_of(target_lengths) if isinstance(target_lengths, Tensor) else target_lengths
             made = reads and prior is None  # with a prior, soft tokens are made under its posterior
             adapted = self._adapted(Ragged(frames.values.to(self.adapter_dtype), frames.rows), tokens, made)
-        return adapted if prior is None else expect(self, adapted, prior)
+        return adapted if prior is None else expect(self, adapted, prior, may_join=tokens is None)
 
     def _frames(
         self, waveforms: Tensor | None, lengths: Tensor, samples: Seq[int] | None, features: Tensor | None
@@ -360,6 +360,11 @@ class SpeechLLM(ChatLLM):
         """Products of weights that are trained, and so in float32, in the precision of products."""
         products = self.products
         return torch.autocast(self.device.type, products, enabled=trains and products != torch.float32)
+
+    @property
+    def hears_in_training(self) -> bool:
+        """By what the LLM expects, as in use."""
+        return self.prior is not None and self.prior.in_training
 
     @property
     def adapter_dtype(self) -> torch.dtype:

@@ -33,9 +33,14 @@ def pieces_of(token: str) -> Iterator[str]:
             yield bounded[start : start + length]
 
 
-def has_word(token: str | None) -> bool:
-    """Whether a token, as its tokenizer writes it, has a letter or a digit."""
-    return token is not None and any(one.isalnum() for one in token.translate(_BLANKS))
+def number_words(tokens: Sequence[str | None]) -> list[int]:
+    """Which word each token, as its tokenizer writes it, stands for; -1 where it has neither a letter nor a digit.
+
+    Tokens that differ in blanks and case alone, as "The" and " the", stand for one word.
+    """
+    written = ["" if token is None else token.translate(_BLANKS).strip("_").lower() for token in tokens]
+    numbers = {"": -1} | {word: i for i, word in enumerate(dict.fromkeys(written)) if any(map(str.isalnum, word))}
+    return [numbers.get(word, -1) for word in written]
 
 
 def speakable_tokens(chat: ChatFormat, size: int) -> list[str | None]:
