@@ -36,7 +36,7 @@ from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.alignment import boundary_differences
 from blspkd_fairseq.evaluation.robustness import Voices, degrade, parse_condition
 from blspkd_fairseq.files import write_whole
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, hear
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear
 from blspkd_fairseq.generation.teacher_forced import collate, teacher_forced
 from blspkd_fairseq.modules.build import SpeechLlmConfig
 from blspkd_fairseq.systems.boundaries import token_ends
@@ -107,14 +107,14 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
             samples = torch.tensor([len(one) for one in waveforms], device=model.device)
             speech = pad_waveforms(waveforms).to(model.device), samples
         _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells])
+        heard = hear(model.model, *speech)
         if model.model.adapter.one_to_one:
-            pieces = zip(*hear(model.model, *speech), strict=True)
-            heard = [model.nearest_tokens(embeddings[:count]) for embeddings, count in pieces]
-            _add(found, heard=[model.chat_format.decode(ids) for ids in heard])
-        for answer, (prompt, tokens) in answers.items():
-            options = DecodingOptions(max_new_tokens=tokens)
+            tokens = [model.nearest_tokens(embeddings[:count]) for embeddings, count in zip(*heard, strict=True)]
+            _add(found, heard=[model.chat_format.decode(ids) for ids in tokens])
+        for answer, (prompt, most) in answers.items():
+            options = DecodingOptions(max_new_tokens=most)
             prompts = [resolve_prompt(prompt)] * len(cells)
-            groups = answer_speech(model.model, model.chat_format, *speech, prompts, options)
+            groups = answer_heard(model.model, model.chat_format, heard, prompts, options)
             _add(found, **{answer: [group[0].text for group in groups]})
         if taught:
             _add(found, **teacher_forced(model.model, sample))
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {"sets": {}}
     if args.checkpoint:
         options = {"window_seconds": args.window_seconds} if args.window_seconds else {}
-        options |= {"adapter_prior_weight": 0.0} if args.by_sound else {}
+        options |= {"adapter_prior_weight": 0.0, "adapter_prior_beam": 0} if args.by_sound else {}
         model = BlspKd.from_pretrained(args.checkpoint, **options)
         for rows in (*sets, *silent):
             results["sets"][rows.title] = measure_checkpoint(model, rows, args.batch_size, asked_of(rows))
