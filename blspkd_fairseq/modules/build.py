@@ -387,8 +387,8 @@ def _check(config: SpeechLlmConfig) -> None:
     if not config.adapter_prior_weight and (config.adapter_prior_beam or config.adapter_prior_training):
         asked = "beam" if config.adapter_prior_beam else "training"
         raise ValueError(
-            f"--adapter-prior-{asked} goes by what the LLM expects: add --adapter-prior-weight, which says how much "
-            "that counts"
+            f"--adapter-prior-{asked} goes by what the LLM expects: give --adapter-prior-weight, which says how much "
+            f"that counts, or leave out --adapter-prior-{asked}"
         )
     if config.cache_encoder_features and config.unfreeze_speech_encoder:
         raise ValueError("--cache-encoder-features needs a frozen speech encoder: leave out --unfreeze-speech-encoder")

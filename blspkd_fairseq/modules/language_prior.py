@@ -153,6 +153,7 @@ def _search(
 def _join_pieces(heard: AdapterOutput, is_said: Tensor) -> AdapterOutput:
     """Without the pieces in which no token begins; they are the end of the one before."""
     lengths, pieces = is_said.sum(1), is_said.shape[1]
+    longest = int(lengths.max())  # nothing is wider: who asks for one row takes all of it
     kept = is_said.int().argsort(stable=True, dim=1, descending=True)  # those said, in their order, come first
     place = torch.arange(pieces, device=is_said.device)
     is_last = place + 1 >= lengths.unsqueeze(1)
@@ -161,7 +162,7 @@ def _join_pieces(heard: AdapterOutput, is_said: Tensor) -> AdapterOutput:
 
     def taken(values: Tensor, places: Tensor) -> Tensor:
         places = places.clamp(min=0).unsqueeze(2).expand(-1, -1, values.shape[2])
-        return values.gather(1, places).masked_fill(is_padding, 0.0)
+        return values.gather(1, places).masked_fill(is_padding, 0.0)[:, :longest]
 
     assert heard.queries is not None
     boundaries = None if heard.boundaries is None else taken(heard.boundaries.unsqueeze(2), ends).squeeze(2)

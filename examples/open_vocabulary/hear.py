@@ -180,8 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     results: dict[str, Any] = {"sets": {}}
     if args.checkpoint:
-        options = {"window_seconds": args.window_seconds} if args.window_seconds else {}
-        options |= {"adapter_prior_weight": 0.0, "adapter_prior_beam": 0} if args.by_sound else {}
+        options: dict[str, Any] = {"window_seconds": args.window_seconds} if args.window_seconds else {}
+        if args.by_sound:
+            options |= {"adapter_prior_weight": 0.0, "adapter_prior_beam": 0, "adapter_prior_training": False}
         model = BlspKd.from_pretrained(args.checkpoint, **options)
         for rows in (*sets, *silent):
             results["sets"][rows.title] = measure_checkpoint(model, rows, args.batch_size, asked_of(rows))
