@@ -49,9 +49,9 @@ class Lattice(NamedTuple):
     counts: Sequence[int]
 
     def at(self, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, log-probabilities and words ``[R, K]`` at one piece ``pieces`` [R] of each row."""
+        """Ids, logits and words ``[R, K]`` at one piece ``pieces`` [R] of each row."""
         rows = torch.arange(len(pieces), device=pieces.device)
-        return self.ids[rows, pieces], self.logits[rows, pieces].log_softmax(1), self.words[rows, pieces]
+        return self.ids[rows, pieces], self.logits[rows, pieces], self.words[rows, pieces]
 
 
 class Hypotheses(NamedTuple):
@@ -82,6 +82,7 @@ def search(
     """
     rows, pieces, _ = sound.ids.shape
     device = sound.ids.device
+    sound = sound._replace(logits=sound.logits.log_softmax(2))  # log-probabilities, once for all pieces
     reader = _Reader(model, opening, rows * beam)
     first = beam * torch.arange(rows, device=device).unsqueeze(1)  # of each row's hypotheses
     scores = torch.full((rows, beam), _IMPOSSIBLE, device=device)
@@ -117,7 +118,7 @@ def search(
         if number == len(spans) and width == 1:
             break  # nobody asks what comes next
         expected = reader.go_on((first + parent).flatten(), span.flatten(0, 1)).unflatten(0, (rows, beam))
-        certain = _likeliest(sound.logits.log_softmax(2), place[:, 1:]).clamp(max=0).unsqueeze(1)
+        certain = _likeliest(sound.logits, place[:, 1:]).clamp(max=0).unsqueeze(1)
         scores = scores + torch.where(span[:, :, 1:] >= 0, certain + weight * expected, 0.0).sum(2)
     scores, order = scores.sort(dim=1, descending=True)
     return Hypotheses(tokens.gather(1, order.unsqueeze(2).expand_as(tokens))[:, :, :pieces], scores)

@@ -105,7 +105,7 @@ def _expect_at_once(
         said = _search(model, soft, sound, rows, prior, may_join)
         said = said._replace(embeddings=said.embeddings.to(by_sound.dtype))
     else:
-        said = _Said(_read(model, soft, heard, sound, rows, prior), ~rows.is_padding)
+        said = _Said(_read(model, soft, heard._replace(embeddings=by_sound), sound, rows, prior), ~rows.is_padding)
     says_word = pad(soft.says_word(sound).unsqueeze(1), rows).any(1)
     return _Said(
         torch.where(says_word.unsqueeze(2), said.embeddings, by_sound),
@@ -116,20 +116,16 @@ def _expect_at_once(
 def _read(
     model: "SpeechLLM", soft: SoftTokens, heard: AdapterOutput, sound: Candidates, rows: Rows, prior: LanguagePrior
 ) -> Tensor:
-    """Embeddings ``[R, T, D]``, under what the LLM expects after those before, of all places at once."""
+    """Embeddings ``[R, T, D]``, under what the LLM expects after those heard by the sound, of all places at once."""
     batch = _plan(prior.opening, rows.counts, model.share_prefix).to(heard.embeddings.device)
     before = _places_before(batch.student)
-
-    def embedded(candidates: Candidates) -> Tensor:
-        return pad(soft.mean(candidates).to(heard.embeddings.dtype), rows)
-
-    tokens = embedded(sound)
     for _ in range(prior.passes):
-        hidden = model.hear(heard._replace(embeddings=tokens), batch.student)
+        hidden = model.hear(heard, batch.student)
         # What no token is before has the prediction of nothing, which is the same for all tokens.
         expected = _logits(model, F.pad(hidden, (0, 0, 1, 0)).index_select(0, before + 1), sound.ids)
-        tokens = embedded(sound._replace(logits=sound.logits + prior.weight * expected))
-    return tokens
+        better = soft.mean(sound._replace(logits=sound.logits + prior.weight * expected))
+        heard = heard._replace(embeddings=pad(better.to(heard.embeddings.dtype), rows))
+    return heard.embeddings
 
 
 def _search(
