@@ -30,14 +30,8 @@ from blspkd_fairseq.data.prompts import PROMPTS, resolve_prompt
 from blspkd_fairseq.data.transcript import Segment, Transcript, words_of
 from blspkd_fairseq.data.vad import speech_windows
 from blspkd_fairseq.data.windows import cut_windows, sounding, starts
-from blspkd_fairseq.generation.decoding import (
-    DecodingOptions,
-    answer_heard,
-    hear_windows,
-    most_written,
-    nearest_texts,
-    nearest_tokens,
-)
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard
+from blspkd_fairseq.generation.hearing import hear_windows, most_written, nearest_texts, nearest_tokens
 from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
 from blspkd_fairseq.generation.text_stream import TextStream
 from blspkd_fairseq.model_card import Card, write_card
@@ -271,21 +265,20 @@ class BlspKd:
 
         Where no word is heard there is none: the LLM would say that it could not hear.
         """
-        embeddings, counts = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
+        heard = hear_windows(self.model, [self.windows((window, SAMPLE_RATE)) for window in windows])
         texts = [""] * len(windows)
         spoken = list(range(len(windows)))
         if self.counts_tokens:
-            pieces = [[one[:count]] for one, count in zip(embeddings, counts, strict=True)]
+            pieces = [[one[:count]] for one, count in zip(heard.embeddings, heard.counts, strict=True)]
             texts = nearest_texts(self.model, self.chat_format, pieces)
             spoken = [place for place, text in enumerate(texts) if text]
         if prompt is None or not spoken:
             return texts
-        counts = [counts[place] for place in spoken]
+        heard = heard.of(spoken)
         limits = [options.max_new_tokens] * len(spoken)
         if options.takes_the_likeliest and self.repeats_by(prompt):
-            limits = [min(limit, most_written(count)) for limit, count in zip(limits, counts, strict=True)]
+            limits = [min(limit, most_written(count)) for limit, count in zip(limits, heard.counts, strict=True)]
             options = dataclasses.replace(options, max_new_tokens=max(limits))
-        heard = embeddings[spoken, : max(counts)], counts
         groups = answer_heard(self.model, self.chat_format, heard, [prompt] * len(spoken), options)
         for place, group, limit in zip(spoken, groups, limits, strict=True):
             texts[place] = self.chat_format.decode_answer(group[0].ids[:limit])

@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 
 from blspkd_fairseq.data.conversation import Speech
 from blspkd_fairseq.generation.decoding import DecodingOptions, Prompts, answer_prompts, build_prompts
+from blspkd_fairseq.generation.hearing import Heard
 from blspkd_fairseq.modules.speech_llm import SpeechLLM
 
 PREFIX, SPEECH, AFTER = 30, 20, 6  # tokens of a prompt, on average
@@ -78,7 +79,8 @@ def make_prompts(model: SpeechLLM, size: int, own_texts: bool) -> Prompts:
     width = model.llm.get_input_embeddings().embedding_dim
     speech = torch.randn(size, max(counts), width, generator=generator).to(model.device, model.llm.dtype) * 0.02
     chosen = texts if own_texts else texts[:1] * size
-    return build_prompts(model, [[one[:PREFIX], Speech(0), one[PREFIX:]] for one in chosen], speech, counts)
+    heard = Heard(speech, counts, torch.zeros(speech.shape[:2], dtype=torch.bool))
+    return build_prompts(model, [[one[:PREFIX], Speech(0), one[PREFIX:]] for one in chosen], heard)
 
 
 @torch.no_grad()

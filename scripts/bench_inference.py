@@ -34,7 +34,8 @@ from blspkd_fairseq.cache import default_cache
 from blspkd_fairseq.data.audio import SAMPLE_RATE, load_audio
 from blspkd_fairseq.data.conversation import one_turn
 from blspkd_fairseq.data.windows import WindowCutter
-from blspkd_fairseq.generation.decoding import build_prompts, hear_windows
+from blspkd_fairseq.generation.decoding import build_prompts
+from blspkd_fairseq.generation.hearing import hear_windows
 from blspkd_fairseq.generation.streaming import Request, Sampling, StreamingDecoder
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.session import WINDOW_SECONDS
@@ -134,7 +135,7 @@ class Bench:
         clock = Clock()
         model = self.model.model
         heard = hear_windows(model, [self.model.windows((one, SAMPLE_RATE)) for one in speech])
-        prompts = build_prompts(model, [self.segments] * len(speech), *heard)
+        prompts = build_prompts(model, [self.segments] * len(speech), heard)
         return self._generate(clock, inputs_embeds=prompts.embeds, attention_mask=prompts.valid)
 
     def cascade(self, speech: list[np.ndarray]) -> Times:

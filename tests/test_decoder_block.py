@@ -38,7 +38,7 @@ def adapted(kind: str, dropout: float = 0.0, targets: list[str] | None = None, a
     return llm
 
 
-def read(model: ChatLLM, known: bool, layout: Layout | None = None) -> list[Tensor]:
+def read(model: ChatLLM, known: bool, layout: Layout | None = None, is_text: Tensor | None = None) -> list[Tensor]:
     """Hidden states, and the gradients of the input and of LoRA."""
     layout = plan(True).teacher if layout is None else layout
     decoder = model.known_decoder
@@ -47,7 +47,7 @@ def read(model: ChatLLM, known: bool, layout: Layout | None = None) -> list[Tens
         model.known_decoder = None
     embeds = model.embed(layout.ids).requires_grad_()
     torch.manual_seed(1)  # of dropout
-    hidden = model.hidden(embeds, layout, model.speech_places(layout))
+    hidden = model.hidden(embeds, layout, model.speech_places(layout, is_text))
     model.known_decoder = decoder
     places = torch.cat([torch.arange(layout.speech), layout.response])
     (hidden[places] * torch.arange(len(places)).unsqueeze(1).cos()).sum().backward()
@@ -72,6 +72,21 @@ def test_equals_the_layers_of_transformers(kind: str, case: str, scope: str) -> 
     model = ChatLLM(adapted(kind, **CASES[case]).train(), scope)
     for expected, actual in zip(read(model, False), read(model, True), strict=True):
         torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_where_lora_acts_on_some_of_the_speech(kind: str, case: str) -> None:
+    model, layout = ChatLLM(adapted(kind, **CASES[case]).train(), "speech"), plan(True).teacher
+    is_text = torch.arange(layout.speech) % 3 == 1
+    expected, actual = (read(model, known, layout, is_text) for known in (False, True))
+    for right, found in zip(expected, actual, strict=True):
+        torch.testing.assert_close(found, right, atol=2e-4, rtol=1e-3)
+    everywhere = read(model, True, layout)
+    assert not torch.allclose(actual[0], everywhere[0], atol=1e-2)
+    nowhere = read(model, True, layout, torch.ones(layout.speech, dtype=torch.bool))
+    with torch.no_grad():
+        assert len(nowhere) == 2 and torch.equal(nowhere[0], model.hidden(model.embed(layout.ids), layout))
 
 
 def in_half_precision(dtype: torch.dtype, products: torch.dtype | None, seed: int) -> ChatLLM:

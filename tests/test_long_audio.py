@@ -24,8 +24,9 @@ from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.data.transcript import FORMATS, Segment, Transcript, Word, cues_of, join_texts, words_of
 from blspkd_fairseq.data.vad import VadError, find_speech
 from blspkd_fairseq.data.windows import WindowCutter, cut_windows, quietest_place, sounding, starts
-from blspkd_fairseq.generation import decoding
-from blspkd_fairseq.generation.decoding import answer_heard, hear_windows, nearest_texts
+from blspkd_fairseq.generation import hearing
+from blspkd_fairseq.generation.decoding import answer_heard
+from blspkd_fairseq.generation.hearing import hear_windows, nearest_texts
 from blspkd_fairseq.hub import BlspKd
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,13 +259,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BlspKd:
 
 def test_windows_are_heard_alike_whatever_they_are_batched_with(model: BlspKd) -> None:
     long, short = cut_windows(speech_with_pauses(12)[0], 6.0), [tone(1.3)]
-    alone, counts = hear_windows(model.model, [long])
+    alone = hear_windows(model.model, [long])
     for seconds in (0.1, 7.0, 1000.0):
-        together, lengths = hear_windows(model.model, [short, long, [], long[:1]], seconds)
-        assert lengths[1:3] == [*counts, 0]
-        torch.testing.assert_close(together[1, : counts[0]], alone[0], rtol=1e-4, atol=1e-5)
-    separate = torch.cat([hear_windows(model.model, [[one]])[0][0] for one in long])
-    torch.testing.assert_close(alone[0], separate, rtol=1e-4, atol=1e-5)
+        together = hear_windows(model.model, [short, long, [], long[:1]], seconds)
+        assert together.counts[1:3] == [*alone.counts, 0]
+        torch.testing.assert_close(together.embeddings[1, : alone.counts[0]], alone.embeddings[0], rtol=1e-4, atol=1e-5)
+        assert together.is_text.shape == together.embeddings.shape[:2] and not together.is_text.any()
+    separate = torch.cat([hear_windows(model.model, [[one]]).embeddings[0] for one in long])
+    torch.testing.assert_close(alone.embeddings[0], separate, rtol=1e-4, atol=1e-5)
 
 
 def test_long_audio_in_every_call(model: BlspKd, tmp_path: Path) -> None:
@@ -294,7 +296,7 @@ def test_a_transcript_ends_where_far_more_is_written_than_was_heard(
     heard = hear_windows(model.model, [[one] for one in speech])
     asked = [resolve_prompt("repeat")] * 2
     whole = [group[0].ids for group in answer_heard(model.model, model.chat_format, heard, asked)]
-    limits = [2 * count + 16 for count in heard[1]]
+    limits = [2 * count + 16 for count in heard.counts]
     assert limits[0] < limits[1] and len(whole[0]) == 128  # the random LLM does not end by itself
 
     def written(*chosen: np.ndarray, prompt: str = "repeat") -> list[str]:
@@ -339,7 +341,7 @@ def silent_second(nearest: Any) -> Any:
     ("tokens", "text"), [("...", ""), (" ?!", ""), ("..a", "..a"), ("7", "7"), ("é", "é"), ("\ufffd", "\ufffd")]
 )
 def test_a_word_has_a_letter_or_a_digit(model: BlspKd, monkeypatch: pytest.MonkeyPatch, tokens: str, text: str) -> None:
-    monkeypatch.setattr(decoding, "nearest_tokens", lambda _, embeddings: [0] * len(embeddings))
+    monkeypatch.setattr(hearing, "nearest_tokens", lambda _, embeddings: [0] * len(embeddings))
     monkeypatch.setattr(model.chat_format, "decode", lambda ids: tokens)
     assert nearest_texts(model.model, model.chat_format, [[torch.zeros(2, 4)]]) == [text]
 

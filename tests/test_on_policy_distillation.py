@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import blspkd_fairseq
 from blspkd_fairseq.data.batch import Batch, plan_batch
 from blspkd_fairseq.data.manifest import Manifest
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_text, build_prompts, hear
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_text, build_prompts
+from blspkd_fairseq.generation.hearing import hear
 from blspkd_fairseq.generation.rollouts import RolloutOptions, draw, roll_out, rollout_seed
 from blspkd_fairseq.modules.build import SpeechLlmConfig, build_speech_llm
 from blspkd_fairseq.modules.language_prior import LanguagePrior
@@ -116,7 +117,7 @@ def planned(model: BlspKdModel, sample: dict[str, Any], groups: list[list[list[i
     rows = [replace(row, response=ids) for row, group in pairs for ids in group]
     inputs = sample["net_input"]
     with torch.no_grad():
-        return plan_batch(rows, hear(model.speech_llm, inputs["src_tokens"], inputs["src_lengths"])[1])
+        return plan_batch(rows, hear(model.speech_llm, inputs["src_tokens"], inputs["src_lengths"]).counts)
 
 
 def run(model: BlspKdModel, sample: dict[str, Any], batch: Batch, reads: bool = False) -> SpeechLlmOutput:
@@ -131,7 +132,7 @@ def rolled(model: SpeechLLM, chat: Any, sample: dict[str, Any], rows: list[int],
     options = RolloutOptions(per_prompt=len(seeds) // len(rows), max_new_tokens=12)
     with torch.no_grad():
         heard = hear(model, inputs["src_tokens"][rows], inputs["src_lengths"][rows])
-    prompts = build_prompts(model, [sample["plan_rows"][row].segments for row in rows], *heard)
+    prompts = build_prompts(model, [sample["plan_rows"][row].segments for row in rows], heard)
     return roll_out(model, chat, prompts, seeds, options)
 
 

@@ -10,7 +10,7 @@ from tiny import wake_lora
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
-from blspkd_fairseq.generation.decoding import nearest_tokens
+from blspkd_fairseq.generation.hearing import nearest_tokens
 from blspkd_fairseq.modules.cformer import AdapterOutput, CFormer
 from blspkd_fairseq.modules.checkpointing import enable_gradient_checkpointing
 from blspkd_fairseq.modules.distillation_loss import linear_kl_div

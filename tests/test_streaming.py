@@ -33,10 +33,14 @@ def speech(begin: int, seconds: float) -> tuple[np.ndarray, int]:
     return NOISE[begin : begin + int(seconds * 16_000)], 16_000
 
 
-@pytest.fixture(scope="module", params=["speech", "all"])
+SEARCHED = {"adapter_soft_tokens": True, "adapter_prior_weight": 0.7, "adapter_prior_beam": 3}
+MODELS: dict[str, dict[str, Any]] = {"speech": {}, "all": {"lora_scope": "all"}, "searched": SEARCHED}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BlspKd:
     root = tmp_path_factory.mktemp("streaming")
-    model = tiny_model(root, lora_scope=request.param)
+    model = tiny_model(root, **MODELS[request.param])
     wake_lora(model.model.llm)
     return model
 

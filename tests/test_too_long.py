@@ -13,7 +13,8 @@ from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import read_messages
 from blspkd_fairseq.data.dataset import SpeechTextDataset
 from blspkd_fairseq.data.manifest import Manifest, ManifestError, write_manifest
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_where_it_fits, context_of, hear
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_speech, answer_where_it_fits, context_of
+from blspkd_fairseq.generation.hearing import hear
 from blspkd_fairseq.generation.responses import HuggingFaceBackend, Request, ResponseSettings
 
 CONTEXT = 512  # of the tiny LLM

@@ -41,7 +41,8 @@ from blspkd_fairseq.criterions.sums import (
 )
 from blspkd_fairseq.data.batch import Batch, plan_batch
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.generation.decoding import build_prompts, hear, speech_of
+from blspkd_fairseq.generation.decoding import build_prompts
+from blspkd_fairseq.generation.hearing import hear, speech_of
 from blspkd_fairseq.generation.rollouts import RolloutOptions, roll_out, rollout_seed
 from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig, load_llm, load_tokenizer
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy, linear_jensen_shannon
@@ -256,8 +257,8 @@ class OnPolicyDistillationCriterion(FairseqCriterion):
         conversations = [row.segments for row in chosen]
         if path == "speech":
             pieces = [piece for row in chosen for piece in row.pieces]
-            speech, counts = hear(model.speech_llm, **speech_of(sample["net_input"], pieces))
-            prompts = build_prompts(model.speech_llm, conversations, speech, counts)
+            heard = hear(model.speech_llm, **speech_of(sample["net_input"], pieces))
+            counts, prompts = heard.counts, build_prompts(model.speech_llm, conversations, heard)
         else:
             transcripts = [transcript for row in chosen for transcript in row.read]
             counts = [len(transcript) for transcript in transcripts]

@@ -2,29 +2,25 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from blspkd_fairseq import compat
-from blspkd_fairseq.data.audio import SAMPLE_RATE
-from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
-from blspkd_fairseq.data.windows import cut_windows
+from blspkd_fairseq.generation.hearing import Heard, hear
 from blspkd_fairseq.generation.kv_cache import give_room
 from blspkd_fairseq.generation.option_types import check_numbers
 from blspkd_fairseq.modules.distillation_loss import linear_cross_entropy
 from blspkd_fairseq.modules.partial_lora import ALL_POSITIONS, PositionMask, SpeechPlaces, speech_positions
 from blspkd_fairseq.modules.speech_llm import ChatLLM, SpeechLLM
-from blspkd_fairseq.modules.whisper_encoder import frame_counts
 
 WIDEST_BEAM = 1024
 """The most hypotheses of an utterance: some gigabytes of keys and values of a small LLM already."""
@@ -126,16 +122,14 @@ class Prompts:
     Attributes:
         embeds: ``[B, L, D]``.
         valid: ``[B, L]`` int64, 1 where there is no padding.
-        speech: ``[2, S]`` row and column of each speech position.
-        heard: speech is among them, not its transcript.
-        student: its LoRA acts; otherwise the teacher, the base LLM, reads and answers.
+        soft: ``[2, S]`` row and column of each speech embedding that is none of the LLM's own tokens.
+        student: its LoRA acts, on these; otherwise the teacher, the base LLM, reads and answers.
         lengths: of each, in tokens.
     """
 
     embeds: Tensor
     valid: Tensor
-    speech: Tensor
-    heard: bool
+    soft: Tensor
     student: bool
     lengths: list[int]
 
@@ -145,43 +139,11 @@ class Prompts:
         return max(self.lengths)
 
     def places(self, width: int, copies: int = 1) -> SpeechPlaces:
-        """The speech positions of ``copies`` of each row, one after another, whose sequences are ``width`` long."""
-        rows, columns = self.speech
+        """Those of :attr:`soft` in ``copies`` of each row, one after another, whose sequences are ``width`` long."""
+        rows, columns = self.soft
         repeated = rows.unsqueeze(1) * copies + torch.arange(copies, device=rows.device)
         places = (repeated * width + columns.unsqueeze(1)).flatten()
         return SpeechPlaces(places, (len(self.embeds) * copies, width))
-
-
-def most_written(heard: int) -> int:
-    """Tokens of a text that says no more than what was heard, in tokens: an LLM that writes on invents it."""
-    return 2 * heard + 16
-
-
-def nearest_tokens(model: SpeechLLM, embeddings: Tensor) -> list[int]:
-    """For embeddings ``[U, D]`` the ids of the LLM's nearest input embeddings (Euclidean distance)."""
-    vectors, squares = model.vocabulary
-    closeness = embeddings.float() @ vectors.float().t() - squares / 2
-    ids: list[int] = closeness.argmax(1).tolist()
-    return ids
-
-
-_PART_OF_ONE = "\N{REPLACEMENT CHARACTER}"  # of whose bytes some are missing, as in misheard words of some scripts
-
-
-def nearest_texts(model: SpeechLLM, chat: ChatFormat, heard: Sequence[Sequence[Tensor]]) -> list[str]:
-    """The text of the nearest tokens of each piece of speech, all with one look at the LLM's table.
-
-    It is "" where none of them has a letter or a digit: nobody speaks there, as in the "..." that silence is heard as.
-
-    Args:
-        model: whose adapter gives one embedding for each token.
-        chat: the chat format of its LLM.
-        heard: of each piece the embeddings ``[U, D]`` of its windows, one after another.
-    """
-    windows = [window for piece in heard for window in piece]
-    ids = iter(nearest_tokens(model, torch.cat(windows)) if windows else [])
-    texts = [chat.decode(list(islice(ids, sum(map(len, piece))))) for piece in heard]
-    return [text if any(one.isalnum() or one == _PART_OF_ONE for one in text) else "" for text in texts]
 
 
 Instruction = str | Sequence[Segment]
@@ -222,14 +184,13 @@ def answer_speech(
 def answer_where_it_fits(
     model: SpeechLLM,
     chat: ChatFormat,
-    heard: tuple[Tensor, list[int]],
+    heard: Heard,
     prompts: Sequence[Instruction],
     *how: Any,
 ) -> list[list[Hypothesis] | str]:
     """As :func:`answer_heard`; of a conversation that the LLM has no room for, why there is no answer."""
-    embeddings, counts = heard
     conversations = [render_prompt(chat, prompt) for prompt in prompts]
-    pieces = iter(range(len(counts)))
+    pieces = iter(range(len(heard.counts)))
     chosen: list[int] = []  # pieces of the conversations that fit
     found: list[list[Hypothesis] | str] = []
     fitting: list[Sequence[Segment]] = []
@@ -237,7 +198,7 @@ def answer_where_it_fits(
         own = list(islice(pieces, sum(isinstance(segment, Speech) for segment in conversation)))
         texts = sum(len(segment) for segment in conversation if not isinstance(segment, Speech))
         try:
-            check_context(model, texts + sum(counts[piece] for piece in own))
+            check_context(model, texts + sum(heard.counts[piece] for piece in own))
         except ContextError as error:
             found.append(str(error))
         else:
@@ -245,7 +206,7 @@ def answer_where_it_fits(
             fitting.append(conversation)
             chosen += own
     if fitting:
-        answers = iter(answer_heard(model, chat, (embeddings[chosen], [counts[i] for i in chosen]), fitting, *how))
+        answers = iter(answer_heard(model, chat, heard.of(chosen), fitting, *how))
         found = [one if isinstance(one, str) else next(answers) for one in found]
     return found
 
@@ -254,7 +215,7 @@ def answer_where_it_fits(
 def answer_heard(
     model: SpeechLLM,
     chat: ChatFormat,
-    heard: tuple[Tensor, list[int]],
+    heard: Heard,
     prompts: Sequence[Instruction],
     options: DecodingOptions = DecodingOptions(),
     with_scores: bool = False,
@@ -264,7 +225,7 @@ def answer_heard(
     Raises:
         ContextError: the LLM's context has no room for a conversation and an answer.
     """
-    asked = build_prompts(model, [render_prompt(chat, prompt) for prompt in prompts], *heard)
+    asked = build_prompts(model, [render_prompt(chat, prompt) for prompt in prompts], heard)
     return answer_prompts(model, chat, asked, options, with_scores)
 
 
@@ -294,61 +255,6 @@ def render_prompt(chat: ChatFormat, prompt: Instruction) -> list[Segment]:
         return list(prompt)
     before, after = chat.prompt_ids(prompt)
     return [before, Speech(0), after]
-
-
-def speech_of(inputs: Mapping[str, Any], pieces: Sequence[int]) -> dict[str, Any]:
-    """Arguments of :func:`hear` for some of the pieces of speech of a collated batch (its ``net_input``)."""
-    samples = [inputs["samples"][piece] for piece in pieces]
-    speech: dict[str, Any] = {"lengths": inputs["src_lengths"][pieces], "samples": samples}
-    if inputs.get("features") is None:
-        return speech | {"waveforms": inputs["src_tokens"][pieces]}
-    frames = inputs["features"].split(frame_counts(inputs["samples"]))
-    return speech | {"waveforms": None, "features": torch.cat([frames[piece] for piece in pieces])}
-
-
-@torch.no_grad()
-def hear(model: SpeechLLM, waveforms: Tensor | None, lengths: Tensor, **options: Any) -> tuple[Tensor, list[int]]:
-    """Speech embeddings ``[P, U, D]`` of pieces of speech, and how many each has; longer ones are heard in windows."""
-    if not len(lengths):
-        return model.embed(torch.zeros(0, 0, dtype=torch.long, device=model.device)), []
-    if waveforms is not None and waveforms.shape[1] > model.window_seconds * SAMPLE_RATE:
-        samples = options.get("samples") or lengths.tolist()
-        cut = (one[:count] for one, count in zip(waveforms.cpu().numpy(), samples, strict=True))
-        return hear_windows(model, [cut_windows(one, model.window_seconds) for one in cut])
-    adapter = model.adapt(waveforms, lengths, **options)
-    return adapter.embeddings.to(model.llm.dtype), adapter.lengths.tolist()
-
-
-@torch.no_grad()
-def hear_windows(
-    model: SpeechLLM, pieces: Sequence[Sequence[np.ndarray]], seconds: float = 120.0
-) -> tuple[Tensor, list[int]]:
-    """:func:`hear` of pieces of speech of any length, each the windows of which it consists.
-
-    Args:
-        pieces: ``[samples]`` float32 at 16 kHz, each no longer than the encoder's window.
-        seconds: that are heard at a time, which bounds the memory and changes nothing else.
-    """
-    windows = [window for piece in pieces for window in piece]
-    heard: list[Tensor] = []
-    while len(heard) < len(windows):
-        batch: list[np.ndarray] = []
-        for window in windows[len(heard) :]:
-            if batch and sum(map(len, batch)) + len(window) > seconds * SAMPLE_RATE:
-                break
-            batch.append(window)
-        samples = [len(window) for window in batch]
-        waveforms = pad_waveforms([torch.from_numpy(window) for window in batch]).to(model.device)
-        lengths = torch.tensor(samples, device=model.device)
-        embeddings, counts = hear(model, waveforms, lengths, samples=samples)
-        heard += [one[:count] for one, count in zip(embeddings, counts, strict=True)]
-    remaining = iter(heard)
-    joined = [list(islice(remaining, len(piece))) for piece in pieces]
-    empty = model.embed(torch.zeros(0, dtype=torch.long, device=model.device))
-    speech = [torch.cat(parts) if parts else empty for parts in joined]
-    if not speech:
-        return hear(model, None, torch.zeros(0))
-    return torch.nn.utils.rnn.pad_sequence(speech, batch_first=True), [len(one) for one in speech]
 
 
 def context_of(model: ChatLLM) -> int | None:
@@ -393,8 +299,7 @@ def check_context(model: ChatLLM, tokens: int, row: int = 0) -> None:
 def build_prompts(
     model: ChatLLM,
     conversations: Sequence[Sequence[Segment]],
-    speech: Tensor | None = None,
-    counts: Sequence[int] = (),
+    heard: Heard | None = None,
     transcripts: Sequence[Sequence[int]] = (),
     student: bool = True,
 ) -> Prompts:
@@ -403,21 +308,21 @@ def build_prompts(
     Args:
         model: whose embeddings they are.
         conversations: their segments.
-        speech: ``[P, U, D]`` embeddings of all their pieces of speech, of which ``counts`` are valid.
+        heard: all their pieces of speech.
         transcripts: ids in place of the speech.
         student: who reads; see :class:`Prompts`.
     """
     rows: list[list[int]] = []
-    speech_places: list[tuple[int, int, int]] = []  # row, column, index among the flattened embeddings
-    piece, width = 0, 0 if speech is None else speech.shape[1]
+    places: list[tuple[int, int, int]] = []  # row, column, index among the flattened embeddings
+    piece, width = 0, 0 if heard is None else heard.embeddings.shape[1]
     for number, segments in enumerate(conversations):
         row: list[int] = []
         for segment in segments:
             if not isinstance(segment, Speech):
                 row += segment
                 continue
-            ids = [0] * counts[piece] if speech is not None else transcripts[piece]
-            speech_places += [(number, len(row) + i, piece * width + i) for i in range(len(ids))]
+            ids = transcripts[piece] if heard is None else [0] * heard.counts[piece]
+            places += [(number, len(row) + i, piece * width + i) for i in range(len(ids))]
             row += ids
             piece += 1
         rows.append(row)
@@ -426,13 +331,15 @@ def build_prompts(
     padding = [longest - length for length in lengths]
     tokens = torch.tensor([[0] * n + row for n, row in zip(padding, rows, strict=True)]).to(model.device)
     valid = torch.tensor([[0] * n + [1] * (longest - n) for n in padding]).to(model.device)
-    shifted = [(row, column + padding[row], index) for row, column, index in speech_places]
-    places = torch.tensor(shifted, dtype=torch.long).view(-1, 3).t().to(model.device)
-    embeds = model.embed(tokens)
-    if speech is not None:
-        embeds[places[0], places[1]] = speech.flatten(0, 1)[places[2]]
+    shifted = [(row, column + padding[row], index) for row, column, index in places]
+    spoken = torch.tensor(shifted, dtype=torch.long).view(-1, 3).t()
+    embeds, soft = model.embed(tokens), spoken[:2, :0]
+    if heard is not None:
+        soft = spoken[:2, ~heard.is_text.flatten()[spoken[2]]]
+        row, column, index = spoken.to(model.device)
+        embeds[row, column] = heard.embeddings.flatten(0, 1)[index]
     embeds = embeds * valid.unsqueeze(2)  # padding is seen by nobody, and NaN in it would be
-    return Prompts(embeds, valid, places[:2], speech is not None, student, lengths)
+    return Prompts(embeds, valid, soft.to(model.device), student, lengths)
 
 
 def decode(
@@ -479,7 +386,7 @@ def _reading(model: ChatLLM, prompts: Prompts, width: int, copies: int = 1) -> P
         return None
     if model.lora_scope == "all":
         return ALL_POSITIONS
-    return prompts.places(width, copies) if prompts.heard else None
+    return prompts.places(width, copies) if prompts.soft.shape[1] else None
 
 
 def read_prompts(model: ChatLLM, prompts: Prompts) -> Any:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from blspkd_fairseq.data.chat import ChatFormat
-from blspkd_fairseq.generation.decoding import DecodingOptions, Hypothesis, answer_where_it_fits, hear
+from blspkd_fairseq.generation.decoding import DecodingOptions, Hypothesis, answer_where_it_fits
 from blspkd_fairseq.generation.fairseq_rows import LinesToAnswer, RowsToAnswer
+from blspkd_fairseq.generation.hearing import hear
 from blspkd_fairseq.generation.results import Results
 
 logger = logging.getLogger(__name__)

@@ -46,7 +46,8 @@ from blspkd_fairseq import compat
 from blspkd_fairseq.data.batch import pad_waveforms
 from blspkd_fairseq.data.chat import ChatFormat
 from blspkd_fairseq.data.conversation import Segment, Speech
-from blspkd_fairseq.generation.decoding import check_context, context_of, most_written, nearest_texts
+from blspkd_fairseq.generation.decoding import check_context, context_of
+from blspkd_fairseq.generation.hearing import hear, most_written, nearest_texts
 from blspkd_fairseq.generation.kv_cache import (
     cache_bytes,
     can_cut,
@@ -167,7 +168,8 @@ class _Row:
     Attributes:
         number, request: whose it is.
         unheard: windows that the speech encoder has not seen yet, by digest.
-        embeds: ``[L, D]`` of the prompt, once all is heard; speech: ``[S]`` its columns that are speech.
+        embeds: ``[L, D]`` of the prompt, once all is heard; speech: its columns that are speech; soft: ``[S]`` those
+            of them that are none of the LLM's own tokens, on which its LoRA acts.
         signature: what stands in each column, by content.
         length: columns that are in the cache.
         cache: its own, while it is read in portions.
@@ -183,7 +185,8 @@ class _Row:
     digests: list[list[str]]
     unheard: dict[str, np.ndarray]
     embeds: Tensor | None = None
-    speech: Tensor | None = None
+    speech: Sequence[int] = ()
+    soft: Tensor | None = None
     signature: list[Hashable] = field(default_factory=list)
     prompt: int = 0
     length: int = 0
@@ -206,6 +209,13 @@ class _Group:
     rows: list[_Row]
     cache: Any
     width: int
+
+
+class _Window(NamedTuple):
+    """A window that was heard: ``embeddings`` [U, D]; ``is_text``, which are the LLM's own tokens."""
+
+    embeddings: Tensor
+    is_text: list[bool]
 
 
 class _Kept(NamedTuple):
@@ -245,7 +255,7 @@ class StreamingDecoder:
         self._waiting: list[_Row] = []
         self._groups: list[_Group] = []
         self._kept: OrderedDict[tuple[Hashable, ...], _Kept] = OrderedDict()
-        self._heard: OrderedDict[str, Tensor] = OrderedDict()
+        self._heard: OrderedDict[str, _Window] = OrderedDict()
         self._boxes: dict[int, deque[Delta]] = {}
 
     # ---- requests ----------------------------------------------------------------------------------------------
@@ -309,10 +319,9 @@ class StreamingDecoder:
         row = self._row_of(request)
         self._hear(row.unheard)
         self._compose(row)
-        assert row.speech is not None
-        if not len(row.speech) or not self._has_plain_cache or not self.kept_bytes:
+        if not row.speech or not self._has_plain_cache or not self.kept_bytes:
             return
-        row.prompt = int(row.speech[-1]) + 2  # what is behind it may change
+        row.prompt = row.speech[-1] + 2  # what is behind it may change
         while row.unread > 0:
             portion = min(self.chunk, row.unread)
             row.cache = self._read_columns([row], portion)
@@ -409,10 +418,9 @@ class StreamingDecoder:
             return
         lengths = torch.tensor([len(window) for window in new.values()], device=self.model.device)
         padded = pad_waveforms([torch.from_numpy(window) for window in new.values()]).to(self.model.device)
-        adapted = self.model.adapt(padded, lengths, samples=[len(window) for window in new.values()])
-        counts = adapted.lengths.tolist()
-        for digest, embeddings, count in zip(new, adapted.embeddings.to(self.model.llm.dtype), counts, strict=True):
-            self._heard[digest] = embeddings[:count].clone()
+        heard = hear(self.model, padded, lengths, samples=[len(window) for window in new.values()])
+        for digest, embeddings, is_text, count in zip(new, heard.embeddings, heard.is_text, heard.counts, strict=True):
+            self._heard[digest] = _Window(embeddings[:count].clone(), is_text[:count].tolist())
 
     def _write_nearest(self, rows: Sequence[_Row]) -> list[Delta]:
         """Answers rows that do not ask the LLM, all of them with one look at its table."""
@@ -438,17 +446,17 @@ class StreamingDecoder:
 
     def _windows_of(self, row: _Row) -> list[Tensor]:
         """``[U, D]`` the embeddings of each window of its speech, one after another."""
-        return [self._heard[digest] for piece in row.digests for digest in piece]
+        return [self._heard[digest].embeddings for piece in row.digests for digest in piece]
 
     def _forget_speech(self) -> None:
         """Embeddings that no waiting row needs, beyond a quarter of what may be kept."""
         needed = {digest for row in self._waiting if row.embeds is None for piece in row.digests for digest in piece}
-        total = sum(one.nbytes for one in self._heard.values())
+        total = sum(one.embeddings.nbytes for one in self._heard.values())
         for digest in list(self._heard):
             if total <= self.kept_bytes // 4:
                 return
             if digest not in needed:
-                total -= self._heard.pop(digest).nbytes
+                total -= self._heard.pop(digest).embeddings.nbytes
 
     def _compose(self, row: _Row) -> None:
         """The prompt's embeddings, and as much of its keys and values as an earlier conversation has left.
@@ -457,26 +465,29 @@ class StreamingDecoder:
             ValueError: the LLM has no room for it.
         """
         parts: list[Tensor] = []
-        places: list[int] = []
+        speech: list[int] = []
+        is_text: list[bool] = []
         for segment in row.request.segments:
             if isinstance(segment, Speech):
                 for digest in row.digests[segment.piece]:
                     self._heard.move_to_end(digest)
-                    embeddings = self._heard[digest]
-                    places += range(len(row.signature), len(row.signature) + len(embeddings))
-                    row.signature += [(digest, i) for i in range(len(embeddings))]
-                    parts.append(embeddings)
+                    window = self._heard[digest]
+                    speech += range(len(row.signature), len(row.signature) + len(window.is_text))
+                    is_text += window.is_text
+                    row.signature += [(digest, i) for i in range(len(window.is_text))]
+                    parts.append(window.embeddings)
             elif len(segment):
                 parts.append(self.model.embed(torch.tensor(segment, device=self.model.device)))
                 row.signature += segment
         row.embeds = torch.cat(parts)
         row.prompt = len(row.signature)
         row.next_id = int(row.request.segments[-1][-1])
-        row.speech = torch.tensor(places, dtype=torch.long)
+        row.speech = speech
+        row.soft = torch.tensor(speech, dtype=torch.long)[~torch.tensor(is_text, dtype=torch.bool)]
         sampling = row.request.sampling
         row.limit = sampling.max_new_tokens
         if sampling.repeats:
-            row.limit = min(row.limit, most_written(len(places)))
+            row.limit = min(row.limit, most_written(len(speech)))
         check_context(self.model, row.prompt)
         self._reuse(row)
         self._forget_speech()
@@ -524,12 +535,12 @@ class StreamingDecoder:
         valid = torch.zeros(len(rows), known + width, dtype=torch.long, device=device)
         places: list[Tensor] = []
         for number, row in enumerate(rows):
-            assert row.embeds is not None and row.speech is not None
+            assert row.embeds is not None and row.soft is not None
             count = min(width, row.unread)
             embeds[number, width - count :] = row.embeds[row.length : row.length + count]
             valid[number, known + width - count :] = 1
             valid[number, :known] = 1
-            inside = row.speech[(row.speech >= row.length) & (row.speech < row.length + count)]
+            inside = row.soft[(row.soft >= row.length) & (row.soft < row.length + count)]
             places.append(inside - row.length + width - count + number * width)
         positions = (valid.cumsum(1) - 1).clamp(min=0)[:, known:]
         with speech_positions(self.model.llm, self._mask(torch.cat(places).to(device), (len(rows), width))):

@@ -24,6 +24,8 @@ class AdapterOutput(NamedTuple):
         alpha_sum: ``[B]`` their sum, which should be the number of tokens, or None.
         boundaries: ``[B, U]`` frame at which each token ends, or None.
         queries: of which each soft token's posterior is computed, ``[B, U]`` of them, or None (an adapter without).
+        is_text: ``[B, U]`` bool: where an embedding is one of the LLM's own tokens, which its LoRA leaves alone; None:
+            nowhere.
     """
 
     embeddings: Tensor
@@ -32,6 +34,7 @@ class AdapterOutput(NamedTuple):
     alpha_sum: Tensor | None = None
     boundaries: Tensor | None = None
     queries: TokenQueries | None = None
+    is_text: Tensor | None = None
 
 
 class CFormer(nn.Module):

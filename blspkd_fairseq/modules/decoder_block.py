@@ -19,7 +19,14 @@ from transformers import PreTrainedModel
 from blspkd_fairseq.data.batch import Rows
 from blspkd_fairseq.modules.attention import attend_stacked
 from blspkd_fairseq.modules.fused_norm import is_plain_norm, norm_eps, rms_norm, rms_norm_backward
-from blspkd_fairseq.modules.partial_lora import AllPositions, PartialLoraLinear, SpeechPlaces
+from blspkd_fairseq.modules.partial_lora import (
+    AllPositions,
+    PartialLoraLinear,
+    SpeechPlaces,
+    add_product,
+    add_values,
+    values_at,
+)
 
 _KNOWN = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -130,9 +137,9 @@ class KnownDecoder:
         state = self._lora
         if state is None or state.mask is None or state.layers[0].disable_adapters:
             return None
-        count = len(embeds) if isinstance(state.mask, AllPositions) else int(state.mask.places)
+        places = len(embeds) if isinstance(state.mask, AllPositions) else state.mask.places
         dropout = state.layers[0].dropout_now()
-        return _Speech(count, state.products_of(embeds), dropout, state)
+        return _Speech(places, state.products_of(embeds), dropout, state)
 
 
 def _values(parts: Iterable[dict[str, Any]]) -> list[Any]:
@@ -155,9 +162,9 @@ def _is_known(layer: Any) -> bool:
 
 
 class _Speech(NamedTuple):
-    """Where and how Partial LoRA acts: on the first ``places`` positions; ``state`` has its matrices."""
+    """Where and how Partial LoRA acts: on the first ``places`` positions, or on those; ``state`` has its matrices."""
 
-    places: int
+    places: int | Tensor
     products: torch.dtype
     dropout: float
     state: Any
@@ -313,14 +320,14 @@ class _Linears:
         if speech is None or not self.adapted:
             return result, ()
         # A copy, since a slice would keep all of the input alive until backward.
-        values, kept = x[: speech.places].to(speech.products, copy=True), None
+        values, kept = values_at(x, speech.places).to(speech.products, copy=True), None
         if speech.dropout:
             values, kept = torch.native_dropout(values, speech.dropout, True)
         saved: list[Tensor | None] = [values, kept]
         for part, layer in self.adapted:
             down, up = (speech.state.matrix(one.weight, speech.products) for one in layer.matrices())
             low = _scaled(torch.mm(values, down.t()), layer)
-            _add_product(result[: speech.places, part], low, up.t())
+            add_product(result[:, part], speech.places, low, up.t())
             saved += [low, down, up]
         return result, tuple(saved)
 
@@ -344,31 +351,24 @@ class _Linears:
         d_values: Tensor | None = None  # before dropout's mask, where there is one
         for i, (part, layer) in enumerate(self.adapted):
             low, down, up = rest[3 * i : 3 * i + 3]
-            delta = gradient[: speech.places, part].to(low.dtype)
+            delta = values_at(gradient[:, part], speech.places).to(low.dtype)
             d_low = _scaled(torch.mm(delta, up), layer)
             trained += [torch.mm(d_low.t(), values), torch.mm(delta.t(), low)]
             if d_x is None:
                 continue
             if kept is None:
-                _add_product(d_x[: speech.places], d_low, down)
+                add_product(d_x, speech.places, d_low, down)
             else:
                 d_values = torch.mm(d_low, down) if d_values is None else d_values.addmm_(d_low, down)
         if d_x is not None and d_values is not None:
             scale = 1.0 / (1.0 - speech.dropout)
-            d_x[: speech.places].add_(torch.ops.aten.native_dropout_backward(d_values, kept, scale))
+            add_values(d_x, speech.places, torch.ops.aten.native_dropout_backward(d_values, kept, scale))
         return d_x, trained
 
 
 def _scaled(product: Tensor, layer: PartialLoraLinear) -> Tensor:
     scale = layer.scaling[layer.active_adapters[0]]
     return product if scale == 1.0 else product.mul_(scale)
-
-
-def _add_product(result: Tensor, one: Tensor, other: Tensor) -> None:
-    if result.dtype == one.dtype:
-        result.addmm_(one, other)
-    else:
-        result.add_(torch.mm(one, other))
 
 
 def _split(saved: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:

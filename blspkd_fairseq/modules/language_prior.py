@@ -8,9 +8,12 @@ one; read again, the better tokens make a better prediction.
 
 Whether anybody speaks is for the sound to say: a piece of which it says no word, as silence, stays as it was heard.
 
-In training the adapter learns from the sound. Afterwards the LLM's LoRA may learn to read what is heard in use: LoRA
-that learnt from free soft tokens changes what the LLM makes of its own. A piece of speech is read behind the words that
-a user's turn begins with, whatever the conversation, so that what is heard depends on the sound alone.
+What a search finds are the LLM's own tokens, which it reads as text: LoRA, which learnt from soft tokens, would change
+what it makes of them, and acts on the pieces that stay as they were heard. In training the adapter learns from the
+sound, and all is soft; LoRA may learn to read what is searched for instead, and acts on that, too, from then on.
+
+A piece of speech is read behind the words that a user's turn begins with, whatever the conversation, so that what is
+heard depends on the sound alone.
 """
 
 from collections.abc import Sequence
@@ -43,7 +46,7 @@ class LanguagePrior(NamedTuple):
         passes: how often the LLM reads what is heard so far, all places at once.
         opening: ids behind which it reads; without any, the first token is heard by its sound alone.
         beam: hypotheses that are searched, in place of that; 0: none.
-        in_training: hear so in training, too, without a gradient.
+        in_training: hear so in training, too, without a gradient; LoRA reads what is found by it.
     """
 
     weight: float
@@ -66,7 +69,7 @@ def expect(model: "SpeechLLM", heard: AdapterOutput, prior: LanguagePrior, may_j
         return heard
     # Whose logits are there at a time: those of the sound, or of all hypotheses.
     at_once = max(1, LOGITS_AT_ONCE // (len(soft.words) * max(*counts, prior.beam)))
-    embeddings, said = [], []
+    embeddings, said, text = [], [], []
     for begin in range(0, len(counts), at_once):
         part = slice(begin, begin + at_once)
         longest = max(counts[part])
@@ -76,15 +79,23 @@ def expect(model: "SpeechLLM", heard: AdapterOutput, prior: LanguagePrior, may_j
         missing = heard.embeddings.shape[1] - longest
         embeddings.append(F.pad(found.embeddings, (0, 0, 0, missing)))
         said.append(F.pad(found.is_said, (0, missing)))
-    heard = heard._replace(embeddings=torch.cat(embeddings))
+        text.append(F.pad(found.is_text, (0, missing)))
+    reads = prior.beam and not prior.in_training
+    heard = heard._replace(embeddings=torch.cat(embeddings), is_text=torch.cat(text) if reads else None)
     return _join_pieces(heard, torch.cat(said)) if prior.beam and may_join else heard
 
 
 class _Said(NamedTuple):
-    """What R rows of T pieces say: ``embeddings`` [R, T, D]; ``is_said`` [R, T] bool, where a token begins."""
+    """What R rows of T pieces say.
+
+    Attributes:
+        embeddings: ``[R, T, D]``.
+        is_said: ``[R, T]`` bool, where a token begins. is_text: where it is one of the LLM's own.
+    """
 
     embeddings: Tensor
     is_said: Tensor
+    is_text: Tensor
 
 
 def _expect_at_once(
@@ -97,19 +108,21 @@ def _expect_at_once(
 ) -> _Said:
     assert heard.queries is not None
     rows = rows_of(torch.tensor(counts, device=heard.embeddings.device), counts)
+    is_heard = ~rows.is_padding
     if not any(counts):
-        return _Said(heard.embeddings, ~rows.is_padding)
+        return _Said(heard.embeddings, is_heard, torch.zeros_like(is_heard))
     sound = soft.candidates(heard.queries._replace(vectors=pack(heard.queries.vectors, rows)), CANDIDATES)
     by_sound = pad(soft.mean(sound).to(heard.embeddings.dtype), rows)
     if prior.beam:
         said = _search(model, soft, sound, rows, prior, may_join)
-        said = said._replace(embeddings=said.embeddings.to(by_sound.dtype))
     else:
-        said = _Said(_read(model, soft, heard._replace(embeddings=by_sound), sound, rows, prior), ~rows.is_padding)
+        better = _read(model, soft, heard._replace(embeddings=by_sound), sound, rows, prior)
+        said = _Said(better, is_heard, torch.zeros_like(is_heard))
     says_word = pad(soft.says_word(sound).unsqueeze(1), rows).any(1)
     return _Said(
-        torch.where(says_word.unsqueeze(2), said.embeddings, by_sound),
-        torch.where(says_word, said.is_said, ~rows.is_padding),
+        torch.where(says_word.unsqueeze(2), said.embeddings.to(by_sound.dtype), by_sound),
+        torch.where(says_word, said.is_said, is_heard),
+        said.is_text & says_word,
     )
 
 
@@ -143,7 +156,7 @@ def _search(
     tokens = best.new_full((len(rows.counts), rows.longest), -1)
     tokens[spoken] = best
     is_said = tokens >= 0
-    return _Said(soft.embedded(tokens.clamp(min=0)) * is_said.unsqueeze(2), is_said)
+    return _Said(soft.embedded(tokens.clamp(min=0)) * is_said.unsqueeze(2), is_said, is_said)
 
 
 def _join_pieces(heard: AdapterOutput, is_said: Tensor) -> AdapterOutput:
@@ -158,15 +171,17 @@ def _join_pieces(heard: AdapterOutput, is_said: Tensor) -> AdapterOutput:
 
     def taken(values: Tensor, places: Tensor) -> Tensor:
         places = places.clamp(min=0).unsqueeze(2).expand(-1, -1, values.shape[2])
-        return values.gather(1, places).masked_fill(is_padding, 0.0)[:, :longest]
+        return values.gather(1, places).masked_fill(is_padding, 0)[:, :longest]
 
     assert heard.queries is not None
     boundaries = None if heard.boundaries is None else taken(heard.boundaries.unsqueeze(2), ends).squeeze(2)
+    is_text = None if heard.is_text is None else taken(heard.is_text.unsqueeze(2), kept).squeeze(2)
     return heard._replace(
         embeddings=taken(heard.embeddings, kept),
         lengths=lengths,
         boundaries=boundaries,
         queries=heard.queries._replace(vectors=taken(heard.queries.vectors, kept)),
+        is_text=is_text,
     )
 
 

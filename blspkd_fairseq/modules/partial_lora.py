@@ -80,9 +80,8 @@ class _MaskState:
         """Speech positions of ``x``, gathered and dropped out once for all layers that read the same ``x``."""
         if self._speech is None or self._input is not x or self._version != x._version:
             places, flat = places_of(self.mask), x.flatten(0, -2)
-            values = flat.index_select(0, places) if isinstance(places, Tensor) else flat[:places]
             # A copy, since a slice would keep all of the input alive until backward.
-            values = values.to(self.products_of(x), copy=not isinstance(places, Tensor))
+            values = values_at(flat, places).to(self.products_of(x), copy=not isinstance(places, Tensor))
             kept = None
             if dropout:
                 values, kept = torch.native_dropout(values, dropout, True)
@@ -140,7 +139,7 @@ class _SpeechLinear(torch.autograd.Function):
         narrow, wide = matrices
         result = nn.functional.linear(x, frozen_weight(layer, x.dtype), layer.bias)
         low = speech.values @ narrow.t()
-        _add_product(result.view(-1, result.shape[-1]), places, low, wide.t(), scale)
+        add_product(result.view(-1, result.shape[-1]), places, low, wide.t(), scale)
         ctx.save_for_backward(speech.values, speech.kept, low, narrow, wide)
         ctx.layer, ctx.scale, ctx.dropout, ctx.places = layer, scale, dropout, places
         return result
@@ -150,8 +149,7 @@ class _SpeechLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         speech, kept, low, narrow, wide = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
-        d_delta = flat.index_select(0, ctx.places) if isinstance(ctx.places, Tensor) else flat[: ctx.places]
-        d_delta = d_delta.to(low.dtype)
+        d_delta = values_at(flat, ctx.places).to(low.dtype)
         d_low = d_delta @ wide
         if ctx.scale != 1.0:
             d_low.mul_(ctx.scale)
@@ -159,10 +157,10 @@ class _SpeechLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = flat @ frozen_weight(ctx.layer, flat.dtype)
             if kept is None:
-                _add_product(d_x, ctx.places, d_low, narrow, 1.0)
+                add_product(d_x, ctx.places, d_low, narrow, 1.0)
             else:
                 d_speech = (d_low @ narrow).mul_(kept).mul_(1.0 / (1.0 - ctx.dropout))
-                _add(d_x, ctx.places, d_speech)
+                add_values(d_x, ctx.places, d_speech)
             d_x = d_x.view(*gradient.shape[:-1], -1)
         # In the dtype of products: autograd casts them to that of the weights.
         d_up = d_delta.t() @ low
@@ -171,20 +169,26 @@ class _SpeechLinear(torch.autograd.Function):
         return d_x, None, None, d_low.t() @ speech, d_up, None, None, None, None
 
 
-def _add_product(result: Tensor, places: int | Tensor | None, one: Tensor, other: Tensor, scale: float) -> None:
+def values_at(values: Tensor, places: int | Tensor | None) -> Tensor:
+    """The rows of ``values`` at places."""
+    return values.index_select(0, places) if isinstance(places, Tensor) else values[:places]
+
+
+def add_product(result: Tensor, places: int | Tensor | None, one: Tensor, other: Tensor, scale: float = 1.0) -> None:
     """Adds ``scale * one @ other`` to places of ``result``."""
     if not isinstance(places, Tensor) and result.dtype == one.dtype:
         result[:places].addmm_(one, other, alpha=scale)
     else:
         product = one @ other
-        _add(result, places, product.mul_(scale) if scale != 1.0 else product)
+        add_values(result, places, product.mul_(scale) if scale != 1.0 else product)
 
 
-def _add(result: Tensor, places: int | Tensor | None, values: Tensor) -> None:
+def add_values(result: Tensor, places: int | Tensor | None, values: Tensor) -> None:
+    """Adds ``values`` to places of ``result``."""
     if isinstance(places, Tensor):
         result.index_add_(0, places, values.to(result.dtype))
     else:
-        result[:places].add_(values.to(result.dtype))
+        result[:places].add_(values)
 
 
 class PartialLoraLinear(LoraLinear):

@@ -31,6 +31,7 @@ from blspkd_fairseq.modules.partial_lora import (
     SpeechPlaces,
     lora_alpha,
     speech_positions,
+    values_at,
 )
 from blspkd_fairseq.modules.precision import has_bfloat16, usable_dtype
 from blspkd_fairseq.modules.ragged import Ragged, pad, rows_of
@@ -170,14 +171,18 @@ class ChatLLM(nn.Module):
                 return read_packed(self.llm, embeds, layout.positions, layout.rows, self.known_decoder)
             return read_padded(self.llm, embeds, layout.rows)
 
-    def speech_places(self, layout: Layout) -> PositionMask:
-        """Where the student's LoRA acts."""
+    def speech_places(self, layout: Layout, is_text: Tensor | None = None) -> PositionMask:
+        """Where the student's LoRA acts; not where the speech embeddings, ``[N]`` of them, are its own tokens."""
         if self.lora_scope != "speech":
             return ALL_POSITIONS if self.lora_scope == "all" else None
         rows = layout.rows
+        soft = layout.speech if is_text is None else (~is_text).nonzero()[:, 0]
+        if isinstance(soft, Tensor) and not len(soft):
+            return None
         if self.reads_packed:
-            return SpeechPlaces(layout.speech, (1, rows.total))
-        return SpeechPlaces(padded_places(rows)[1][: layout.speech], (len(rows.counts), rows.prefix + rows.longest))
+            return SpeechPlaces(soft, (1, rows.total))
+        places = values_at(padded_places(rows)[1], soft)
+        return SpeechPlaces(places, (len(rows.counts), rows.prefix + rows.longest))
 
 
 class SpeechLLM(ChatLLM):
@@ -430,7 +435,8 @@ class SpeechLLM(ChatLLM):
         """Hidden states ``[N, D]`` of the sequences with the speech."""
         speech = adapter.embeddings.flatten(0, 1).index_select(0, layout.source).to(self.llm.dtype)
         embeds = torch.cat([speech, self.embed(layout.ids[layout.speech :])])
-        return self.hidden(embeds, layout, self.speech_places(layout))
+        is_text = None if adapter.is_text is None else adapter.is_text.flatten().index_select(0, layout.source)
+        return self.hidden(embeds, layout, self.speech_places(layout, is_text))
 
     def _plan(self, text: Batch | Mapping[str, Tensor], samples: Seq[int], positions: Collection[str]) -> Batch:
         if isinstance(text, Batch):

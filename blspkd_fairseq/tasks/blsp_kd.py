@@ -29,8 +29,9 @@ from blspkd_fairseq.evaluation.metrics import BleuCounts, bleu_counts, bleu_scor
 from blspkd_fairseq.faults.errors import DoesNotFit, TrainingError, is_out_of_memory, listed, names_of
 from blspkd_fairseq.faults.limits import FaultLimits, check_limits
 from blspkd_fairseq.faults.update import UpdateGuard
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_where_it_fits, context_of, hear, speech_of
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_where_it_fits, context_of
 from blspkd_fairseq.generation.fairseq_generator import LlmDictionary
+from blspkd_fairseq.generation.hearing import hear, speech_of
 from blspkd_fairseq.modules.build import adopt_options
 from blspkd_fairseq.modules.fingerprint import identity
 from blspkd_fairseq.modules.speech_llm import SpeechLLM

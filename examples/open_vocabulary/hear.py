@@ -36,7 +36,8 @@ from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.alignment import boundary_differences
 from blspkd_fairseq.evaluation.robustness import Voices, degrade, parse_condition
 from blspkd_fairseq.files import write_whole
-from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard, hear
+from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard
+from blspkd_fairseq.generation.hearing import hear
 from blspkd_fairseq.generation.teacher_forced import collate, teacher_forced
 from blspkd_fairseq.modules.build import SpeechLlmConfig
 from blspkd_fairseq.systems.boundaries import token_ends
@@ -109,7 +110,8 @@ def measure_checkpoint(model: BlspKd, rows: Rows, batch: int, answers: Mapping[s
         _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells])
         heard = hear(model.model, *speech)
         if model.model.adapter.one_to_one:
-            tokens = [model.nearest_tokens(embeddings[:count]) for embeddings, count in zip(*heard, strict=True)]
+            pieces = zip(heard.embeddings, heard.counts, strict=True)
+            tokens = [model.nearest_tokens(embeddings[:count]) for embeddings, count in pieces]
             _add(found, heard=[model.chat_format.decode(ids) for ids in tokens])
         for answer, (prompt, most) in answers.items():
             options = DecodingOptions(max_new_tokens=most)
