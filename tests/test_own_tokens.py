@@ -16,6 +16,7 @@ from blspkd_fairseq.generation.decoding import DecodingOptions, Hypothesis, answ
 from blspkd_fairseq.generation.hearing import Heard, hear, hear_windows
 from blspkd_fairseq.generation.streaming import Sampling
 from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.modules.cformer import AdapterOutput
 
 RATE = 16_000
 OPTIONS = DecodingOptions(max_new_tokens=6)
@@ -38,18 +39,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BlspKd:
 
 @pytest.fixture
 def silent(model: BlspKd, monkeypatch: pytest.MonkeyPatch) -> BlspKd:
-    """Hears no word in what is quiet."""
-    adapt = model.model.adapt
+    """Hears no word, but a mark, in what is quiet."""
+    soft, adapt, plain, quiet = model.model.adapter.soft_tokens, model.model.adapt, model.model._adapted, []
 
-    def adapted(waveforms: Tensor, lengths: Tensor, *arguments: Any, **options: Any) -> Any:
-        soft, quiet = model.model.adapter.soft_tokens, waveforms.abs().amax(1) < 0.05
-        monkeypatch.setattr(type(soft), "says_word", lambda _, candidates: ~quiet.repeat_interleave(counts))
-        kept, model.model.prior = model.model.prior, None
-        counts = adapt(waveforms, lengths, *arguments, **options).lengths
-        model.model.prior = kept
-        return adapt(waveforms, lengths, *arguments, **options)
+    def adapted(waveforms: Tensor, *arguments: Any, **options: Any) -> AdapterOutput:
+        quiet[:] = [waveforms.abs().amax(1) < 0.05]
+        return adapt(waveforms, *arguments, **options)
+
+    def with_marks(*arguments: Any) -> AdapterOutput:
+        output = plain(*arguments)
+        vectors, embeddings = output.queries.vectors.clone(), output.embeddings.clone()
+        width = embeddings.shape[2]
+        vectors[quiet[0], :, :width] = 3 * soft.embedded((soft.words < 0).nonzero()[40])
+        vectors[quiet[0], :, width:] = 0.0
+        embeddings[quiet[0]] = soft(output.queries._replace(vectors=vectors[quiet[0]].flatten(0, 1))).unflatten(
+            0, (-1, vectors.shape[1])
+        )
+        return output._replace(embeddings=embeddings, queries=output.queries._replace(vectors=vectors))
 
     monkeypatch.setattr(model.model, "adapt", adapted)
+    monkeypatch.setattr(model.model, "_adapted", with_marks)
     return model
 
 

@@ -23,7 +23,7 @@ from blspkd_fairseq.modules.decoder_trial import known_decoder
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
 from blspkd_fairseq.modules.fingerprint import fingerprint
 from blspkd_fairseq.modules.fused_norm import fuse_norms
-from blspkd_fairseq.modules.language_prior import LanguagePrior, expect
+from blspkd_fairseq.modules.language_prior import LanguagePrior, expect, other_counts
 from blspkd_fairseq.modules.packed_llm import can_read_packed, padded_places, read_packed, read_padded
 from blspkd_fairseq.modules.partial_lora import (
     ALL_POSITIONS,
@@ -337,9 +337,12 @@ class SpeechLLM(ChatLLM):
         prior = self.prior if reads and (not self.training or self.hears_in_training) else None
         with self._autocast():
             tokens = rows_of(target_lengths) if isinstance(target_lengths, Tensor) else target_lengths
+            frames = Ragged(frames.values.to(self.adapter_dtype), frames.rows)
             made = reads and prior is None  # with a prior, soft tokens are made under its posterior
-            adapted = self._adapted(Ragged(frames.values.to(self.adapter_dtype), frames.rows), tokens, made)
-        return adapted if prior is None else expect(self, adapted, prior, may_join=tokens is None)
+            adapted = self._adapted(frames, tokens, made)
+            counts = prior is not None and prior.beam and tokens is None and adapted.queries is not None
+            other = self._adapted(frames, rows_of(other_counts(adapted)), made) if counts else None
+        return adapted if prior is None else expect(self, adapted, prior, tokens is None, other)
 
     def _frames(
         self, waveforms: Tensor | None, lengths: Tensor, samples: Seq[int] | None, features: Tensor | None
