@@ -472,7 +472,7 @@ class BlspKd:
 
     def _share(self, windows: Sequence[np.ndarray], tokens: int) -> list[int]:
         """Divides the tokens of a transcript among windows, by what CIF hears in each."""
-        sums = [self.adapt((window, SAMPLE_RATE)).alpha_sum for window in windows]
+        sums = [self.adapt((window, SAMPLE_RATE), reads=False).alpha_sum for window in windows]
         if not sums:
             raise ValueError("nobody speaks in this audio: there is nothing to align the transcript with")
         if any(one is None for one in sums):
@@ -481,10 +481,13 @@ class BlspKd:
         return np.diff(np.rint(heard / heard[-1] * tokens).astype(int), prepend=0).tolist()
 
     @torch.no_grad()
-    def adapt(self, audio: Audio, tokens: int | None = None) -> AdapterOutput:
-        """The adapter's output for one utterance: embeddings, CIF weights, boundaries (of ``tokens`` tokens)."""
+    def adapt(self, audio: Audio, tokens: int | None = None, reads: bool = True) -> AdapterOutput:
+        """The adapter's output for one utterance: embeddings, CIF weights, boundaries (of ``tokens`` tokens).
+
+        If nobody ``reads`` the embeddings, the LLM is not asked what was said.
+        """
         lengths = None if tokens is None else torch.tensor([tokens], device=self.device)
-        return self.model.adapt(*self._collate([audio]), lengths)
+        return self.model.adapt(*self._collate([audio]), lengths, reads=reads)
 
     @torch.no_grad()
     def nearest_tokens(self, embeddings: Tensor) -> list[int]:

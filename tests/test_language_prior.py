@@ -9,12 +9,14 @@ from test_soft_tokens import config_of, likeliest
 from tiny import tiny_model, wake_lora
 from torch import Tensor, nn
 
+from blspkd_fairseq.data.batch import Rows
 from blspkd_fairseq.hub import BlspKd
 from blspkd_fairseq.modules import language_prior
+from blspkd_fairseq.modules.beam_search import Lattice, search
 from blspkd_fairseq.modules.build import SpeechLlmConfig, adopt_options, build_speech_llm
 from blspkd_fairseq.modules.cformer import AdapterOutput
 from blspkd_fairseq.modules.distillation_loss import LogitTransform
-from blspkd_fairseq.modules.language_prior import LanguagePrior, expect
+from blspkd_fairseq.modules.language_prior import LanguagePrior, expect, other_counts
 from blspkd_fairseq.modules.partial_lora import speech_positions
 
 RATE = 16_000
@@ -266,6 +268,90 @@ def test_a_search_of_so_many_pieces_at_once_as_memory_holds(
         torch.testing.assert_close(one, other)
 
 
+def best_score(speech: BlspKd, heard: AdapterOutput, row: int, prior: LanguagePrior) -> float:
+    """Of the hypotheses of one piece of speech alone."""
+    soft, count = speech.model.adapter.soft_tokens, int(heard.lengths[row])
+    sound = soft.candidates(heard.queries._replace(vectors=heard.queries.vectors[row, :count]), 128)
+    lattice = Lattice(sound.ids[None], sound.logits[None], soft.words[sound.ids][None], [count])
+    return float(search(speech.model, lattice, prior.opening, prior.weight, prior.beam).scores[0, 0])
+
+
+def assert_row(found: AdapterOutput, expected: AdapterOutput, row: int) -> None:
+    count = int(expected.lengths[row])
+    assert int(found.lengths[row]) == count
+    assert found.is_text[row, :count].tolist() == expected.is_text[row, :count].tolist()
+    for one, other in (
+        (found.embeddings, expected.embeddings),
+        (found.boundaries, expected.boundaries),
+        (found.queries.vectors, expected.queries.vectors),
+    ):
+        torch.testing.assert_close(one[row, :count], other[row, :count], atol=1e-4, rtol=1e-3)
+        assert not one[row, count:].any()
+
+
+@pytest.mark.parametrize("left_out", [-1000.0, -3.0, 0.0, 6.0, 1000.0])
+@pytest.mark.parametrize("tokens", [7, 10_000])
+def test_the_likelier_number_of_pieces_is_taken(
+    speech: BlspKd, searched: LanguagePrior, monkeypatch: pytest.MonkeyPatch, left_out: float, tokens: int
+) -> None:
+    monkeypatch.setattr(language_prior, "LEFT_OUT", left_out)
+    monkeypatch.setattr(language_prior, "LOGITS_AT_ONCE", tokens * len(speech.model.adapter.soft_tokens.words))
+    heard, other = by_sound(speech, (4, 2, 6, 0, 3)), by_sound(speech, (5, 1, 5, 0, 4))
+    found = expect(speech.model, heard, searched, other=other)
+    alone = [expect(speech.model, one, searched) for one in (heard, other)]
+    for row in (0, 1, 2, 4):
+        fewer = left_out if other.lengths[row] < heard.lengths[row] else 0.0
+        scores = [best_score(speech, one, row, searched) for one in (heard, other)]
+        assert_row(found, alone[scores[1] > scores[0] + fewer], row)
+        if abs(left_out) == 1000 and other.lengths[row] < heard.lengths[row]:
+            assert_row(found, alone[left_out < 0], row)
+    assert int(found.lengths[3]) == 0 and found.embeddings.shape[1] == int(found.lengths.max())
+
+
+def test_where_either_number_says_no_word_it_is_as_cif_counts(
+    speech: BlspKd, searched: LanguagePrior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_prior, "LEFT_OUT", -1000.0)
+    heard, other = by_sound(speech, (4, 2)), by_sound(speech, (3, 1))
+    soft = speech.model.adapter.soft_tokens
+    assert expect(speech.model, heard, searched, other=other).lengths[0] <= 3
+    by_one = expect(speech.model, heard, searched)
+    # Of the four rows, two of each number, one of the first and one of the second says no word.
+    monkeypatch.setattr(soft, "says_word", lambda candidates: torch.tensor([False] * 4 + [True] * 5 + [False]))
+    found = expect(speech.model, heard, searched, other=other)
+    assert not found.is_text[0].any() and int(found.lengths[0]) == 4
+    assert_row(found, by_one, 1)
+
+
+def test_the_other_number_of_pieces() -> None:
+    sums, lengths = torch.tensor([7.3, 6.7, 7.0, 0.4, 0.0, 1.2]), torch.tensor([7, 7, 7, 1, 0, 1])
+    heard = AdapterOutput(torch.zeros(6, 7, 1), lengths, alpha_sum=sums)
+    assert other_counts(heard).tolist() == [8, 6, 6, 1, 0, 2]
+
+
+@pytest.mark.parametrize(("beam", "told", "cut"), [(3, False, 2), (3, True, 1), (0, False, 1)])
+def test_speech_is_cut_twice_where_nobody_tells_the_number(
+    speech: BlspKd, prior: LanguagePrior, monkeypatch: pytest.MonkeyPatch, beam: int, told: bool, cut: int
+) -> None:
+    model, numbers = speech.model, []
+    adapt = model.adapter.adapt
+
+    def adapted(frames: object, tokens: Rows | None, **options: object) -> AdapterOutput:
+        output = adapt(frames, tokens, **options)
+        numbers.append(output.lengths.tolist())
+        return output
+
+    monkeypatch.setattr(model.adapter, "adapt", adapted)
+    monkeypatch.setattr(model, "prior", prior._replace(beam=beam))
+    torch.manual_seed(5)
+    waveforms = 0.1 * torch.randn(3, RATE)
+    heard = model.adapt(waveforms, torch.full((3,), RATE), torch.tensor(COUNTS) if told else None)
+    assert len(numbers) == cut
+    if cut == 2:
+        assert all(abs(one - other) == 1 or one == other == 1 for one, other in zip(*numbers, strict=True))
+        assert all(length <= max(row) for length, row in zip(heard.lengths, zip(*numbers, strict=True), strict=True))
+
+
 def test_where_the_sound_says_no_word_nothing_is_searched(
     speech: BlspKd, searched: LanguagePrior, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +386,7 @@ def test_training_goes_on_with_the_prior_of_a_trained_model() -> None:
     config = SpeechLlmConfig()
     trained = {
         "adapter_soft_tokens": True, "adapter_prior_weight": 0.5, "adapter_prior_passes": 3, "adapter_prior_beam": 6,
+        "adapter_prior_training": True,
     }  # fmt: skip
     assert adopt_options(config, trained) == trained
     assert config.adapter_prior_weight == 0.5

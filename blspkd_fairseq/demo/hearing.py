@@ -37,7 +37,7 @@ class Hearing(NamedTuple):
 def hear_window(model: BlspKd, window: Window) -> Hearing:
     """Runs encoder and adapter on one window."""
     speech = (window.samples, SAMPLE_RATE)
-    adapted = model.adapt(speech)
+    adapted = model.adapt(speech, reads=False)
     tokens: list[AlignedToken] = []
     if adapted.boundaries is not None:
         shift = window.start

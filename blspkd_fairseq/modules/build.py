@@ -96,12 +96,14 @@ class AdapterOptions:
     adapter_prior_beam: int = _option(
         0,
         "search for what is heard, with so many hypotheses at a time, in place of reading it so often: fewer errors, "
-        "and a step of the LLM for each token (0: no search; 6 are good)",
+        "and a step of the LLM for each token (0: no search; 6 are good); the LLM reads what is found as text, and "
+        "its LoRA acts where no word is heard",
     )
     adapter_prior_training: bool = _option(
         False,
-        "hear in training as in use, by --adapter-prior-weight: the LLM's LoRA learns to read that; no gradient goes "
-        "through it to the adapter, which learns by the losses of tokens and of their count",
+        "hear in training as in use, by --adapter-prior-weight: the LLM's LoRA learns to read what is found, and acts "
+        "on that in use, too; no gradient goes through it to the adapter, which learns by the losses of tokens and of "
+        "their count",
     )
     transcript_merges: int = _option(
         0,
@@ -153,6 +155,7 @@ SHAPING_OPTIONS = (
     "adapter_prior_weight",
     "adapter_prior_passes",
     "adapter_prior_beam",
+    "adapter_prior_training",
     "transcript_merges",
     "adapter_conv_layers",
     "adapter_kernel_size",

@@ -62,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for option in ("llm", "speech_encoder"):
         setattr(model.config, option, f"{CACHE}/{Path(getattr(model.config, option)).name}")
     model.config.window_seconds = WINDOW_SECONDS
-    model.config.adapter_prior_training = False  # how it was trained is no property of the model
     model.save_pretrained(args.out, dtype="float16")
     shutil.copy(args.example, args.out / "example.flac")
     megabytes = (args.out / "model.safetensors").stat().st_size / 1e6

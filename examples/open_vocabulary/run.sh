@@ -124,10 +124,7 @@ distil() {
     # On top of another warm-up it begins anew.
     [ "$(cat "$folder.start" 2>/dev/null)" = "$start" ] || rm -rf "$folder" "$folder.log"
     printf '%s' "$start" >"$folder.start"
-    # LoRA learns to read what is heard in use, where --pretrained hears by a search.
-    local as_in_use=()
-    ! grep -q '"adapter_prior_beam": [1-9]' "$pretrained/config.json" || as_in_use=(--adapter-prior-training)
-    train_part "$folder" "$part" --finetune-from-model "$(trained warm-up)" "${as_in_use[@]}" \
+    train_part "$folder" "$part" --finetune-from-model "$(trained warm-up)" \
         --token-ce-weight 0.3 \
         --batch-size "$batch" --lr 3e-4 --warmup-updates $((updates / 20)) --total-num-update "$updates" \
         --max-update "$updates"
