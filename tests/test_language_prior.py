@@ -295,6 +295,7 @@ def test_the_likelier_number_of_pieces_is_taken(
     speech: BlspKd, searched: LanguagePrior, monkeypatch: pytest.MonkeyPatch, left_out: float, tokens: int
 ) -> None:
     monkeypatch.setattr(language_prior, "LEFT_OUT", left_out)
+    monkeypatch.setattr(language_prior, "HOPELESS", 10_000.0)
     monkeypatch.setattr(language_prior, "LOGITS_AT_ONCE", tokens * len(speech.model.adapter.soft_tokens.words))
     heard, other = by_sound(speech, (4, 2, 6, 0, 3)), by_sound(speech, (5, 1, 5, 0, 4))
     found = expect(speech.model, heard, searched, other=other)
@@ -312,15 +313,36 @@ def test_where_either_number_says_no_word_it_is_as_cif_counts(
     speech: BlspKd, searched: LanguagePrior, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language_prior, "LEFT_OUT", -1000.0)
+    monkeypatch.setattr(language_prior, "HOPELESS", 10_000.0)
     heard, other = by_sound(speech, (4, 2)), by_sound(speech, (3, 1))
     soft = speech.model.adapter.soft_tokens
     assert expect(speech.model, heard, searched, other=other).lengths[0] <= 3
     by_one = expect(speech.model, heard, searched)
-    # Of the four rows, two of each number, one of the first and one of the second says no word.
-    monkeypatch.setattr(soft, "says_word", lambda candidates: torch.tensor([False] * 4 + [True] * 5 + [False]))
+    # In the first pair the first says no word, in the second the second.
+    says = [False] * 4 + [True] * 3 + [True] * 2 + [False]
+    monkeypatch.setattr(soft, "says_word", lambda candidates: torch.tensor(says))
     found = expect(speech.model, heard, searched, other=other)
     assert not found.is_text[0].any() and int(found.lengths[0]) == 4
     assert_row(found, by_one, 1)
+
+
+def test_a_number_of_pieces_that_sounds_much_worse_is_not_searched(
+    speech: BlspKd, searched: LanguagePrior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    def counted(model: object, sound: Lattice, *how: object) -> object:
+        rows.append(len(sound.counts))
+        return search(model, sound, *how)
+
+    monkeypatch.setattr(language_prior, "search", counted)
+    heard, other = by_sound(speech, (4, 2, 6)), by_sound(speech, (5, 3, 7))
+    for hopeless in (1000.0, -1000.0):
+        monkeypatch.setattr(language_prior, "HOPELESS", hopeless)
+        found = expect(speech.model, heard, searched, other=other)
+    assert rows == [6, 3]
+    for row in range(3):
+        assert_row(found, expect(speech.model, heard, searched), row)
 
 
 def test_the_other_number_of_pieces() -> None:
