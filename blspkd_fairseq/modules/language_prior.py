@@ -44,8 +44,8 @@ LEFT_OUT = 6.0
 """Nats by which the best hypothesis of fewer pieces than CIF's sum is rounded to must be the better one: each piece
 costs some, and a word may be left out. On 240 rows that no published figure has, 4 to 8 hear alike."""
 HOPELESS = 6.0
-"""Nats by which the other number of pieces is worse by their likeliest tokens alone, so that it is not searched: a fifth
-of those rows, of which it would have been taken in one of thirty."""
+"""Nats by which the other number of pieces is worse by their likeliest tokens alone, so that it is not searched: a
+fifth of those rows, of which it would have been taken in one of thirty."""
 
 
 class LanguagePrior(NamedTuple):
