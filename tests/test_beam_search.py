@@ -106,17 +106,39 @@ def assert_as_slowly(model: SpeechLLM, sound: Lattice, beam: int, **how: bool) -
     return int((found.tokens == -1).sum())
 
 
+@pytest.mark.parametrize("at_once", [1, 30, 10_000])
 @pytest.mark.parametrize("certain", [0.3, 0.7, 2.0])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("beam", [1, 2, 5])
 def test_a_beam_that_reads_all_afresh(
-    model: SpeechLLM, monkeypatch: pytest.MonkeyPatch, beam: int, seed: int, certain: float
+    model: SpeechLLM, monkeypatch: pytest.MonkeyPatch, beam: int, seed: int, certain: float, at_once: int
 ) -> None:
     monkeypatch.setattr(beam_search, "CERTAIN", certain)
-    sound = lattice((7, 1, 4), seed=seed, words=15)
-    assert_as_slowly(model, sound, beam)
-    spans = list(beam_search._spans(sound))
-    assert (len(spans) < 7) == (certain < 1) and sum(width for _, _, width in spans) >= 7
+    monkeypatch.setattr(beam_search, "TOKENS_AT_ONCE", at_once)
+    assert_as_slowly(model, lattice((1, 7, 4), seed=seed, words=15), beam)
+
+
+@pytest.mark.parametrize("most", [1, 2, 100])
+@pytest.mark.parametrize("certain", [0.3, 2.0])
+def test_spans_have_every_piece_once_and_rows_end_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, certain: float, most: int
+) -> None:
+    monkeypatch.setattr(beam_search, "CERTAIN", certain)
+    sound = lattice((1, 7, 4, 7), words=15)
+    order, spans = beam_search._spans(sound, most)
+    pieces: list[list[int]] = [[] for _ in order]
+    for span in spans:
+        assert span.width == int((span.end - span.begin).max()) <= most
+        for row, begin, end, sure in zip(
+            *(v.tolist() for v in (order[: len(span.begin)], span.begin, span.end, span.is_certain)), strict=True
+        ):
+            assert pieces[row] == list(range(begin)) and begin < end and not (sure and begin == 0)
+            pieces[row] += range(begin, end)
+    assert [len(row) for row in pieces] == list(sound.counts)
+    read = [len(span.begin) for span in spans]
+    assert read == sorted(read, reverse=True)
+    assert (len(spans) < 7) == (certain < 1 < most)
+    assert any(bool(span.is_certain.any()) for span in spans) == (certain < 1 and most < 100)
 
 
 def test_every_hypothesis_there_is(model: SpeechLLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +200,7 @@ def test_logits_that_the_llm_scales_and_caps(model: SpeechLLM, monkeypatch: pyte
     assert_as_slowly(model, lattice((5, 3)), 3)
 
 
-def test_the_llm_takes_a_step_for_each_piece_that_is_not_certain(
+def test_the_llm_takes_a_step_for_each_piece_that_is_not_certain_of_rows_that_go_on(
     model: SpeechLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[tuple[int, ...]] = []
@@ -192,7 +214,7 @@ def test_the_llm_takes_a_step_for_each_piece_that_is_not_certain(
     sound = lattice((6, 4), words=100)
     sound = sound._replace(logits=torch.zeros_like(sound.logits))
     search(model, sound, OPENING, WEIGHT, 3)
-    assert shapes == [(1, 2)] + [(2 * 3, 1)] * 5
+    assert shapes == [(1, 2)] + [(2 * 3, 1)] * 4 + [(3, 1)]
     shapes.clear()
     sound.logits[0, 2:4, 0] = sound.logits[1, 1, 0] = 50.0
     search(model, sound, OPENING, WEIGHT, 3)

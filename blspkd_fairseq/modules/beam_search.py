@@ -7,10 +7,11 @@ before: where CIF fires too often, a word is heard twice running, and as in CTC 
 
 All rows go forward piece by piece, ``beam`` hypotheses of each, and the LLM, reading them as text, keeps its keys and
 values. A hypothesis that says on a token writes a column that nobody sees. Where the sound is certain, hypotheses do
-not part: the LLM reads such pieces together with the one before, since a step takes as long for one token as for ten.
+not part: of a few rows the LLM reads such pieces together with the one before, since a step takes as long for some
+tokens as for one. Rows that are at their end are read no further.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ CERTAIN, UNLIKELY = 0.95, 1e-4
 """Where the sound gives a token more than the former, no other one is tried, unless the piece before may say its word,
 with more than the latter. So a third of the pieces take no step of the LLM, and of those 240 rows none is heard
 otherwise."""
+TOKENS_AT_ONCE = 64
+"""That a step of the LLM takes about as long for as for one."""
 _IMPOSSIBLE = -1e30  # of scores that are added up: no hypothesis with it is chosen while there is another one
 
 
@@ -48,8 +51,13 @@ class Lattice(NamedTuple):
     words: Tensor
     counts: Sequence[int]
 
+    def of(self, rows: Tensor) -> "Lattice":
+        """Some of the rows."""
+        counts = [self.counts[row] for row in rows.tolist()]
+        return Lattice(self.ids[rows], self.logits[rows], self.words[rows], counts)
+
     def at(self, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, logits and words ``[R, K]`` at one piece ``pieces`` [R] of each row."""
+        """Ids, logits and words ``[A, K]`` at one piece ``pieces`` [A] of each of the first rows."""
         rows = torch.arange(len(pieces), device=pieces.device)
         return self.ids[rows, pieces], self.logits[rows, pieces], self.words[rows, pieces]
 
@@ -83,64 +91,146 @@ def search(
     rows, pieces, _ = sound.ids.shape
     device = sound.ids.device
     sound = sound._replace(logits=sound.logits.log_softmax(2))  # log-probabilities, once for all pieces
+    order, spans = _spans(sound, max(1, TOKENS_AT_ONCE // (rows * beam)))
+    sound = sound.of(order)
     reader = _Reader(model, opening, rows * beam)
-    first = beam * torch.arange(rows, device=device).unsqueeze(1)  # of each row's hypotheses
-    scores = torch.full((rows, beam), _IMPOSSIBLE, device=device)
-    scores[:, 0] = 0.0
-    tokens = torch.full((rows, beam, pieces + 1), -1, device=device)  # and a column for what is behind a row
-    last = torch.full((rows, beam), -1, device=device)  # the word that was said last
-    spans = list(_spans(sound))
-    for number, (begin, end, width) in enumerate(spans, 1):
-        ids, logits, words = sound.at(begin.clamp(max=pieces - 1))
-        expected = reader.expected(ids.repeat_interleave(beam, 0)).unflatten(0, (rows, beam))
-        says = scores.unsqueeze(2) + logits.unsqueeze(1) + weight * expected
-        continues = scores + (_continued(logits, words, last) if may_continue else _IMPOSSIBLE)
-        is_over = (begin == end).unsqueeze(1)
-        scores, chosen = torch.cat(
-            [
-                says.masked_fill(is_over.unsqueeze(2), 2 * _IMPOSSIBLE).flatten(1),
-                torch.where(is_over, scores, continues),
-            ],
-            1,
-        ).topk(beam, 1)
-        is_said = chosen < says[0].numel()
-        parent = torch.where(is_said, chosen // ids.shape[1], chosen - says[0].numel())
-        choice = torch.where(is_said, chosen % ids.shape[1], 0)
-        last = torch.where(is_said, words.gather(1, choice), last.gather(1, parent))
-        # Behind it, the pieces that are certain.
-        place = begin.unsqueeze(1) + torch.arange(width, device=device)
-        place = torch.where(place < end.unsqueeze(1), place, pieces)
-        span = _likeliest(sound.ids, place).unsqueeze(1).repeat(1, beam, 1)
-        span[:, :, 0] = torch.where(is_said, ids.gather(1, choice), -1)
-        tokens = tokens.gather(1, parent.unsqueeze(2).expand_as(tokens))
-        tokens.scatter_(2, place.unsqueeze(1).expand_as(span), span)
-        last = torch.where((end - begin > 1).unsqueeze(1), _likeliest(sound.words, end.unsqueeze(1) - 1), last)
-        if number == len(spans) and width == 1:
+    now, done = _Beams.empty(rows, beam, pieces, device), list[_Beams]()
+    for number, span in enumerate(spans, 1):
+        active = len(span.begin)
+        now, ended = now.split(active)
+        done.insert(0, ended)
+        ids, logits, words = sound.at(span.begin)
+        expected = reader.expected(ids.repeat_interleave(beam, 0)).unflatten(0, (active, beam))
+        says = (logits.unsqueeze(1) + weight * expected).masked_fill(~_may_say(span, ids), _IMPOSSIBLE)
+        on = _continued(logits, words, now.last).masked_fill(span.is_certain.unsqueeze(1), _IMPOSSIBLE)
+        now, parent, said = _extended(now, ids, words, says, on if may_continue else torch.full_like(on, _IMPOSSIBLE))
+        now, said = _said_behind(now, sound, span, said)
+        if number == len(spans) and span.width == 1:
             break  # nobody asks what comes next
-        expected = reader.go_on((first + parent).flatten(), span.flatten(0, 1)).unflatten(0, (rows, beam))
-        certain = _likeliest(sound.logits, place[:, 1:]).clamp(max=0).unsqueeze(1)
-        scores = scores + torch.where(span[:, :, 1:] >= 0, certain + weight * expected, 0.0).sum(2)
-    scores, order = scores.sort(dim=1, descending=True)
-    return Hypotheses(tokens.gather(1, order.unsqueeze(2).expand_as(tokens))[:, :, :pieces], scores)
+        first = beam * torch.arange(active, device=device).unsqueeze(1)  # of each row's hypotheses
+        expected = reader.go_on((first + parent).flatten(), said.flatten(0, 1)).unflatten(0, (active, beam))
+        certain = _likeliest(sound.logits[:active], span.places(pieces)[:, 1:]).clamp(max=0).unsqueeze(1)
+        gains = torch.where(said[:, :, 1:] >= 0, certain + weight * expected, 0.0).sum(2)
+        now = now._replace(scores=now.scores + gains)
+    tokens, scores, _ = (torch.cat(values)[order.argsort()] for values in zip(now, *done, strict=True))
+    scores, best = scores.sort(dim=1, descending=True)
+    return Hypotheses(tokens.gather(1, best.unsqueeze(2).expand_as(tokens))[:, :, :pieces], scores)
 
 
-def _spans(sound: Lattice) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Of each row a piece and those behind it that are certain, ``begin`` to ``end`` [R], and how many at most.
+class _Beams(NamedTuple):
+    """The hypotheses of R rows.
 
-    Rows of fewer spans have empty ones at last.
+    Attributes:
+        tokens: ``[R, B, T + 1]`` as those of :class:`Hypotheses`, and a column for what is behind a row.
+        scores: ``[R, B]``.
+        last: ``[R, B]`` the word that was said last.
     """
+
+    tokens: Tensor
+    scores: Tensor
+    last: Tensor
+
+    @staticmethod
+    def empty(rows: int, beam: int, pieces: int, device: torch.device) -> "_Beams":
+        """One hypothesis of each row, which says nothing yet."""
+        scores = torch.full((rows, beam), _IMPOSSIBLE, device=device)
+        scores[:, 0] = 0.0
+        nothing = torch.full((rows, beam, pieces + 1), -1, device=device)
+        return _Beams(nothing, scores, nothing[:, :, 0])
+
+    def split(self, rows: int) -> "tuple[_Beams, _Beams]":
+        """The first rows, and the others."""
+        return _Beams(*(values[:rows] for values in self)), _Beams(*(values[rows:] for values in self))
+
+
+class _Span(NamedTuple):
+    """What the first A rows say in one step of the LLM: a piece, and those behind it that are certain.
+
+    Attributes:
+        begin, end: ``[A]`` which pieces. width: the most of them.
+        is_certain: ``[A]`` bool, whether the first is, too.
+    """
+
+    begin: Tensor
+    end: Tensor
+    width: int
+    is_certain: Tensor
+
+    def places(self, pieces: int) -> Tensor:
+        """``[A, width]`` the pieces; ``pieces`` behind the end."""
+        place = self.begin.unsqueeze(1) + torch.arange(self.width, device=self.begin.device)
+        return torch.where(place < self.end.unsqueeze(1), place, pieces)
+
+
+def _spans(sound: Lattice, most: int) -> tuple[Tensor, list[_Span]]:
+    """The order of rows in which those of most spans come first, and their spans of at most so many pieces."""
+    device = sound.ids.device
     probability = sound.logits.softmax(2)
     again = (sound.words[:, 1:, :1] == sound.words[:, :-1]) & (probability[:, :-1] > UNLIKELY)
     certain = probability[:, :, 0] > CERTAIN
     certain[:, 1:] &= ~(again.any(2) & (sound.words[:, 1:, 0] >= 0))
-    begins = [
-        [piece for piece in range(count) if piece == 0 or not sure[piece]] + [count]
-        for sure, count in zip(certain.tolist(), sound.counts, strict=True)
-    ]
-    most = max(map(len, begins))
-    filled = torch.tensor([row + row[-1:] * (most - len(row)) for row in begins], device=sound.ids.device)
-    widths = [max(row[i + 1] - row[i] for row in begins if i + 1 < len(row)) for i in range(most - 1)]
-    return zip(filled[:, :-1].unbind(1), filled[:, 1:].unbind(1), widths, strict=True)
+    certain[:, 0] = False  # nothing is before it
+    is_certain = certain.tolist()
+    begins = [_begins(sure[:count], most) for sure, count in zip(is_certain, sound.counts, strict=True)]
+    order = sorted(range(len(begins)), key=lambda row: -len(begins[row]))
+    spans = []
+    for step in range(len(begins[order[0]]) - 1):
+        rows = [row for row in order if step + 1 < len(begins[row])]
+        begin, end = ([begins[row][place] for row in rows] for place in (step, step + 1))
+        sure = [is_certain[row][piece] for row, piece in zip(rows, begin, strict=True)]
+        width = max(last - first for first, last in zip(begin, end, strict=True))
+        bounds = torch.tensor([begin, end], device=device)
+        spans.append(_Span(bounds[0], bounds[1], width, torch.tensor(sure, device=device)))
+    return torch.tensor(order, device=device), spans
+
+
+def _begins(is_certain: Sequence[bool], most: int) -> list[int]:
+    """Where spans begin, and where the last one ends."""
+    begins: list[int] = []
+    for piece, sure in enumerate(is_certain):
+        if not sure or piece - begins[-1] == most:
+            begins.append(piece)
+    return [*begins, len(is_certain)]
+
+
+def _may_say(span: _Span, ids: Tensor) -> Tensor:
+    """``[A, 1, K]`` bool: which of the candidates; the first alone where that is certain."""
+    is_first = torch.arange(ids.shape[1], device=ids.device) == 0
+    return (is_first | ~span.is_certain.unsqueeze(1)).unsqueeze(1)
+
+
+def _extended(
+    beams: _Beams, ids: Tensor, words: Tensor, says: Tensor, continues: Tensor
+) -> tuple[_Beams, Tensor, Tensor]:
+    """The best hypotheses that say one piece more, whose they were, ``[A, B]``, and what it says, or -1.
+
+    Args:
+        beams: A rows.
+        ids, words: ``[A, K]`` candidates.
+        says: ``[A, B, K]`` nats of each. continues: ``[A, B]`` nats of saying on the token before.
+    """
+    beam, said = says.shape[1], says[0].numel()
+    options = torch.cat([(beams.scores.unsqueeze(2) + says).flatten(1), beams.scores + continues], 1)
+    scores, chosen = options.topk(beam, 1)
+    is_said = chosen < said
+    parent = torch.where(is_said, chosen // ids.shape[1], chosen - said)
+    choice = torch.where(is_said, chosen % ids.shape[1], 0)
+    last = torch.where(is_said, words.gather(1, choice), beams.last.gather(1, parent))
+    tokens = beams.tokens.gather(1, parent.unsqueeze(2).expand_as(beams.tokens))
+    return _Beams(tokens, scores, last), parent, torch.where(is_said, ids.gather(1, choice), -1)
+
+
+def _said_behind(beams: _Beams, sound: Lattice, span: _Span, said: Tensor) -> tuple[_Beams, Tensor]:
+    """Hypotheses with what the whole span says, and that, ``[A, B, width]``; ``said`` [A, B] is that of its first."""
+    active, beam = said.shape
+    places = span.places(sound.ids.shape[1])
+    tokens = _likeliest(sound.ids[:active], places).unsqueeze(1).repeat(1, beam, 1)
+    tokens[:, :, 0] = said
+    end = _likeliest(sound.words[:active], span.end.unsqueeze(1) - 1)
+    return beams._replace(
+        tokens=beams.tokens.scatter(2, places.unsqueeze(1).expand_as(tokens), tokens),
+        last=torch.where((span.end - span.begin > 1).unsqueeze(1), end, beams.last),
+    ), tokens
 
 
 def _likeliest(values: Tensor, places: Tensor) -> Tensor:
@@ -175,18 +265,20 @@ class _Reader:
             self.cache.reorder_cache(torch.zeros(texts, dtype=torch.long, device=model.device))
 
     def expected(self, ids: Tensor) -> Tensor:
-        """``[N, K]`` log-probabilities of the tokens ``ids`` [N, K] next, in fp32; 0 where there is nothing before."""
-        return torch.zeros(ids.shape, device=ids.device) if self.hidden is None else self._after(self.hidden, ids)
+        """Log-probabilities of the tokens ``ids`` [n, K] next, of the first n texts, in fp32; 0 before all tokens."""
+        if self.hidden is None:
+            return torch.zeros(ids.shape, device=ids.device)
+        return self._after(self.hidden[: len(ids)], ids)
 
     def go_on(self, parents: Tensor, tokens: Tensor) -> Tensor:
         """Text i becomes text ``parents[i]`` and behind it ``tokens[i]``, all but -1, of which the first may be one.
 
         Args:
-            parents: ``[N]``.
-            tokens: ``[N, m]``.
+            parents: ``[n]``; there are n texts from then on.
+            tokens: ``[n, m]``.
 
         Returns:
-            ``[N, m - 1]`` log-probabilities of the tokens but the first, in fp32; what is at -1 means nothing.
+            ``[n, m - 1]`` log-probabilities of the tokens but the first, in fp32; what is at -1 means nothing.
         """
         is_said = tokens >= 0
         self.seen = torch.cat([self.seen[parents], is_said.long()], 1)
