@@ -311,7 +311,7 @@ class BlspKd:
         if not with_words or not self.counts_tokens:
             return Segment(window.start, end, text, ())
         ids = self.chat_format.encode_transcript(text)
-        boundaries = self.adapt((window.samples, SAMPLE_RATE), len(ids)).boundaries
+        boundaries = self.adapt((window.samples, SAMPLE_RATE), len(ids), reads=False).boundaries
         assert boundaries is not None
         spans = self._spans(window, boundaries[0])
         return Segment(window.start, end, text, words_of(text, self._pieces(ids), [e for _, e in spans], spans[0][0]))
@@ -441,7 +441,7 @@ class BlspKd:
         for window, count in zip(windows, counts, strict=True):
             if count == 0:
                 continue
-            adapted = self.adapt((window.samples, SAMPLE_RATE), count)
+            adapted = self.adapt((window.samples, SAMPLE_RATE), count, reads=ids is None)
             if adapted.boundaries is None:
                 raise ValueError(f"the adapter {self.config.adapter} has no token boundaries")
             times += self._spans(window, adapted.boundaries[0], whole=len(windows) == 1 and not vad)

@@ -16,6 +16,7 @@ from blspkd_fairseq.generation.decoding import DecodingOptions, Hypothesis, answ
 from blspkd_fairseq.generation.hearing import Heard, hear, hear_windows
 from blspkd_fairseq.generation.streaming import Sampling
 from blspkd_fairseq.hub import BlspKd
+from blspkd_fairseq.modules import language_prior
 from blspkd_fairseq.modules.cformer import AdapterOutput
 
 RATE = 16_000
@@ -177,3 +178,16 @@ def test_of_speech_without_a_search_there_is_no_text(tmp_path: Path) -> None:
     plain = tiny_model(tmp_path)
     heard = hear(plain.model, torch.from_numpy(np.stack(sounds(0.1, 0.2))), torch.full((2,), RATE))
     assert heard.is_text.shape == heard.embeddings.shape[:2] and not heard.is_text.any()
+
+
+def test_who_knows_what_was_said_asks_no_llm(model: BlspKd, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("nobody reads it")
+
+    sound = np.concatenate([*sounds(0.1, 0.2), np.zeros(RATE, np.float32), *sounds(0.1)])
+    spans = [(token.start, token.end) for token in model.align((sound, RATE), "Turn on the light.")]
+    monkeypatch.setattr(language_prior, "search", refuse)
+    assert [(token.start, token.end) for token in model.align((sound, RATE), "Turn on the light.")] == spans
+    assert len(model.segment(model.timed_windows((sound, RATE))[0], "Turn on the light.").words) == 4
+    with pytest.raises(AssertionError, match="nobody reads it"):
+        model.align((sound, RATE))

@@ -48,7 +48,7 @@ def plot_alignment(
     tokens = model.align(audio, vad=vad) if tokens is None else tokens
     alpha = np.zeros(max(1, round(seconds * _FRAMES_PER_SECOND)), np.float32)
     for window in model.timed_windows(audio, vad):
-        adapted = model.adapt((window.samples, SAMPLE_RATE))
+        adapted = model.adapt((window.samples, SAMPLE_RATE), reads=False)
         if adapted.alpha is None:
             raise ValueError("the adapter has no CIF weights to draw")
         place = alpha[round(window.start * _FRAMES_PER_SECOND) :]

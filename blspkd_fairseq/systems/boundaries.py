@@ -68,7 +68,7 @@ def compare_boundaries(
     rows = _timed_rows(manifest)
     for index in tqdm(rows, desc="alignment", unit="row"):
         samples_of_row, text = read_waveform(questions, index), manifest[index]["src_text"]
-        if index == rows[0] and model.adapt((samples_of_row, SAMPLE_RATE)).boundaries is None:
+        if index == rows[0] and model.adapt((samples_of_row, SAMPLE_RATE), reads=False).boundaries is None:
             return None
         tokens = token_ends(model, samples_of_row, text)
         words = whisper.word_ends(samples_of_row, text)
