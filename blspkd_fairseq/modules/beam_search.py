@@ -12,6 +12,7 @@ tokens as for one. Rows that are at their end are read no further.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -173,15 +174,20 @@ def _spans(sound: Lattice, most: int) -> tuple[Tensor, list[_Span]]:
     is_certain = certain.tolist()
     begins = [_begins(sure[:count], most) for sure, count in zip(is_certain, sound.counts, strict=True)]
     order = sorted(range(len(begins)), key=lambda row: -len(begins[row]))
-    spans = []
+    steps = []
     for step in range(len(begins[order[0]]) - 1):
         rows = [row for row in order if step + 1 < len(begins[row])]
-        begin, end = ([begins[row][place] for row in rows] for place in (step, step + 1))
-        sure = [is_certain[row][piece] for row, piece in zip(rows, begin, strict=True)]
-        width = max(last - first for first, last in zip(begin, end, strict=True))
-        bounds = torch.tensor([begin, end], device=device)
-        spans.append(_Span(bounds[0], bounds[1], width, torch.tensor(sure, device=device)))
-    return torch.tensor(order, device=device), spans
+        bounds = [(begins[row][step], begins[row][step + 1]) for row in rows]
+        sure = [is_certain[row][begin] for row, (begin, _) in zip(rows, bounds, strict=True)]
+        steps.append([(*bound, one) for bound, one in zip(bounds, sure, strict=True)])
+    # To the device all at once.
+    table = torch.tensor([*((row, 0, 0) for row in order), *chain.from_iterable(steps)]).to(device)
+    where, *parts = table.split([len(order), *map(len, steps)])
+    spans = [
+        _Span(part[:, 0], part[:, 1], max(end - begin for begin, end, _ in step), part[:, 2].bool())
+        for part, step in zip(parts, steps, strict=True)
+    ]
+    return where[:, 0], spans
 
 
 def _begins(is_certain: Sequence[bool], most: int) -> list[int]:
