@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a model hears of real people, beside the cascade of the same Whisper and LLM: measured anew, in eleven minutes.
+# What a model hears of real people, beside the cascade of the same Whisper and LLM: measured anew, in twelve minutes.
 #
 #   bash examples/open_vocabulary/evaluate.sh [--model MODEL] [--rows N] [--most-tokens N] [--speech DIR]
 #       [--speech-encoder NAME] [--llm NAME] [--out DIR] [--cache DIR]
