@@ -130,7 +130,7 @@ def test_spans_have_every_piece_once_and_rows_end_one_by_one(
     for span in spans:
         assert span.width == int((span.end - span.begin).max()) <= most
         for row, begin, end, sure in zip(
-            *(v.tolist() for v in (order[: len(span.begin)], span.begin, span.end, span.is_certain)), strict=True
+            order[: len(span.begin)], *(v.tolist() for v in (span.begin, span.end, span.is_certain)), strict=True
         ):
             assert pieces[row] == list(range(begin)) and begin < end and not (sure and begin == 0)
             pieces[row] += range(begin, end)

@@ -52,10 +52,10 @@ class Lattice(NamedTuple):
     words: Tensor
     counts: Sequence[int]
 
-    def of(self, rows: Tensor) -> "Lattice":
+    def of(self, rows: Sequence[int]) -> "Lattice":
         """Some of the rows."""
-        counts = [self.counts[row] for row in rows.tolist()]
-        return Lattice(self.ids[rows], self.logits[rows], self.words[rows], counts)
+        place = torch.tensor(rows, device=self.ids.device)
+        return Lattice(self.ids[place], self.logits[place], self.words[place], [self.counts[row] for row in rows])
 
     def at(self, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, logits and words ``[A, K]`` at one piece ``pieces`` [A] of each of the first rows."""
@@ -95,6 +95,7 @@ def search(
     order, spans = _spans(sound, max(1, TOKENS_AT_ONCE // (rows * beam)))
     sound = sound.of(order)
     reader = _Reader(model, opening, rows * beam)
+    first = beam * torch.arange(rows, device=device).unsqueeze(1)  # of each row's hypotheses
     now, done = _Beams.empty(rows, beam, pieces, device), list[_Beams]()
     for number, span in enumerate(spans, 1):
         active = len(span.begin)
@@ -103,17 +104,19 @@ def search(
         ids, logits, words = sound.at(span.begin)
         expected = reader.expected(ids.repeat_interleave(beam, 0)).unflatten(0, (active, beam))
         says = (logits.unsqueeze(1) + weight * expected).masked_fill(~_may_say(span, ids), _IMPOSSIBLE)
-        on = _continued(logits, words, now.last).masked_fill(span.is_certain.unsqueeze(1), _IMPOSSIBLE)
-        now, parent, said = _extended(now, ids, words, says, on if may_continue else torch.full_like(on, _IMPOSSIBLE))
-        now, said = _said_behind(now, sound, span, said)
+        says_one = span.is_certain if may_continue else torch.ones_like(span.is_certain)
+        on = _continued(logits, words, now.last).masked_fill(says_one.unsqueeze(1), _IMPOSSIBLE)
+        now, parent, said = _extended(now, ids, words, says, on)
+        places = span.places(pieces)
+        now, said = _said_behind(now, sound, span, places, said)
         if number == len(spans) and span.width == 1:
             break  # nobody asks what comes next
-        first = beam * torch.arange(active, device=device).unsqueeze(1)  # of each row's hypotheses
-        expected = reader.go_on((first + parent).flatten(), said.flatten(0, 1)).unflatten(0, (active, beam))
-        certain = _likeliest(sound.logits[:active], span.places(pieces)[:, 1:]).clamp(max=0).unsqueeze(1)
+        expected = reader.go_on((first[:active] + parent).flatten(), said.flatten(0, 1)).unflatten(0, (active, beam))
+        certain = _likeliest(sound.logits[:active], places[:, 1:]).clamp(max=0).unsqueeze(1)
         gains = torch.where(said[:, :, 1:] >= 0, certain + weight * expected, 0.0).sum(2)
         now = now._replace(scores=now.scores + gains)
-    tokens, scores, _ = (torch.cat(values)[order.argsort()] for values in zip(now, *done, strict=True))
+    back = torch.tensor(order, device=device).argsort()
+    tokens, scores, _ = (torch.cat(values)[back] for values in zip(now, *done, strict=True))
     scores, best = scores.sort(dim=1, descending=True)
     return Hypotheses(tokens.gather(1, best.unsqueeze(2).expand_as(tokens))[:, :, :pieces], scores)
 
@@ -163,7 +166,7 @@ class _Span(NamedTuple):
         return torch.where(place < self.end.unsqueeze(1), place, pieces)
 
 
-def _spans(sound: Lattice, most: int) -> tuple[Tensor, list[_Span]]:
+def _spans(sound: Lattice, most: int) -> tuple[list[int], list[_Span]]:
     """The order of rows in which those of most spans come first, and their spans of at most so many pieces."""
     device = sound.ids.device
     probability = sound.logits.softmax(2)
@@ -181,13 +184,11 @@ def _spans(sound: Lattice, most: int) -> tuple[Tensor, list[_Span]]:
         sure = [is_certain[row][begin] for row, (begin, _) in zip(rows, bounds, strict=True)]
         steps.append([(*bound, one) for bound, one in zip(bounds, sure, strict=True)])
     # To the device all at once.
-    table = torch.tensor([*((row, 0, 0) for row in order), *chain.from_iterable(steps)]).to(device)
-    where, *parts = table.split([len(order), *map(len, steps)])
-    spans = [
+    table = torch.tensor([*chain.from_iterable(steps)]).to(device)
+    return order, [
         _Span(part[:, 0], part[:, 1], max(end - begin for begin, end, _ in step), part[:, 2].bool())
-        for part, step in zip(parts, steps, strict=True)
+        for part, step in zip(table.split([*map(len, steps)]), steps, strict=True)
     ]
-    return where[:, 0], spans
 
 
 def _begins(is_certain: Sequence[bool], most: int) -> list[int]:
@@ -226,10 +227,9 @@ def _extended(
     return _Beams(tokens, scores, last), parent, torch.where(is_said, ids.gather(1, choice), -1)
 
 
-def _said_behind(beams: _Beams, sound: Lattice, span: _Span, said: Tensor) -> tuple[_Beams, Tensor]:
-    """Hypotheses with what the whole span says, and that, ``[A, B, width]``; ``said`` [A, B] is that of its first."""
+def _said_behind(beams: _Beams, sound: Lattice, span: _Span, places: Tensor, said: Tensor) -> tuple[_Beams, Tensor]:
+    """Hypotheses with what the span says at its places, and that, ``[A, B, width]``; its first is ``said`` [A, B]."""
     active, beam = said.shape
-    places = span.places(sound.ids.shape[1])
     tokens = _likeliest(sound.ids[:active], places).unsqueeze(1).repeat(1, beam, 1)
     tokens[:, :, 0] = said
     end = _likeliest(sound.words[:active], span.end.unsqueeze(1) - 1)

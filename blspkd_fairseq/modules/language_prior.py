@@ -203,13 +203,8 @@ def _searched(
     chosen = [row for row, is_one in enumerate(is_chosen) if is_one]
     if not chosen:
         return as_heard
-    lattice = Lattice(
-        pad(sound.ids, rows)[chosen],
-        pad(sound.logits, rows)[chosen],
-        pad(soft.words[sound.ids], rows)[chosen],
-        [rows.counts[row] for row in chosen],
-    )
-    best = search(model, lattice, prior.opening, prior.weight, prior.beam, may_join)
+    lattice = Lattice(pad(sound.ids, rows), pad(sound.logits, rows), pad(soft.words[sound.ids], rows), rows.counts)
+    best = search(model, lattice.of(chosen), prior.opening, prior.weight, prior.beam, may_join)
     tokens = best.tokens[:, 0]
     is_said = tokens >= 0
     embeddings = (soft.embedded(tokens.clamp(min=0)) * is_said.unsqueeze(2)).to(as_heard.embeddings.dtype)
@@ -248,9 +243,8 @@ def _paired(one: AdapterOutput, other: AdapterOutput) -> AdapterOutput:
     width = max(one.embeddings.shape[1], other.embeddings.shape[1])
 
     def both(*values: Tensor) -> Tensor:
-        return torch.stack([F.pad(v, (0, 0) * (v.dim() - 2) + (0, width - v.shape[1])) for v in values], 1).flatten(
-            0, 1
-        )
+        wide = [F.pad(v, (0, 0) * (v.dim() - 2) + (0, width - v.shape[1])) for v in values]
+        return torch.stack(wide, 1).flatten(0, 1)
 
     boundaries = None
     if one.boundaries is not None and other.boundaries is not None:
