@@ -37,6 +37,7 @@ from blspkd_fairseq.cli import responses  # noqa: E402
 from blspkd_fairseq.data.manifest import Manifest, write_manifest  # noqa: E402
 from blspkd_fairseq.evaluation.contrasts import load_plan  # noqa: E402
 from blspkd_fairseq.evaluation.significance import Interval  # noqa: E402
+from blspkd_fairseq.systems import systems  # noqa: E402
 
 # ---- the table -----------------------------------------------------------------------------------------------------
 
@@ -444,6 +445,31 @@ def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_manifest(work / "data" / "asked" / "responses" / f"{split}.tsv", rows, list(rows[0]))
     write_split(work / "sets", "phone", 3, drop=["tgt_text"], speaker="x")
     return work
+
+
+def test_a_cascade_hears_once_whatever_is_asked(tiny_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+
+    class Whisper:
+        def __init__(self, *_: object) -> None: ...
+
+        def transcribe(self, waveforms: list[np.ndarray], *_: object) -> list[str]:
+            heard.extend(map(len, waveforms))
+            return [f"{len(heard)} cats" for _ in waveforms]
+
+    monkeypatch.setattr(systems, "WhisperTranscriber", Whisper)
+    spoken = ["--set", f"phone={tiny_work / 'sets' / 'phone.tsv'}", "--conditions", "white:0", "--most-tokens", "2"]
+    told = ["--cascade", "whisper", "--llm", str(tiny_work / "llm"), "--batch-size", "2", "--out"]
+    hear.main([*told, str(tiny_work / "cascade.json"), *spoken, "--answers", "repeat", "chat"])
+    sets = json.loads((tiny_work / "cascade.json").read_text())["sets"]
+    assert len(heard) == 6  # three rows, and again under noise
+    assert sets["phone"]["heard"] == ["2 cats", "2 cats", "3 cats"]
+    assert {"id", "said", "heard", "repeat", "chat"} == set(sets["phone"])
+    assert {"id", "said", "heard"} == set(sets["phone white:0"])
+    read = ["--llm", str(tiny_work / "llm"), "--out", str(tiny_work / "text.json"), *spoken, "--answers", "chat"]
+    hear.main(read)
+    text = json.loads((tiny_work / "text.json").read_text())["sets"]["phone"]
+    assert text["heard"] == text["said"] and len(text["chat"]) == 3
 
 
 def tiny_rows(work: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> compare_rows.OpenRows:

@@ -156,9 +156,14 @@ class TextSystem:
         self._parts = None
 
     def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
-        return [Answer(text) for text in self._read([u.transcript for u in batch], batch, options)]
+        return [Answer(text) for text in self.read(self.hear(batch), batch, options)]
 
-    def _read(self, texts: Sequence[str], batch: Sequence[Utterance], options: DecodingOptions) -> list[str]:
+    def hear(self, batch: Sequence[Utterance], beam: int = 1) -> list[str]:
+        """What the LLM is to read of each utterance, whatever it is asked."""
+        return [utterance.transcript for utterance in batch]
+
+    def read(self, texts: Sequence[str], batch: Sequence[Utterance], options: DecodingOptions) -> list[str]:
+        """The LLM's answers to the utterances' prompts, with these texts in place of the speech."""
         assert self._parts is not None
         chat, llm = self._parts
         groups = answer_text(llm, chat, texts, [u.prompt for u in batch], options)
@@ -192,11 +197,15 @@ class CascadeSystem(TextSystem):
         self._transcriber = None
 
     def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
+        heard = self.hear(batch, options.beam)
+        answers = heard if is_asr else self.read(heard, batch, options)
+        return [Answer(answer, text) for answer, text in zip(answers, heard, strict=True)]
+
+    def hear(self, batch: Sequence[Utterance], beam: int = 1) -> list[str]:
+        """Whisper's transcripts."""
         waveforms = [utterance.waveform for utterance in batch if utterance.waveform is not None]
         assert self._transcriber is not None
-        heard = self._transcriber.transcribe(waveforms, [u.language for u in batch], options.beam)
-        answers = heard if is_asr else self._read(heard, batch, options)
-        return [Answer(answer, text) for answer, text in zip(answers, heard, strict=True)]
+        return self._transcriber.transcribe(waveforms, [u.language for u in batch], beam)
 
 
 class WhisperTranscriber:

@@ -121,7 +121,7 @@ class OpenRows(Trainings):
             self.python(
                 ROOT / "scripts" / "generate_responses.py", "--llm", self.args.llm, "--input", folder / f"{split}.tsv",
                 "--output", folder / "responses" / f"{split}.tsv", "--max-new-tokens", self.args.max_new_tokens,
-                "--batch-size", 64 if self.device else 512,
+                "--batch-size", 128 if self.device else 512,
             )  # fmt: skip
 
     def keep_options(self) -> None:

@@ -145,22 +145,19 @@ def _add(found: Found, **columns: Sequence[Any]) -> None:
 
 
 def measure_untrained(system: TextSystem, rows: Rows, batch: int, answers: Mapping[str, tuple[str, int]]) -> Found:
-    """What was heard, and the answers; without any, one token is answered and thrown away."""
+    """What was heard, once for all answers."""
     found: Found = {}
     for part in tqdm(list(rows.parts(batch)), desc=rows.title, unit="batch"):
         cells = [rows.manifest[i] for i in part]
-        waveforms = [rows.waveform(i) if system.hears else None for i in part]
-        _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells])
-        for answer, (prompt, tokens) in (answers or {"": ("repeat", 1)}).items():
-            asked = [
-                Utterance(waveform, row["src_text"], resolve_prompt(prompt), "en")
-                for waveform, row in zip(waveforms, cells, strict=True)
-            ]
-            replies = system.answer(asked, DecodingOptions(max_new_tokens=tokens))
-            if answers:
-                _add(found, **{answer: [reply.text for reply in replies]})
-        pairs = zip(replies, cells, strict=True)
-        _add(found, heard=[row["src_text"] if reply.heard is None else reply.heard for reply, row in pairs])
+        spoken = [
+            Utterance(rows.waveform(i) if system.hears else None, row["src_text"], "", "en")
+            for i, row in zip(part, cells, strict=True)
+        ]
+        heard = system.hear(spoken)
+        _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells], heard=heard)
+        for answer, (prompt, tokens) in answers.items():
+            asked = [one._replace(prompt=resolve_prompt(prompt)) for one in spoken]
+            _add(found, **{answer: system.read(heard, asked, DecodingOptions(max_new_tokens=tokens))})
     return found
 
 

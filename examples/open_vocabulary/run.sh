@@ -70,7 +70,7 @@ speak() {
 }
 
 respond() {
-    local split size=64
+    local split size=128
     [ ${#device[@]} -gt 0 ] || size=512
     # shellcheck disable=SC2086  # a mix is several words
     python $here/mix_prompts.py --data "$data" --rows "$rows" --held-out "$valid" --nothing "$nothing" --mix $mix
