@@ -248,6 +248,13 @@ def test_what_was_not_trained_stands_in_the_table(tmp_path: Path) -> None:
     assert "## Exploratory" in compared and "## What was to be shown" not in compared
     assert "the warm-up helps BLSP-KD on as many utterances" in compared and "| 2 |" in compared
     assert "Not measured: the warm-up helps BLSP-KD in the same minutes; " in said
+    assert "measured (2 to 3 seeds; **not measured:** " in said
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 seed;"), (2, "2 seeds;")])
+def test_rows_of_as_many_seeds_say_so(count: int, said: str, tmp_path: Path) -> None:
+    write_runs(tmp_path, {"mix": seeds_of(0, count)})
+    assert rows_report.Report(tmp_path).seeds_text().startswith(said)
 
 
 def test_verdicts_take_every_planned_seed_of_every_primary_contrast(tmp_path: Path) -> None:
@@ -477,6 +484,27 @@ def tiny_rows(work: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> 
     rows = rows_of(work, "--quick", "--test-rows", 12, "--jobs", 1, *bases, *options)
     monkeypatch.setattr(rows, "call", in_this_process)
     return rows
+
+
+def test_what_runs_before_the_rows_has_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_asked(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    rows = rows_of(tmp_path, "--only", "warm_up", "--jobs", 2)
+    threads: list[str | None] = []
+
+    def call(_: object, log: Path | None = None) -> int:
+        threads.append(os.environ.get("OMP_NUM_THREADS"))
+        if log:
+            log.touch()
+        return 0
+
+    monkeypatch.setattr(rows, "call", call)
+    rows.prepare()
+    assert threads == [None]  # the frames
+    with pytest.raises(FileNotFoundError, match=r"warm_up-seed1\.json"):  # nothing was measured
+        rows.run_all()
+    assert set(threads[1:]) == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
 
 @pytest.mark.slow

@@ -59,15 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser, table: Table, cache: Path) ->
 
 
 def use_cores(args: argparse.Namespace) -> None:
-    """Sets ``--jobs`` and the folder of the results, and gives each row its threads.
+    """Sets ``--jobs`` and the folder of the results.
 
     A small model keeps one thread busy and two by far not: a row for each core makes the most of them, and the time of
-    a training is CPU time then. An OMP_NUM_THREADS that is set holds.
+    a training is CPU time then.
     """
     cores = len(os.sched_getaffinity(0))
     args.results = args.results or args.out / "results"
     args.jobs = args.jobs or (1 if torch.cuda.is_available() else cores)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // args.jobs)))
 
 
 class Trainings:
@@ -152,9 +151,12 @@ class Trainings:
     def run_all(self) -> None:
         """All pieces, --jobs at a time, each after those that it needs.
 
+        They share the cores from here on, unless OMP_NUM_THREADS is set; what ran before them had all of them.
+
         Raises:
             TimeOver: --seconds are over.
         """
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs)))
         self.args.results.mkdir(parents=True, exist_ok=True)
         pending = [*((name, 0) for name in self.table.untrained), *self.planned]
         running: dict[Future[None], tuple[str, int]] = {}

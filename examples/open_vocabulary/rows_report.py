@@ -169,7 +169,12 @@ class Report:
     def seeds_text(self) -> str:
         missing = [name for name in ROWS if name not in self.runs and not name.startswith(HIDDEN)]
         counts = sorted({len(self.runs[name]) for name in self.runs if name in ROWS})
-        text = f"{counts[0]} to {counts[-1]} seeds" if counts else "no row was trained"
+        if not counts:
+            text = "no row was trained"
+        elif len(counts) == 1:
+            text = f"{counts[0]} seed{'s' * (counts[0] > 1)}"
+        else:
+            text = f"{counts[0]} to {counts[-1]} seeds"
         return text + (f"; **not measured:** {', '.join(missing)}" if missing else "")
 
     def machine(self) -> str:
