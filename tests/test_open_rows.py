@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPEN = ROOT / "examples" / "open_vocabulary"
 sys.path[:0] = [str(OPEN), str(ROOT / "examples" / "comparison")]
 
+import compare  # noqa: E402
 import compare_rows  # noqa: E402
 import exposures  # noqa: E402
 import hear  # noqa: E402
@@ -484,6 +485,17 @@ def tiny_rows(work: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> 
     rows = rows_of(work, "--quick", "--test-rows", 12, "--jobs", 1, *bases, *options)
     monkeypatch.setattr(rows, "call", in_this_process)
     return rows
+
+
+def test_the_speed_of_a_row_is_measured_with_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    closed = compare.Comparison(compare.parse(["--out", str(tmp_path), "--jobs", "2", "--only", "warm_up"]))
+    threads: list[str | None] = []
+    monkeypatch.setattr(closed, "write_part", lambda *_: None)
+    monkeypatch.setattr(closed, "measure_rate", lambda _: threads.append(os.environ.get("OMP_NUM_THREADS")))
+    closed.measure_rates()
+    assert set(threads) == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
 
 def test_what_runs_before_the_rows_has_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ class Comparison(Trainings):
 
     def measure_rates(self) -> None:
         """Seconds per update of what is to be trained, in its first epoch and later, under the load of trainings."""
+        self.share_cores()
         path = self.args.out / "rates.json"
         self.rates = json.loads(path.read_text()) if path.exists() else {}
         if not self.args.updates:

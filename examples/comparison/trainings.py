@@ -148,15 +148,17 @@ class Trainings:
             *((name, first) for name in last),
         ]
 
+    def share_cores(self) -> None:
+        """Gives each row its threads; what ran before had all cores. An OMP_NUM_THREADS that is set holds."""
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs)))
+
     def run_all(self) -> None:
         """All pieces, --jobs at a time, each after those that it needs.
-
-        They share the cores from here on, unless OMP_NUM_THREADS is set; what ran before them had all of them.
 
         Raises:
             TimeOver: --seconds are over.
         """
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs)))
+        self.share_cores()
         self.args.results.mkdir(parents=True, exist_ok=True)
         pending = [*((name, 0) for name in self.table.untrained), *self.planned]
         running: dict[Future[None], tuple[str, int]] = {}
