@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if baseline not in systems:
         raise ValueError(f"--baseline {baseline!r} is no system: choose from {', '.join(systems)}")
     kinds = asked_kinds(args)
-    report = Report(settings=settings(args, baseline))
+    report = Report(settings=settings(args, baseline) | {"llm_dtype": text_config(args).llm_dtype})
     extra = {kind: other_scores(args, kind, systems) for kind in kinds}  # what is wrong is said before hours of answers
     options = {kind: scoring_options(args, kind, baseline) for kind in kinds}
     answers = {kind: answer_task(args, kind, systems) for kind in kinds}

@@ -298,6 +298,16 @@ def write_scores(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+@pytest.mark.parametrize(("dtype", "is_said"), [("float32", False), ("bfloat16", True)])
+def test_a_report_says_that_answers_are_of_a_rounded_llm(
+    setting: Setting, tmp_path: Path, dtype: str, is_said: bool
+) -> None:
+    data = ["--qa", setting.root / "data" / "test.tsv", "--llm", setting.llm, "--max-new-tokens", 2, "--samples", 100]
+    evaluate.main([str(one) for one in (*data, "--out", tmp_path, "--llm-dtype", dtype if dtype != "bfloat16" else "")])
+    assert ("rounded to bfloat16" in (tmp_path / "report.md").read_text()) == is_said
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["llm_dtype"] == dtype
+
+
 def judged_rows(rating: int) -> list[dict[str, Any]]:
     """Ratings of all questions, in another order than the manifest's."""
     scores = [str(min(5, rating + i % 2)) for i in range(ROWS)]

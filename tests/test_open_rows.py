@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import fairseq
 from tiny import save_llm, save_whisper, tiny_model, write_split
 
@@ -252,6 +253,14 @@ def test_what_was_not_trained_stands_in_the_table(tmp_path: Path) -> None:
     assert "measured (2 to 3 seeds; **not measured:** " in said
 
 
+def test_answers_of_another_precision_are_refused(tmp_path: Path) -> None:
+    write_runs(tmp_path, {"mix": {1: {**run_of(0), "llm_dtype": "float32"}, 2: run_of(0)}})
+    with pytest.raises(
+        ValueError, match=r"mix-seed1.json was measured with --llm-dtype float32, text.json with \(none"
+    ):
+        rows_report.Report(tmp_path)
+
+
 @pytest.mark.parametrize(("count", "said"), [(1, "1 seed;"), (2, "2 seeds;")])
 def test_rows_of_as_many_seeds_say_so(count: int, said: str, tmp_path: Path) -> None:
     write_runs(tmp_path, {"mix": seeds_of(0, count)})
@@ -478,6 +487,22 @@ def test_a_cascade_hears_once_whatever_is_asked(tiny_work: Path, monkeypatch: py
     hear.main(read)
     text = json.loads((tiny_work / "text.json").read_text())["sets"]["phone"]
     assert text["heard"] == text["said"] and len(text["chat"]) == 3
+
+
+def test_answers_that_are_compared_are_not_rounded(tiny_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[torch.dtype] = []
+    load = systems.load_llm
+    monkeypatch.setattr(systems, "load_llm", lambda *given: loaded.append((llm := load(*given)).dtype) or llm)
+    told = ["--llm", str(tiny_work / "llm"), "--set", f"phone={tiny_work / 'sets' / 'phone.tsv'}", "--most-tokens", "2"]
+    hear.main([*told, "--out", str(tiny_work / "rounded.json")])
+    hear.main([*told, "--out", str(tiny_work / "whole.json"), "--llm-dtype", "float32"])
+    assert loaded == [torch.bfloat16, torch.float32]
+    rows = rows_of(tiny_work)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(rows, "python", lambda *command: commands.append([str(word) for word in command]))
+    for out in ("text", "mix"):
+        rows.measure(out, 1, tiny_work / "checkpoint.pt", tiny_work / f"{out}.json")
+        assert commands[-1][commands[-1].index("--llm-dtype") + 1] == "float32"
 
 
 def tiny_rows(work: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> compare_rows.OpenRows:

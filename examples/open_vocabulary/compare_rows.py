@@ -220,6 +220,7 @@ class OpenRows(Trainings):
         sets = [word for name, path in found.items() for word in ("--set", f"{name}={path}")]
         self.python(
             HERE / "hear.py", *system, *sets, "--audio-root", self.data, "--rows", self.args.test_rows,
+            "--llm-dtype", "float32", "--batch-size", 48,
             "--answers", *answers, "--out", out, *(["--most-tokens", QUICK_TOKENS] if self.args.quick else []),
         )  # fmt: skip
 

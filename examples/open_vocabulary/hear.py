@@ -11,6 +11,9 @@ has responses the response KL.
 --nothing is a set in which nobody speaks, whose answers to the sound alone are measured. --boundaries asks a Whisper
 where each word of the clean sets ends: of each row the milliseconds by which CIF ends it later, with as many tokens as
 the transcript has.
+
+Answers that are to be compared with each other are best written with --llm-dtype float32: rounded to bfloat16, an LLM
+that reads the same text in batches of another size answers otherwise (README).
 """
 
 import argparse
@@ -39,7 +42,7 @@ from blspkd_fairseq.files import write_whole
 from blspkd_fairseq.generation.decoding import DecodingOptions, answer_heard
 from blspkd_fairseq.generation.hearing import hear
 from blspkd_fairseq.generation.teacher_forced import collate, teacher_forced
-from blspkd_fairseq.modules.build import SpeechLlmConfig
+from blspkd_fairseq.modules.build import DTYPES, SpeechLlmConfig
 from blspkd_fairseq.systems.boundaries import token_ends
 from blspkd_fairseq.systems.systems import CascadeSystem, TextSystem, Utterance, WhisperTranscriber
 
@@ -177,9 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return {name: one for name, one in answers.items() if name == "chat"}
         return answers if rows.condition == "clean" else {}
 
-    results: dict[str, Any] = {"sets": {}}
+    results: dict[str, Any] = {"sets": {}, "llm_dtype": args.llm_dtype}
     if args.checkpoint:
         options: dict[str, Any] = {"window_seconds": args.window_seconds} if args.window_seconds else {}
+        if args.llm_dtype:
+            options["llm_dtype"] = args.llm_dtype
         if args.by_sound:
             options |= {"adapter_prior_weight": 0.0, "adapter_prior_beam": 0, "adapter_prior_training": False}
         model = BlspKd.from_pretrained(args.checkpoint, **options)
@@ -190,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for rows in (rows for rows in sets if rows.condition == "clean"):
                 results["sets"][rows.title]["boundary_ms"] = boundary_errors(model, whisper, rows, args.boundary_rows)
     else:
-        config = SpeechLlmConfig(llm=args.llm)
+        config = SpeechLlmConfig(llm=args.llm, llm_dtype=args.llm_dtype or "bfloat16")
         system = CascadeSystem(args.cascade, config) if args.cascade else TextSystem(config)
         system.load()
         for rows in (*sets, *silent) if system.hears else [rows for rows in sets if rows.condition == "clean"]:
@@ -211,6 +216,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--boundary-rows", type=int, default=0, help="first rows of each set for that (default: all)")
     parser.add_argument("--cascade", default="", help="Whisper before the LLM")
     parser.add_argument("--llm", default="", help="of the cascade, or that reads the transcripts")
+    parser.add_argument(
+        "--llm-dtype", default="", choices=["", *DTYPES], help="(default: the checkpoint's, else bfloat16)"
+    )
     parser.add_argument("--set", action="append", required=True, metavar="NAME=MANIFEST", type=_named)
     parser.add_argument("--nothing", type=Path, help="manifest of clips in which nobody speaks")
     parser.add_argument("--conditions", nargs="*", default=[], help="the first set again under noise, such as white:10")

@@ -77,7 +77,7 @@ class Report:
     """Everything that is computed from the measurements in a folder of compare_rows.py.
 
     Raises:
-        ValueError: the text's own answers are not there.
+        ValueError: the text's own answers are not there, or answers are of an LLM of another precision.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,6 +94,19 @@ class Report:
                 self.runs.setdefault(name, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
         if "text" not in self.runs:
             raise ValueError(f"{self.results} has no text.json, with which answers are compared: run compare_rows.py")
+        self.check_precision()
+
+    def check_precision(self) -> None:
+        """An LLM does not agree with itself in another one."""
+        text = self.runs["text"][None].get("llm_dtype")
+        for name, runs in self.runs.items():
+            for seed, run in runs.items():
+                if (dtype := run.get("llm_dtype")) != text:
+                    file = self.results / (f"{name}.json" if seed is None else f"{name}-seed{seed}.json")
+                    raise ValueError(
+                        f"{file} was measured with --llm-dtype {dtype or '(none)'}, text.json with {text or '(none)'}: "
+                        "remove the older ones, and run compare_rows.py"
+                    )
 
     # ---- figures -----------------------------------------------------------------------------------------------------
 
