@@ -255,9 +255,7 @@ def test_what_was_not_trained_stands_in_the_table(tmp_path: Path) -> None:
 
 def test_answers_of_another_precision_are_refused(tmp_path: Path) -> None:
     write_runs(tmp_path, {"mix": {1: {**run_of(0), "llm_dtype": "float32"}, 2: run_of(0)}})
-    with pytest.raises(
-        ValueError, match=r"mix-seed1.json was measured with --llm-dtype float32, text.json with \(none"
-    ):
+    with pytest.raises(ValueError, match="mix-seed1.json was measured with --llm-dtype float32, text.json with"):
         rows_report.Report(tmp_path)
 
 
@@ -495,8 +493,12 @@ def test_answers_that_are_compared_are_not_rounded(tiny_work: Path, monkeypatch:
     monkeypatch.setattr(systems, "load_llm", lambda *given: loaded.append((llm := load(*given)).dtype) or llm)
     told = ["--llm", str(tiny_work / "llm"), "--set", f"phone={tiny_work / 'sets' / 'phone.tsv'}", "--most-tokens", "2"]
     hear.main([*told, "--out", str(tiny_work / "rounded.json")])
-    hear.main([*told, "--out", str(tiny_work / "whole.json"), "--llm-dtype", "float32"])
+    hear.main([*told, "--out", str(tiny_work / "whole.json"), "--llm-dtype", "float32", "--repeat-only", "phone"])
     assert loaded == [torch.bfloat16, torch.float32]
+    rounded, whole = (json.loads((tiny_work / f"{n}.json").read_text())["sets"]["phone"] for n in ("rounded", "whole"))
+    assert "repeat" in whole and rounded.keys() - whole.keys() == {"chat"}
+    with pytest.raises(SystemExit):
+        hear.main([*told, "--out", str(tiny_work / "no.json"), "--repeat-only", "telephone"])
     rows = rows_of(tiny_work)
     commands: list[list[str]] = []
     monkeypatch.setattr(rows, "python", lambda *command: commands.append([str(word) for word in command]))

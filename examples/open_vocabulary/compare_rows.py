@@ -39,7 +39,8 @@ from blspkd_fairseq.files import write_whole  # noqa: E402
 QUICK = {"utterances": 24, "batch": 4, "test_rows": 6, "max_new_tokens": 8, "threshold_hours": 0.01}
 QUICK_TOKENS = 6  # of an answer
 SHORTEST_SEARCH = 1 / 3  # of a row's utterances
-SETS = ("test", "test_unheard", "phone", "game")
+RECORDED = ("phone", "game")  # of real people, with no contrast
+SETS = ("test", "test_unheard", *RECORDED)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -220,7 +221,7 @@ class OpenRows(Trainings):
         sets = [word for name, path in found.items() for word in ("--set", f"{name}={path}")]
         self.python(
             HERE / "hear.py", *system, *sets, "--audio-root", self.data, "--rows", self.args.test_rows,
-            "--llm-dtype", "float32", "--batch-size", 48,
+            "--llm-dtype", "float32", "--batch-size", 48, "--repeat-only", *[n for n in found if n in RECORDED],
             "--answers", *answers, "--out", out, *(["--most-tokens", QUICK_TOKENS] if self.args.quick else []),
         )  # fmt: skip
 

@@ -178,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def asked_of(rows: Rows) -> Mapping[str, tuple[str, int]]:
         if rows in silent:  # what is answered by itself
             return {name: one for name, one in answers.items() if name == "chat"}
-        return answers if rows.condition == "clean" else {}
+        asked = [name for name in answers if name == "repeat" or rows.name not in args.repeat_only]
+        return {name: answers[name] for name in asked} if rows.condition == "clean" else {}
 
     results: dict[str, Any] = {"sets": {}, "llm_dtype": args.llm_dtype}
     if args.checkpoint:
@@ -223,6 +224,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nothing", type=Path, help="manifest of clips in which nobody speaks")
     parser.add_argument("--conditions", nargs="*", default=[], help="the first set again under noise, such as white:10")
     parser.add_argument("--answers", nargs="*", choices=list(ANSWERS), default=["repeat", "chat"])
+    parser.add_argument("--repeat-only", nargs="*", default=[], metavar="NAME", help="sets that are asked for no other")
     parser.add_argument("--most-tokens", type=int, default=1000, help="that an answer may have, whatever is asked")
     parser.add_argument("--audio-root", type=Path, help="of audio that does not lie beside its manifest")
     parser.add_argument("--rows", type=int, default=0, help="first rows of each set (default: all)")
@@ -233,6 +235,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give --checkpoint, or --llm with or without --cascade")
     if args.boundaries and not args.checkpoint:
         parser.error("--boundaries are those of a --checkpoint")
+    if unknown := sorted(set(args.repeat_only) - {name for name, _ in args.set}):
+        parser.error(f"--repeat-only {unknown[0]}: --set names {', '.join(name for name, _ in args.set)}")
     if min(args.rows, args.boundary_rows) < 0 or min(args.batch_size, args.most_tokens) < 1:
         parser.error("--rows and --boundary-rows must not be negative, --batch-size and --most-tokens at least 1")
     return args
