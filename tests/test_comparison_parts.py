@@ -4,16 +4,21 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blspkd_fairseq.data.manifest import write_manifest
+from blspkd_fairseq.data.manifest import Manifest, write_manifest
+from blspkd_fairseq.data.prompts import resolve_prompt
 from blspkd_fairseq.evaluation.verdicts import Verdict
+from blspkd_fairseq.generation.decoding import DecodingOptions
+from blspkd_fairseq.systems.systems import TextSystem, Utterance
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "comparison"))
 import compare  # noqa: E402
+import measure  # noqa: E402
 import texts  # noqa: E402
 from report import Report, Runs, share_start  # noqa: E402
 from systems import CLAIMS, QUESTIONS, ROWS, SETS  # noqa: E402
@@ -89,6 +94,28 @@ def test_every_row_finds_its_start_and_its_learning_rate(tmp_path: Path, monkeyp
 ANIMALS = ("cats", "dogs", "mice", "birds", "fish", "cows", "pigs", "hens", "goats", "sheep")
 SENTENCES = [f"{word} eat" for word in ANIMALS]
 IDS = [str(i) for i in range(len(SENTENCES))]
+
+
+def test_a_system_hears_once_whatever_is_asked(tmp_path: Path) -> None:
+    class Reading(TextSystem):
+        def __init__(self) -> None:
+            self.heard = 0
+
+        def hear(self, batch: Sequence[Utterance], beam: int = 1) -> list[str]:
+            self.heard += len(batch)
+            return [one.transcript for one in batch]
+
+        def read(self, texts: Sequence[str], batch: Sequence[Utterance], options: DecodingOptions) -> list[str]:
+            asked = zip(texts, batch, strict=True)
+            return [f"{text}, {one.prompt}, {options.max_new_tokens}" for text, one in asked]
+
+    rows = [{"id": f"r{i}", "audio": f"{i}.wav", "n_frames": "1", "src_text": f"cat {i}"} for i in range(3)]
+    write_manifest(tmp_path / "heard.tsv", rows, list(rows[0]))
+    system = Reading()
+    answers = measure.ask(system, Manifest.load(tmp_path / "heard.tsv"), tmp_path, {"repeat": 28, "chat": 16})
+    assert system.heard == 3 and [len(found) for found in answers.values()] == [3, 3]
+    assert answers["repeat"][2] == f"cat 2, {resolve_prompt('repeat')}, 28"
+    assert answers["chat"][0] == f"cat 0, {resolve_prompt('chat')}, 16"
 
 
 def measured(wrong: dict[str, int]) -> dict[str, Any]:

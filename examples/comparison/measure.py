@@ -10,7 +10,7 @@ Each figure is one number per row of the manifest, or a sum and a count; the rep
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from blspkd_fairseq.generation.teacher_forced import collate, sums_of_rows, teac
 from blspkd_fairseq.generation.teacher_forced import text_kl as teacher_forced_text_kl
 from blspkd_fairseq.modules.build import SpeechLlmConfig
 from blspkd_fairseq.systems.boundaries import token_ends
-from blspkd_fairseq.systems.systems import CascadeSystem, System, TextSystem, Utterance, WhisperTranscriber
+from blspkd_fairseq.systems.systems import CascadeSystem, TextSystem, Utterance, WhisperTranscriber
 
 # What is asked, and how long the answer may be. Training sees "continue" alone.
 ASKED = {"repeat": 28, "continue": 16}
@@ -66,17 +66,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure_untrained(args: argparse.Namespace) -> dict[str, Any]:
     config = SpeechLlmConfig(llm=args.llm)
-    system: System = CascadeSystem(args.cascade, config) if args.cascade else TextSystem(config)
+    system = CascadeSystem(args.cascade, config) if args.cascade else TextSystem(config)
     system.load()
     results: dict[str, Any] = {"sets": {}}
     for name in tqdm((*SETS, *QUESTIONS), desc=args.out.stem, unit="set"):
         data = Manifest.load(manifest_of(args.data, name))
-        found = {asked: ask(system, data, args.data, asked, tokens) for asked, tokens in asked_of(name).items()}
-        results["sets"][name] = {"id": [row["id"] for row in data], **found}
+        results["sets"][name] = {"id": [row["id"] for row in data], **ask(system, data, args.data, asked_of(name))}
     if args.robustness and system.hears:
         data = Manifest.load(manifest_of(args.data, "heard"))
+        repeat = {"repeat": ASKED["repeat"]}
         results["conditions"] = {
-            condition: ask(system, data, args.data, "repeat", ASKED["repeat"], condition)
+            condition: ask(system, data, args.data, repeat, condition)["repeat"]
             for condition in tqdm(CONDITIONS, desc="under noise", unit="condition")
         }
     return results
@@ -91,16 +91,20 @@ def asked_of(name: str) -> dict[str, int]:
     return {"chat": QUESTION_TOKENS} if name in QUESTIONS else ASKED
 
 
-def ask(system: System, data: Manifest, root: Path, prompt: str, tokens: int, condition: str = "clean") -> list[str]:
-    answers: list[str] = []
+def ask(
+    system: TextSystem, data: Manifest, root: Path, asked: Mapping[str, int], condition: str = "clean"
+) -> dict[str, list[str]]:
+    """The answers to each prompt, of as many tokens; an utterance is heard once for all of them."""
+    answers: dict[str, list[str]] = {prompt: [] for prompt in asked}
     voices = voices_of(data, root)
     for start in range(0, len(data), BATCH):
         rows = [data[i] for i in range(start, min(start + BATCH, len(data)))]
-        batch = []
-        for row in rows:
-            waveform = under(condition, row["id"], voices) if system.hears else None
-            batch.append(Utterance(waveform, row["src_text"], resolve_prompt(prompt), "en"))
-        answers += [answer.text for answer in system.answer(batch, DecodingOptions(max_new_tokens=tokens))]
+        waveforms = [under(condition, row["id"], voices) if system.hears else None for row in rows]
+        batch = [Utterance(wave, row["src_text"], "", "en") for wave, row in zip(waveforms, rows, strict=True)]
+        heard = system.hear(batch)
+        for prompt, tokens in asked.items():
+            prompted = [one._replace(prompt=resolve_prompt(prompt)) for one in batch]
+            answers[prompt] += system.read(heard, prompted, DecodingOptions(max_new_tokens=tokens))
     return answers
 
 
