@@ -147,6 +147,23 @@ def test_rows_are_asked_again_for_one_thing(tmp_path: Path) -> None:
     assert [row["teacher_text"] for row in after] == ["", "", "", TEACHER_TEXTS["continue"]]
 
 
+def interval(number: int, seconds: float) -> str:
+    speed = f"ups={10 / seconds:.2f}, wpb=5, num_updates={number}, lr=0.1, train_wall={seconds:.0f}, wall=0"
+    return f"2026-01-01 | INFO | train_inner | epoch 001:  {number} / 99 loss=2, {speed}"
+
+
+def test_what_else_runs_on_the_machine_costs_a_row_nothing() -> None:
+    paces = [40, 41, 90, 120, 60, 200, 80, 75, 99, 110]
+    log = [interval(10 * (i + 1), seconds) for i, seconds in enumerate(paces)]
+    epoch = "| INFO | train | epoch 001 | loss 2 | train_wall 915 | wall 9"
+    assert trainings.undisturbed_seconds("\n".join([*log, epoch]), 100) == pytest.approx(100 * 4.09)
+    went_on = ["| INFO | fairseq.trainer | Loaded checkpoint x.pt (epoch 1 @ 108 updates)", interval(110, 2)]
+    assert trainings.undisturbed_seconds("\n".join([*log, *went_on]), 100) == pytest.approx(100 * 4.09)
+    quick = [interval(10 * (i + 1), 0.5) for i in range(20)]  # a second or none, in whole ones
+    assert trainings.undisturbed_seconds("\n".join(quick), 200) == pytest.approx(10)
+    assert trainings.undisturbed_seconds(epoch, 2) == 915  # too short for an interval
+
+
 # ---- what goes on --------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from systems import Row, Table
 
@@ -30,6 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 VALIDATIONS = 5  # points of a learning curve
 LADDER = tuple(float(f"{digit}e{exponent}") for exponent in range(-8, 2) for digit in (1, 3))  # of learning rates
 POLL = 0.2  # seconds
+INTERVAL = re.compile(r"\| train_inner \|.* ups=([\d.]+),.* num_updates=(\d+),.* train_wall=([\d.]+)")  # of a log
+WHOLE_SECONDS = 10  # of an interval, which tell its pace
+QUICKEST = 0.1  # of the intervals
 PATIENCE = 120  # seconds in which a training that is told to end has written its checkpoint
 
 
@@ -247,7 +251,7 @@ class Trainings:
             "updates": updates,
             "batch": self.batch(row),
             "training_seconds": round(time.monotonic() - begin, 1),
-            "train_wall": sum_over_epochs(log, "train_wall"),
+            "train_wall": undisturbed_seconds(log, updates),
             "utterances_before": self.heard_before(row, seed),
             "wall_before": before.get("wall_before", 0.0) + before.get("train_wall", 0.0),
             "rollout_wall": sum_over_epochs(log, "rollout_wall"),
@@ -432,6 +436,26 @@ def sum_over_epochs(log: str, name: str) -> float:
     """
     found = re.findall(rf"\| train \| epoch (\d+) \|.*? {name} ([\d.]+)", log)
     return sum(float(value) for value in dict(found).values())
+
+
+def undisturbed_seconds(log: str, updates: int) -> float:
+    """Seconds of training, had it gone at the pace of the quickest tenth of the log's intervals all the time.
+
+    What else runs on the machine slows a training down to a third, and would count as if it were the row's. Fairseq
+    writes whole seconds: of an interval of less than WHOLE_SECONDS its updates per second say more. A log without an
+    interval has its sum over epochs.
+    """
+    paces: list[float] = []
+    before: int | None = 0
+    for line in log.splitlines():
+        if "Loaded checkpoint" in line:  # the interval that was cut off is told with seconds of before
+            before = None
+        elif found := INTERVAL.search(line):
+            speed, number, seconds = float(found[1]), int(found[2]), float(found[3])
+            if before is not None and number > before and speed > 0:
+                paces.append(seconds / (number - before) if seconds >= WHOLE_SECONDS else 1 / speed)
+            before = number
+    return updates * float(np.quantile(paces, QUICKEST)) if paces else sum_over_epochs(log, "train_wall")
 
 
 def curve(log: str) -> list[dict[str, float]]:
