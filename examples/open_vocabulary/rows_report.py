@@ -378,10 +378,10 @@ Made by compare_rows.py and rows_report.py; every figure was measured ({seeds}; 
 intervals over seeds and sentences, with one seed over sentences alone, so that another seed may lie outside. A row
 marked † has heard less than {threshold:g} hours of speech: of one from scratch this is what happens before it hears.
 What a row is, and what it is compared with, stands in rows.py and contrasts.toml."""
-_MINUTES = """Minutes are those of the trainer's log at the pace of the quickest tenth of its intervals, so that what else
-runs on the machine does not count, and without loading, validating and, but for the trained encoder, the encoder. Rows
-go on from the same warm-up as above; it and what follows it together have the minutes of "warm-up, BLSP-KD on the mix",
-what goes on from that those of "half as long again"; these two stand here as they stand above."""
+_MINUTES = """Minutes are those of the trainer's log at the pace of the quickest tenth of its intervals, so that what
+else runs on the machine does not count, and without loading, validating and, but for the trained encoder, the encoder.
+Rows go on from the same warm-up as above; it and what follows it together have the minutes of "warm-up, BLSP-KD on the
+mix", what goes on from that those of "half as long again"; these two stand here as they stand above."""
 _VERDICTS = "Verdicts by the package's protocol, Holm's correction over the primary contrasts."
 _EXPLORATORY = """Without verdicts: these take all planned seeds of every primary contrast. With fewer than five seeds
 nothing is decided, and what follows is exploratory."""
