@@ -270,6 +270,13 @@ def test_what_was_not_trained_stands_in_the_table(tmp_path: Path) -> None:
     assert "measured (2 to 3 seeds; **not measured:** " in said
 
 
+def test_the_published_report_is_of_the_published_measurements(tmp_path: Path) -> None:
+    published = Path(rows_report.__file__).parent / "results" / "rows"
+    rows_report.main(["--rows", str(published), "--out", str(tmp_path)])
+    for name in ("ROWS.md", "compare.md"):
+        assert (tmp_path / name).read_text() == (published / name).read_text()
+
+
 def test_answers_of_another_precision_are_refused(tmp_path: Path) -> None:
     write_runs(tmp_path, {"mix": {1: {**run_of(0), "llm_dtype": "float32"}, 2: run_of(0)}})
     with pytest.raises(ValueError, match="mix-seed1.json was measured with --llm-dtype float32, text.json with"):

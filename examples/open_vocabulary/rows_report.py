@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     report = Report(args.rows)
-    report.draw_scaling(args.out / "scaling.png")
+    if report.is_scaled:
+        report.draw_scaling(args.out / "scaling.png")
     text = report.markdown(report.compare(args.out))
     write_whole(args.out / "ROWS.md", text)
     print(args.out / "ROWS.md")
@@ -145,7 +146,7 @@ class Report:
         parts += ["## As many utterances", self.table(shown), "## As many minutes"]
         parts += [_MINUTES, self.table(list(map(in_time, shown)))]
         parts += ["## What was to be shown", *contrasts, "## Less data, as many utterances", _SCALING]
-        parts += [self.scaling_table(), "![KL and WER against hours](scaling.png)"]
+        parts += [self.scaling_table(), *(["![KL and WER against hours](scaling.png)"] if self.is_scaled else [])]
         parts += ["## Learning rates", self.rates_text(), "## Commands", self.commands()]
         return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
@@ -222,6 +223,11 @@ class Report:
         """The rows that were measured, by the divisor of the data."""
         rows = {divisor: f"{name}_{divisor}" for divisor in DIVISORS} | {1: name}
         return {divisor: row for divisor, row in rows.items() if row in self.runs}
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether some system was trained on two amounts of data, or more."""
+        return any(len(self.scaling(name)) > 1 for name in SCALED)
 
     def hours(self, row: str) -> float:
         """Of speech in its training set."""
