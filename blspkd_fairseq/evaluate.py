@@ -49,12 +49,12 @@ PROMPTS = {"asr": "repeat", "translation": "translate", "qa": "chat"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    systems = build_systems(args)
+    systems, config = build_systems(args)
     baseline = args.baseline or next(iter(systems))
     if baseline not in systems:
         raise ValueError(f"--baseline {baseline!r} is no system: choose from {', '.join(systems)}")
     kinds = asked_kinds(args)
-    report = Report(settings=settings(args, baseline) | {"llm_dtype": text_config(args).llm_dtype})
+    report = Report(settings=settings(args, baseline) | {"llm_dtype": config.llm_dtype})
     extra = {kind: other_scores(args, kind, systems) for kind in kinds}  # what is wrong is said before hours of answers
     options = {kind: scoring_options(args, kind, baseline) for kind in kinds}
     answers = {kind: answer_task(args, kind, systems) for kind in kinds}
@@ -171,8 +171,8 @@ def asked_kinds(args: argparse.Namespace) -> list[str]:
 # ---- systems -------------------------------------------------------------------------------------------------------
 
 
-def build_systems(args: argparse.Namespace) -> dict[str, System]:
-    """By name: checkpoints, cascade, text. Nothing is loaded yet.
+def build_systems(args: argparse.Namespace) -> tuple[dict[str, System], SpeechLlmConfig]:
+    """By name: checkpoints, cascade, text; and the LLM of the last two. Nothing is loaded yet.
 
     Raises:
         ValueError: no system, two of one name, or no LLM for cascade and text.
@@ -194,7 +194,7 @@ def build_systems(args: argparse.Namespace) -> dict[str, System]:
         systems[TEXT] = TextSystem(config)
     if not systems:
         raise ValueError("there is no system to evaluate: give --checkpoint, --cascade or --text")
-    return systems
+    return systems, config
 
 
 def named_path(given: str) -> tuple[str, Path]:

@@ -105,9 +105,9 @@ def test_a_system_hears_once_whatever_is_asked(tmp_path: Path) -> None:
             self.heard += len(batch)
             return [one.transcript for one in batch]
 
-        def read(self, texts: Sequence[str], batch: Sequence[Utterance], options: DecodingOptions) -> list[str]:
-            asked = zip(texts, batch, strict=True)
-            return [f"{text}, {one.prompt}, {options.max_new_tokens}" for text, one in asked]
+        def read(self, texts: Sequence[str], prompts: Sequence[str], options: DecodingOptions) -> list[str]:
+            asked = zip(texts, prompts, strict=True)
+            return [f"{text}, {prompt}, {options.max_new_tokens}" for text, prompt in asked]
 
     rows = [{"id": f"r{i}", "audio": f"{i}.wav", "n_frames": "1", "src_text": f"cat {i}"} for i in range(3)]
     write_manifest(tmp_path / "heard.tsv", rows, list(rows[0]))

@@ -156,17 +156,17 @@ class TextSystem:
         self._parts = None
 
     def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
-        return [Answer(text) for text in self.read(self.hear(batch), batch, options)]
+        return [Answer(text) for text in self.read(self.hear(batch), [u.prompt for u in batch], options)]
 
     def hear(self, batch: Sequence[Utterance], beam: int = 1) -> list[str]:
         """What the LLM is to read of each utterance, whatever it is asked."""
         return [utterance.transcript for utterance in batch]
 
-    def read(self, texts: Sequence[str], batch: Sequence[Utterance], options: DecodingOptions) -> list[str]:
-        """The LLM's answers to the utterances' prompts, with these texts in place of the speech."""
+    def read(self, texts: Sequence[str], prompts: Sequence[str], options: DecodingOptions) -> list[str]:
+        """The LLM's answers to prompts, with these texts in place of the speech."""
         assert self._parts is not None
         chat, llm = self._parts
-        groups = answer_text(llm, chat, texts, [u.prompt for u in batch], options)
+        groups = answer_text(llm, chat, texts, prompts, options)
         return [group[0].text for group in groups]
 
 
@@ -198,7 +198,7 @@ class CascadeSystem(TextSystem):
 
     def answer(self, batch: Sequence[Utterance], options: DecodingOptions, is_asr: bool = False) -> list[Answer]:
         heard = self.hear(batch, options.beam)
-        answers = heard if is_asr else self.read(heard, batch, options)
+        answers = heard if is_asr else self.read(heard, [u.prompt for u in batch], options)
         return [Answer(answer, text) for answer, text in zip(answers, heard, strict=True)]
 
     def hear(self, batch: Sequence[Utterance], beam: int = 1) -> list[str]:

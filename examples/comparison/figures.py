@@ -48,6 +48,11 @@ def cell(interval: Interval | None, form: str) -> str:
     return f"{interval.score:{form}}" + (bounds if not math.isnan(interval.low) else "")
 
 
+def from_to(counts: Sequence[int]) -> str:
+    """``1 to 3``, or ``3`` where all are the same."""
+    return f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
+
+
 def rates_table(searches: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]) -> str:
     """The validation loss at each learning rate that was tried, the best in bold, one at the edge said."""
     lines = ["| searched on | validation loss at each learning rate | |", "|---|---|---|"]

@@ -103,8 +103,8 @@ def ask(
         batch = [Utterance(wave, row["src_text"], "", "en") for wave, row in zip(waveforms, rows, strict=True)]
         heard = system.hear(batch)
         for prompt, tokens in asked.items():
-            prompted = [one._replace(prompt=resolve_prompt(prompt)) for one in batch]
-            answers[prompt] += system.read(heard, prompted, DecodingOptions(max_new_tokens=tokens))
+            prompts = [resolve_prompt(prompt)] * len(batch)
+            answers[prompt] += system.read(heard, prompts, DecodingOptions(max_new_tokens=tokens))
     return answers
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import texts
-from figures import cell, mean_of_seeds, rates_table, ratio
+from figures import cell, from_to, mean_of_seeds, rates_table, ratio
 from pictures import kl_curve, plot_all
 from systems import CLAIMS, DIVISORS, HIDDEN, LEARNING_RATES, LESS_DATA, QUESTIONS, ROWS, SCALED, SETS, UNTRAINED, Claim
 
@@ -151,11 +151,6 @@ DECIDING = {"response_kl": _SPOKEN, "wer": _SPOKEN, "self_bleu": _SPOKEN, "answe
 def training_minutes(run: dict[str, Any]) -> float:
     """Of a row, with what it began with."""
     return float(run["wall_before"] + run["train_wall"]) / 60
-
-
-def _range(counts: Sequence[int]) -> str:
-    """Of all seeds."""
-    return f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
 
 
 def _runs(of: Mapping[str, Mapping[int, Measurement]], clusters: Sequence[str]) -> ClusteredRuns:
@@ -391,8 +386,8 @@ class Report:
             start = f" after {ROWS[name].start}" if ROWS[name].start else ""
             cells = [
                 f"{np.mean(text):.4f}" if max(text) else "0",
-                f"{_range(updates)}{start}",
-                _range(utterances),
+                f"{from_to(updates)}{start}",
+                from_to(utterances),
                 f"{np.mean(updates) / max(wall, 1e-9):.2f}",
                 f"{np.mean([training_minutes(run) for run in runs]):.1f}",
                 f"{rolled:.1f}" if rolled else "–",

@@ -159,8 +159,8 @@ def measure_untrained(system: TextSystem, rows: Rows, batch: int, answers: Mappi
         heard = system.hear(spoken)
         _add(found, id=[row["id"] for row in cells], said=[row["src_text"] for row in cells], heard=heard)
         for answer, (prompt, tokens) in answers.items():
-            asked = [one._replace(prompt=resolve_prompt(prompt)) for one in spoken]
-            _add(found, **{answer: system.read(heard, asked, DecodingOptions(max_new_tokens=tokens))})
+            prompts = [resolve_prompt(prompt)] * len(cells)
+            _add(found, **{answer: system.read(heard, prompts, DecodingOptions(max_new_tokens=tokens))})
     return found
 
 
@@ -178,14 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def asked_of(rows: Rows) -> Mapping[str, tuple[str, int]]:
         if rows in silent:  # what is answered by itself
             return {name: one for name, one in answers.items() if name == "chat"}
-        asked = [name for name in answers if name == "repeat" or rows.name not in args.repeat_only]
-        return {name: answers[name] for name in asked} if rows.condition == "clean" else {}
+        if rows.condition != "clean":
+            return {}
+        return {name: one for name, one in answers.items() if name == "repeat" or rows.name not in args.repeat_only}
 
     results: dict[str, Any] = {"sets": {}, "llm_dtype": args.llm_dtype}
+    precision = {"llm_dtype": args.llm_dtype} if args.llm_dtype else {}
     if args.checkpoint:
-        options: dict[str, Any] = {"window_seconds": args.window_seconds} if args.window_seconds else {}
-        if args.llm_dtype:
-            options["llm_dtype"] = args.llm_dtype
+        options: dict[str, Any] = precision | ({"window_seconds": args.window_seconds} if args.window_seconds else {})
         if args.by_sound:
             options |= {"adapter_prior_weight": 0.0, "adapter_prior_beam": 0, "adapter_prior_training": False}
         model = BlspKd.from_pretrained(args.checkpoint, **options)
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for rows in (rows for rows in sets if rows.condition == "clean"):
                 results["sets"][rows.title]["boundary_ms"] = boundary_errors(model, whisper, rows, args.boundary_rows)
     else:
-        config = SpeechLlmConfig(llm=args.llm, llm_dtype=args.llm_dtype or "bfloat16")
+        config = SpeechLlmConfig(llm=args.llm, **precision)
         system = CascadeSystem(args.cascade, config) if args.cascade else TextSystem(config)
         system.load()
         for rows in (*sets, *silent) if system.hears else [rows for rows in sets if rows.condition == "clean"]:

@@ -20,7 +20,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "comparison")]
 
-from figures import NOT_MEASURED, cell, mean_of_seeds, rates_table, ratio  # noqa: E402
+from figures import NOT_MEASURED, cell, from_to, mean_of_seeds, rates_table, ratio  # noqa: E402
 from rows import BY_UTTERANCES, DIVISORS, HIDDEN, RATES, ROWS, SCALED, UNTRAINED, in_time  # noqa: E402
 
 from blspkd_fairseq.evaluation.comparison_report import write_comparison  # noqa: E402
@@ -86,28 +86,29 @@ class Report:
         options = folder / "options.json"
         self.options: dict[str, Any] = json.loads(options.read_text(encoding="utf-8")) if options.exists() else {}
         self.runs: dict[str, dict[int | None, Run]] = {}
-        for name in UNTRAINED:
-            if (path := self.results / f"{name}.json").exists():
-                self.runs[name] = {None: json.loads(path.read_text(encoding="utf-8"))}
-        for name in ROWS:
-            for path in sorted(self.results.glob(f"{name}-seed*.json")):
-                seed = int(path.stem.rpartition("seed")[2])
-                self.runs.setdefault(name, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+        files = self.files()
+        for (name, seed), path in files.items():
+            self.runs.setdefault(name, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
         if "text" not in self.runs:
             raise ValueError(f"{self.results} has no text.json, with which answers are compared: run compare_rows.py")
-        self.check_precision()
-
-    def check_precision(self) -> None:
-        """An LLM does not agree with itself in another one."""
         text = self.runs["text"][None].get("llm_dtype")
-        for name, runs in self.runs.items():
-            for seed, run in runs.items():
-                if (dtype := run.get("llm_dtype")) != text:
-                    file = self.results / (f"{name}.json" if seed is None else f"{name}-seed{seed}.json")
-                    raise ValueError(
-                        f"{file} was measured with --llm-dtype {dtype or '(none)'}, text.json with {text or '(none)'}: "
-                        "remove the older ones, and run compare_rows.py"
-                    )
+        for (name, seed), path in files.items():  # in another precision an LLM does not agree with itself
+            if (dtype := self.runs[name][seed].get("llm_dtype")) != text:
+                raise ValueError(
+                    f"{path} was measured with --llm-dtype {dtype or '(none)'}, text.json with {text or '(none)'}: "
+                    "remove the older ones, and run compare_rows.py"
+                )
+
+    def files(self) -> dict[tuple[str, int | None], Path]:
+        """Of each system, and of each seed of a row, what was measured."""
+        untrained: dict[tuple[str, int | None], Path] = {
+            (name, None): path for name in UNTRAINED if (path := self.results / f"{name}.json").exists()
+        }
+        return untrained | {
+            (name, int(path.stem.rpartition("seed")[2])): path
+            for name in ROWS
+            for path in sorted(self.results.glob(f"{name}-seed*.json"))
+        }
 
     # ---- figures -----------------------------------------------------------------------------------------------------
 
@@ -182,13 +183,8 @@ class Report:
 
     def seeds_text(self) -> str:
         missing = [name for name in ROWS if name not in self.runs and not name.startswith(HIDDEN)]
-        counts = sorted({len(self.runs[name]) for name in self.runs if name in ROWS})
-        if not counts:
-            text = "no row was trained"
-        elif len(counts) == 1:
-            text = f"{counts[0]} seed{'s' * (counts[0] > 1)}"
-        else:
-            text = f"{counts[0]} to {counts[-1]} seeds"
+        counts = [len(self.runs[name]) for name in self.runs if name in ROWS]
+        text = f"{from_to(counts)} seed{'s' * (max(counts) > 1)}" if counts else "no row was trained"
         return text + (f"; **not measured:** {', '.join(missing)}" if missing else "")
 
     def machine(self) -> str:
