@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -109,7 +110,7 @@ class Body:
             return ApiError(408, late, "request_timeout", None, _CLOSE)
         except ApiError as error:
             if error.status != _LEFT:
-                await _drain(receive, self.limits.body_bytes)
+                await _drain(receive)
             return error
         return None
 
@@ -151,17 +152,12 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _drain(receive: Receive, most: int) -> None:
-    """Reads on for a while, since many clients read the answer only when they have sent everything."""
-    try:
+async def _drain(receive: Receive) -> None:
+    """Reads on and keeps nothing: many clients read the answer only when they have sent everything."""
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_DRAIN_SECONDS):
-            while most > 0:
-                message = await receive()
-                if not message.get("more_body", False):
-                    return
-                most -= len(message.get("body", b""))
-    except TimeoutError:
-        return
+            while (await receive()).get("more_body", False):
+                pass
 
 
 _CLOSE = {"Connection": "close"}
