@@ -125,7 +125,7 @@ def _seeds(one: Verdict) -> str:
     if one.estimate.seeds is None:
         return "none (these very systems)"
     pairs = one.estimate.per_seed
-    return f"{one.estimate.seeds}" + (f" ({min(pairs):+.2f} to {max(pairs):+.2f})" if pairs else "")
+    return f"{one.estimate.seeds}" + (f" ({min(pairs):+.2f} to {max(pairs):+.2f})" if len(pairs) > 1 else "")
 
 
 def _sentences(verdicts: Sequence[Verdict]) -> str:
