@@ -277,6 +277,26 @@ def test_the_published_report_is_of_the_published_measurements(tmp_path: Path) -
         assert (tmp_path / name).read_text() == (published / name).read_text()
 
 
+def test_the_readme_shows_the_figures_of_the_published_report() -> None:
+    """Every row that was measured on as many utterances, in the columns that the README has."""
+    published = Path(rows_report.__file__).parent / "results" / "rows" / "ROWS.md"
+    shown, reported = (
+        first_table(path, "| system | response KL |") for path in (Path(__file__).parents[1] / "README.md", published)
+    )
+    measured = {name: row for name, row in reported.items() if row["response KL"] != rows_report.NOT_MEASURED}
+    assert shown.keys() == measured.keys()
+    for name, row in shown.items():
+        assert row == {title: measured[name][title] for title in row}, name
+
+
+def first_table(path: Path, heading: str) -> dict[str, dict[str, str]]:
+    """By the first cell of a row: its other cells, by their titles."""
+    text = path.read_text(encoding="utf-8")
+    lines = text[text.index(heading) :].split("\n\n")[0].splitlines()
+    titles, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {name: dict(zip(titles[1:], cells, strict=True)) for name, *cells in rows}
+
+
 def test_answers_of_another_precision_are_refused(tmp_path: Path) -> None:
     write_runs(tmp_path, {"mix": {1: {**run_of(0), "llm_dtype": "float32"}, 2: run_of(0)}})
     with pytest.raises(ValueError, match="mix-seed1.json was measured with --llm-dtype float32, text.json with"):
